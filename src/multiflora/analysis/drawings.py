@@ -1,0 +1,226 @@
+"""The figures of one run: MultiLoRA's spectra, R-LoRA's heads, the routers, the tasks' conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from multiflora.analysis.plots import Drawing, curves, heat_map, lines, points
+
+__all__ = ["mean_energy", "mean_spectrum", "run_drawings"]
+
+Layers = Mapping[str, Mapping[str, Any]]
+
+
+def run_drawings(measures: Mapping[str, Any]) -> list[Drawing]:
+    """Draw what was measured on one run."""
+    return [
+        *_spectra(measures["spectra"]),
+        *_similarity(measures.get("similarity") or {}),
+        *_heads(measures["heads"]),
+        *_routing(measures["routing"], measures["tasks"]),
+        *_conflict(measures.get("conflict") or {}),
+    ]
+
+
+def mean_spectrum(layers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Singular values over the largest, mean over layers, as far as all have them."""
+    shown = [layer["singular"] for layer in layers if layer["singular"] and layer["singular"][0] > 0]
+    length = min((len(values) for values in shown), default=0)
+    return [fmean(values[i] / values[0] for values in shown) for i in range(length)]
+
+
+def mean_energy(layers: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Cumulative energy of the first i directions, mean over layers."""
+    shown = [layer for layer in layers if layer["norm"] > 0]
+    length = min((len(layer["singular"]) for layer in shown), default=0)
+    return [
+        fmean(sum(s * s for s in layer["singular"][: i + 1]) / layer["norm"] ** 2 for layer in shown)
+        for i in range(length)
+    ]
+
+
+def _modules(layers: Layers) -> dict[str, list[Mapping[str, Any]]]:
+    """Module -> its layers, in order."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in layers.values():
+        found.setdefault(layer["module"], []).append(layer)
+    return {module: sorted(own, key=lambda layer: layer["layer"]) for module, own in found.items()}
+
+
+def _spectra(layers: Layers) -> Iterator[Drawing]:
+    modules = _modules(layers)
+    means = {module: mean_spectrum(own) for module, own in modules.items()}
+    means = {module: values for module, values in means.items() if values}
+    if not means:
+        return
+    last = {module: values[-1] for module, values in means.items()}
+    flattest, steepest = max(last, key=lambda m: last[m]), min(last, key=lambda m: last[m])
+    yield lines(
+        "spectrum",
+        "Singular values of the update",
+        "A flat line means that many directions share the work; a steep one that a few do nearly all of it.",
+        means,
+        x="direction",
+        y="singular value / largest",
+        log=True,
+        alt=f"Singular values by module, mean over layers. The last is {last[flattest]:.2g} of the largest in "
+        f"{flattest} and {last[steepest]:.2g} in {steepest}.",
+    )
+    energy = {module: mean_energy(own) for module, own in modules.items() if module in means}
+    yield lines(
+        "energy",
+        "Cumulative energy of the update",
+        "How much of the update is in its first i directions: the sooner a line reaches 1, the fewer it uses.",
+        energy,
+        x="directions",
+        y="share of the energy",
+        alt="Cumulative energy by module. In the first direction: "
+        + ", ".join(f"{module} {values[0]:.2f}" for module, values in energy.items())
+        + ".",
+    )
+    for key, title, reading in (
+        ("stable_rank", "Stable rank by layer", "Higher means a less dominant first direction; the rank is its limit."),
+        ("norm", "Size of the update by layer", "Where training has changed the weights most (Frobenius norm)."),
+    ):
+        values = {module: ([e["layer"] for e in own], [e[key] for e in own]) for module, own in modules.items()}
+        means_of = {module: fmean(ys) for module, (_, ys) in values.items()}
+        yield curves(
+            key.replace("_", "-"),
+            title,
+            reading,
+            values,
+            x="layer",
+            y=key.replace("_", " "),
+            alt=f"{title}. Means: " + ", ".join(f"{m} {v:.3g}" for m, v in means_of.items()) + ".",
+        )
+
+
+def _similarity(found: Mapping[str, Any]) -> Iterator[Drawing]:
+    if not found.get("phi"):
+        return
+    phi = found["phi"]
+    names = [str(i + 1) for i in range(len(phi))]
+    yield heat_map(
+        "similarity",
+        "Similarity of the update's directions",
+        "Entry (i, j): how much of the first i directions here lies in the first j directions there; 1 is all of it, "
+        f"{found['chance']:.3f} what random directions would have in common.",
+        phi,
+        rows=names,
+        columns=names,
+        y="first i directions here",
+        x="first j directions there",
+        low=0.0,
+        high=1.0,
+        alt=f"Subspace similarity, mean over {found['layers']} layers: {phi[0][0]:.2f} for the first direction, "
+        f"{phi[-1][-1]:.2f} for the first {len(phi)}.",
+    )
+
+
+def _heads(found: Mapping[str, Any]) -> Iterator[Drawing]:
+    if not found:
+        return
+    modules = _modules(found["layers"])
+    cosines = {
+        module: (
+            [e["layer"] for e in own if e["cosine"] is not None],
+            [e["cosine"] for e in own if e["cosine"] is not None],
+        )
+        for module, own in modules.items()
+    }
+    cosines = {module: pair for module, pair in cosines.items() if pair[1]}
+    if cosines:
+        yield curves(
+            "head-cosine",
+            "Similarity of heads",
+            "Mean cosine between the heads of a layer: near 1 they have learned the same, near 0 different things.",
+            cosines,
+            x="layer",
+            y="mean pairwise cosine",
+            alt="Mean cosine of heads by layer. Means: "
+            + ", ".join(f"{m} {fmean(ys):.2f}" for m, (_, ys) in cosines.items())
+            + ".",
+        )
+    spread = {
+        module: ([e["layer"] for e in own], [max(e["norms"]) / max(min(e["norms"]), 1e-12) for e in own])
+        for module, own in modules.items()
+    }
+    yield curves(
+        "head-norms",
+        "Sizes of heads",
+        "The largest head of a layer over its smallest: 1 is balanced; far above 1, one head does the work.",
+        spread,
+        x="layer",
+        y="largest norm / smallest",
+        log=True,
+        alt="Ratio of head norms by layer. Largest: "
+        + ", ".join(f"{m} {max(ys):.3g}" for m, (_, ys) in spread.items())
+        + ".",
+    )
+    for module, own in found["points"].items():
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for point in own:
+            groups.setdefault(f"head {point['head']}", []).append((point["x"], point["y"]))
+        yield points(
+            f"heads-{module}",
+            f"Heads of {module} in the plane (t-SNE)",
+            "Each point is one head of one layer; points that lie close are alike, other distances mean nothing.",
+            groups,
+            alt=f"t-SNE of {len(own)} heads of {module} in {len(groups)} colours.",
+        )
+
+
+def _routing(layers: Layers, tasks: Sequence[str]) -> Iterator[Drawing]:
+    layers = {name: layer for name, layer in layers.items() if len(layer["load"]) > 1}
+    if not layers:
+        return
+    widths = {len(layer["load"]) for layer in layers.values()}
+    by_task = [layer["by_task"] for layer in layers.values() if layer["by_task"]]
+    if len(widths) == 1 and by_task:
+        count = widths.pop()
+        table = [[fmean(rows[t][h] for rows in by_task) for h in range(count)] for t in range(len(by_task[0]))]
+        yield heat_map(
+            "routing-load",
+            "Load of each head by task",
+            f"Mean gate over tokens and layers; {1 / count:.2f} everywhere would be no routing at all.",
+            table,
+            rows=[tasks[t] for t in range(len(table))],
+            columns=[f"head {h}" for h in range(count)],
+            low=0.0,
+            alt="Mean load: "
+            + "; ".join(f"{tasks[t]} " + ", ".join(f"{v:.2f}" for v in row) for t, row in enumerate(table))
+            + ".",
+        )
+    names = list(layers)
+    dead = sum(len(layer["dead"]) for layer in layers.values())
+    values = [layers[name]["entropy"] for name in names]
+    yield lines(
+        "routing-entropy",
+        "How undecided the routers are",
+        f"Entropy of the gate, 1 is an even blend and 0 one head alone; {dead} heads of all layers are dead.",
+        {"entropy": values},
+        x="adapted layer, in the order of the model",
+        y="entropy / log(heads)",
+        alt=f"Gate entropy over {len(values)} layers: mean {fmean(values):.2f}, from {min(values):.2f} to "
+        f"{max(values):.2f}; {dead} dead heads.",
+    )
+
+
+def _conflict(found: Mapping[str, Any]) -> Iterator[Drawing]:
+    if not found:
+        return
+    groups = "; ".join(", ".join(group) for group in found["groups"])
+    yield heat_map(
+        "task-conflict",
+        "Do tasks pull the same way?",
+        f"Cosine of the tasks' gradients: below 0 a step for one raises the other's loss. Tasks that agree: {groups}.",
+        found["cosine"],
+        rows=found["tasks"],
+        columns=found["tasks"],
+        low=-1.0,
+        high=1.0,
+        diverging=True,
+        alt=f"Gradient cosines between {len(found['tasks'])} tasks. Suggested groups: {groups}.",
+    )

@@ -1,0 +1,244 @@
+"""Arrays to figures. Each figure brings the sentence that says how to read it, and the text that stands for it.
+
+Drawn once for light and dark: ink is a marked colour that becomes the page's own in the SVG and stays black in the PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multiflora.errors import EnvironmentProblem
+from multiflora.files import saving, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Drawing", "bars", "curves", "heat_map", "lines", "points", "save_drawing"]
+
+# distinguishable in common colour blindness, on white and on near-black (Okabe and Ito 2008, black left out)
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_STYLES = ("-", "--", "-.", ":")
+_INK = "#010203"  # a black no figure uses otherwise
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure, ready for a page or a file."""
+
+    name: str
+    """Of its files, and its place on a page."""
+    title: str
+    reading: str
+    """One sentence on how to read it."""
+    alt: str
+    """What it shows, for those who do not see it."""
+    svg: str
+    """Scalable, inline in HTML; text in the page's own colour."""
+    png: bytes
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """A figure with one pair of axes."""
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "Figures need matplotlib, which is not installed: pip install 'multiflora[compare]'."
+        ) from error
+    from matplotlib.figure import Figure  # no pyplot: nothing global, nothing to close
+
+    style = {
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "font.family": "sans-serif",
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def _drawing(figure: Any, name: str, title: str, reading: str, alt: str) -> Drawing:
+    import matplotlib as mpl
+
+    vector, raster = io.StringIO(), io.BytesIO()
+    # a salt of its own keeps ids of figures on one page apart, and the same figure the same
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return Drawing(name, title, reading, alt, _inline(vector.getvalue(), name, alt), raster.getvalue())
+
+
+def _inline(svg: str, name: str, alt: str) -> str:
+    """Make matplotlib's SVG fit into a page: ids of its own, the page's ink, a text for screen readers."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(?<=\bid=")', f"{name}-", svg)
+    svg = re.sub(r'(?<=url\(#)|(?<=xlink:href="#)', f"{name}-", svg)
+    svg = svg.replace(_INK, "currentColor").replace("<metadata>", "<metadata>", 1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    safe = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
+
+
+def save_drawing(drawing: Drawing, folder: Path) -> None:
+    """Write ``NAME.svg`` and ``NAME.png``."""
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # on its own a file has no page to take its ink from
+        write_text(folder / f"{drawing.name}.svg", drawing.svg.replace("<svg", '<svg color="#111"', 1) + "\n")
+        (folder / f"{drawing.name}.png").write_bytes(drawing.png)
+
+
+def curves(
+    name: str,
+    title: str,
+    reading: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    alt: str,
+    log: bool = False,
+) -> Drawing:
+    """Lines through points: label -> (x values, y values)."""
+    with _figure(6.4, 3.4) as (figure, axes):
+        for k, (label, (xs, ys)) in enumerate(series.items()):
+            axes.plot(xs, ys, color=_COLOURS[k % 8], linestyle=_STYLES[k // 8 % 4], label=label, linewidth=1.6)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if log:
+            axes.set_yscale("log")
+        if len(series) > 1:
+            _legend(axes)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def lines(
+    name: str,
+    title: str,
+    reading: str,
+    series: Mapping[str, Sequence[float]],
+    *,
+    x: str,
+    y: str,
+    alt: str,
+    first: int = 1,
+    log: bool = False,
+) -> Drawing:
+    """Lines over whole numbers: label -> values at ``first``, ``first`` + 1, ..."""
+    placed = {label: (list(range(first, first + len(values))), values) for label, values in series.items()}
+    return curves(name, title, reading, placed, x=x, y=y, alt=alt, log=log)
+
+
+def bars(
+    name: str,
+    title: str,
+    reading: str,
+    values: Mapping[str, float],
+    *,
+    x: str,
+    alt: str,
+    ends: Mapping[str, tuple[float, float]] | None = None,
+    zero: bool = True,
+) -> Drawing:
+    """One dot for each label with its interval, one below the other; a line at 0 where that means something."""
+    with _figure(6.4, 0.9 + 0.34 * len(values)) as (figure, axes):
+        for k, (label, value) in enumerate(values.items()):
+            if ends and label in ends:
+                axes.plot(ends[label], (k, k), color=_COLOURS[0], linewidth=2)
+            axes.plot([value], [k], "o", color=_COLOURS[0], markersize=6)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.invert_yaxis()
+        axes.margins(y=0.12)
+        if zero:
+            axes.axvline(0, color=_INK, linewidth=0.8)
+        axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
+        axes.set_xlabel(x)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def heat_map(
+    name: str,
+    title: str,
+    reading: str,
+    values: Sequence[Sequence[float | None]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    alt: str,
+    y: str = "",
+    x: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    diverging: bool = False,
+    written: bool | None = None,
+) -> Drawing:
+    """A table of shades; numbers stand in it where there are few."""
+    import numpy as np
+
+    shades = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+    small = len(rows) * len(columns) <= 80 if written is None else written
+    with _figure(min(1.8 + 0.62 * len(columns), 7.2), min(1.2 + 0.36 * len(rows), 7.0)) as (figure, axes):
+        image = axes.imshow(shades, aspect="auto", cmap="RdBu" if diverging else "viridis", vmin=low, vmax=high)
+        axes.spines[:].set_visible(False)
+        _ticks(axes, rows, columns)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        figure.colorbar(image, ax=axes, shrink=0.9)
+        if small:
+            for i, row in enumerate(shades):
+                for j, value in enumerate(row):
+                    if not np.isnan(value):
+                        ink = "black" if image.norm(value) > 0.5 and not diverging else "white"
+                        if diverging:
+                            ink = "white" if abs(float(image.norm(value)) - 0.5) > 0.3 else "black"
+                        axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def points(
+    name: str, title: str, reading: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, alt: str
+) -> Drawing:
+    """Points in the plane, coloured by group; the axes mean nothing."""
+    with _figure(5.4, 4.4) as (figure, axes):
+        for k, (label, own) in enumerate(groups.items()):
+            axes.scatter(
+                [p[0] for p in own],
+                [p[1] for p in own],
+                s=16,
+                color=_COLOURS[k % 8],
+                marker="osD^v<>"[k // 8 % 7],
+                label=label,
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if len(groups) > 1:
+            _legend(axes)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+
+
+def _ticks(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Names where there is room, else every n-th."""
+    every = max(1, len(columns) // 16)
+    axes.set_xticks(range(0, len(columns), every), list(columns)[::every])
+    if max((len(c) for c in columns), default=0) > 4:
+        axes.tick_params(axis="x", rotation=35)
+        for label in axes.get_xticklabels():
+            label.set_ha("right")
+    every = max(1, len(rows) // 20)
+    axes.set_yticks(range(0, len(rows), every), list(rows)[::every])

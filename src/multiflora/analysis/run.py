@@ -1,0 +1,181 @@
+"""Analyse a saved run, or every run of a comparison: measures as JSON, figures as SVG and PNG."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multiflora.analysis.across import across_drawings, findings
+from multiflora.analysis.drawings import run_drawings
+from multiflora.analysis.measures import batches_of, conflict, heads, routing, similarity, spectra
+from multiflora.analysis.plots import Drawing, save_drawing
+from multiflora.analysis.routing import LayerRouting
+from multiflora.analysis.updates import Update, adapter_updates, dense_updates
+from multiflora.compare.budget import has_rank
+from multiflora.errors import ConfigError
+from multiflora.evaluate.load import Loaded, load_base, load_target
+from multiflora.export.examples import read_examples
+from multiflora.files import saving, write_json
+from multiflora.methods import METHODS
+
+__all__ = ["Analysis", "analyze", "measure_run"]
+
+log = logging.getLogger(__name__)
+
+FOLDER = "analysis"
+"""Where an analysis is written, within the run or comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What was found, and where it was written."""
+
+    folder: Path
+    measures: dict[str, Any]
+    """What ``analysis.json`` holds."""
+    drawings: tuple[Drawing, ...]
+    findings: tuple[str, ...]
+    """What can be said of it, a sentence each."""
+
+
+def analyze(
+    target: str | Path,
+    *,
+    against: str | Path | None = None,
+    examples: int = 16,
+    folder: str | Path | None = None,
+    draw: bool = True,
+) -> Analysis:
+    """Look inside a trained adapter, or all adapters of a comparison.
+
+    Args:
+        target: A run's output folder, or a comparison's.
+        against: Another run, adapter or full fine-tuning, whose update directions are compared with this one's.
+        examples: Training examples of each task that are run through the model for routing and task conflict.
+        folder: Where to write; None: ``analysis`` within the target.
+        draw: Draw the figures too.
+
+    Raises:
+        ConfigError: The folder holds no run and no comparison.
+        AdapterError: The adapter adds nothing to weight matrices.
+
+    Example:
+        >>> multiflora.analyze("runs/rlora").findings  # doctest: +SKIP
+    """
+    source = Path(target).expanduser()
+    place = Path(folder).expanduser() if folder is not None else source / FOLDER
+    if (source / "comparison.yaml").is_file():
+        if against is not None:
+            raise ConfigError(
+                f"{source} is a comparison, whose runs are compared with one another; leave out --against."
+            )
+        measures: dict[str, Any] = _measure_comparison(source, examples)
+        found, drawings = findings(measures["runs"]), across_drawings(measures["runs"]) if draw else []
+    else:
+        measures = measure_run(source, examples=examples, against=None if against is None else Path(against))
+        found, drawings = [], run_drawings(measures) if draw else []
+    with saving(place):
+        place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "analysis.json", measures)
+    for drawing in drawings:
+        save_drawing(drawing, place)
+    return Analysis(folder=place, measures=measures, drawings=tuple(drawings), findings=tuple(found))
+
+
+def measure_run(
+    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None
+) -> dict[str, Any]:
+    """Measure one run.
+
+    Args:
+        run: Its output folder.
+        examples: Of each task, for routing and task conflict; 0: neither.
+        against: Another run.
+        label: What to call it; None: its method.
+    """
+    loaded = load_target(run)
+    if loaded.recipe is None:
+        raise ConfigError(f"{run} is no run of multiflora: recipe.yaml is missing. Give a run's output folder.")
+    recipe, model = loaded.recipe, loaded.model
+    tasks = [task.name for task in recipe.tasks]
+    batches: dict[str, list[Any]] = {}
+    if examples:
+        read = read_examples(run, loaded.tokenizer, limit=examples, max_length=recipe.train.max_length)
+        batches = batches_of(read, tasks, next(model.parameters()).device)
+    routed = routing(model, batches) if batches else {}
+    updates = _updates(loaded, routed)
+    measures: dict[str, Any] = {
+        "label": label or recipe.method.name,
+        "method": recipe.method.name,
+        "title": METHODS[recipe.method.name].title,
+        "tasks": tasks,
+        "spectra": spectra(updates),
+        "heads": heads(model) if hasattr(model, "get_base_model") else {},
+        "routing": {name: {**asdict(layer), "dead": layer.dead} for name, layer in routed.items()},
+        "notes": _notes(routed, recipe.method.name),
+    }
+    if against is not None:
+        measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
+    if batches and hasattr(model, "set_adapter"):
+        model.set_adapter("default")  # loaded for inference, its weights would have no gradient
+        measures["conflict"] = conflict(model, batches)
+    return measures
+
+
+def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Update]:
+    """A run's updates: an adapter's, or those of full fine-tuning against its base model."""
+    if hasattr(loaded.model, "get_base_model"):
+        gates = {name: torch.tensor(layer.load) for name, layer in routed.items()}
+        return adapter_updates(loaded.model, gates)
+    if loaded.recipe is None:
+        raise ConfigError("Only a run of multiflora says which base model its weights were trained from.")
+    base, _ = load_base(loaded.recipe.model, bf16=loaded.recipe.train.bf16)
+    return dense_updates(loaded.model, base)
+
+
+def _notes(routed: Mapping[str, LayerRouting], method: str) -> list[str]:
+    """What a reader must know of how it was measured."""
+    if METHODS[method].merges.startswith("no"):
+        how = "the mean gate over the examples" if routed else "equal weights"
+        return [
+            f"The update of {method} differs from token to token; its spectrum is that of the heads blended by {how}."
+        ]
+    if METHODS[method].merges == "per task":
+        return [f"{method} has one update for each task; the spectrum is that of their mean."]
+    return []
+
+
+def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
+    """Measure every finished run of a comparison: spectra and heads of each seed, routing and conflict of the first."""
+    cells = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    current = set(_planned_cells(folder))
+    runs: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for cell in sorted(cells, key=lambda cell: (cell["label"], cell["number"])):
+        if cell["kind"] != "seed" or cell["cell"] not in current or not _has_update(cell["method"]):
+            continue
+        first = cell["label"] not in seen
+        seen.add(cell["label"])
+        log.info("Measuring %s", cell["cell"])
+        measures = measure_run(folder / "runs" / cell["cell"], examples=examples if first else 0, label=cell["label"])
+        runs.append({**measures, "seed": cell["seed"]})
+    if not runs:
+        raise ConfigError(f"{folder} has no finished run with an update to analyse; finish the comparison first.")
+    return {"runs": runs}
+
+
+def _has_update(method: str) -> bool:
+    """Whether a method adds something to weight matrices."""
+    return method == "full" or has_rank(method)
+
+
+def _planned_cells(folder: Path) -> Sequence[str]:
+    """Names of the cells that the comparison's last summary is made of."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+    return list(summary["cells"])

@@ -1,0 +1,213 @@
+"""From a comparison to its cells: one training each, every rank solved, every recipe complete."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from multiflora.compare.budget import (
+    Flops,
+    adapted_widths,
+    count_flops,
+    count_on_meta,
+    count_parameters,
+    rank_key,
+    solve_rank,
+    with_rank,
+)
+from multiflora.compare.spec import Comparison, Entry
+from multiflora.errors import ConfigError
+from multiflora.methods import METHODS, build_config, describe, settings_of
+from multiflora.recipe import MethodSpec, Recipe, TrainSpec
+
+__all__ = ["Cell", "Competitor", "base_cell", "competitors", "learning_rates", "seed_cell", "trial_cell"]
+
+BASE = "base"
+"""Label of the model as it is before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Competitor:
+    """One method of a comparison, with the rank that meets the budget."""
+
+    label: str
+    name: str
+    """The method."""
+    settings: Mapping[str, Any]
+    """All of them, the rank among them."""
+    train: Mapping[str, Any]
+    """What it needs otherwise in ``train``."""
+    parameters: int
+    """Trainable parameters."""
+    flops: Flops | None
+    """Operations that it adds to a token; None where no rank decides them."""
+    rank: int | None
+    solved: bool
+    """Whether the rank was solved for, or stands as it was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training (or the scoring of the untrained model), complete in itself."""
+
+    name: str
+    """Its name in files: what it is, and a digest of its recipe. A changed recipe is another cell."""
+    kind: Literal["base", "trial", "seed"]
+    label: str
+    number: int
+    """The seed, or the number of the trial."""
+    recipe: Recipe
+
+
+def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
+    """Solve every method's rank.
+
+    Args:
+        comparison: The comparison.
+        model_config: The base model's transformers config.
+
+    Raises:
+        ConfigError: A setting is unknown or cannot work, or the budget cannot be set by that method.
+    """
+    spec, budget = comparison.compare, comparison.compare.budget
+    remote = comparison.recipe.model.trust_remote_code
+    target = budget.target
+    if budget.equal != "nothing" and target is None:
+        label = budget.of or spec.reference()
+        entry = next(entry for entry in spec.methods if entry.label == label)
+        first = _as_given(comparison, entry, model_config)
+        if first.flops is None:
+            raise ConfigError(
+                f"compare.budget: {label} has no rank, so it cannot set the budget of the others; name another "
+                "method as budget.of, or give budget.target."
+            )
+        target = first.parameters if budget.equal == "parameters" else first.flops.training
+    found = []
+    for entry in spec.methods:
+        method = describe(entry.name)
+        settings = _settings(comparison, entry)
+        is_reference = budget.target is None and entry.label == (budget.of or spec.reference())
+        fixed = budget.equal == "nothing" or method.shapes is None or rank_key(method) in settings or is_reference
+        if fixed:
+            found.append(_as_given(comparison, entry, model_config))
+            continue
+        assert target is not None
+        assert budget.equal != "nothing"
+        widths = adapted_widths(model_config, settings, trust_remote_code=remote)
+        solved = solve_rank(
+            entry.name, settings | _tasks(entry, comparison), widths, target, equal=budget.equal, scale=entry.scale
+        )
+        found.append(
+            Competitor(
+                label=entry.label,
+                name=entry.name,
+                settings=with_rank(entry.name, settings, solved.rank, entry.scale),
+                train=entry.train,
+                parameters=solved.parameters,
+                flops=solved.flops,
+                rank=solved.rank,
+                solved=True,
+            )
+        )
+    return found
+
+
+def _as_given(comparison: Comparison, entry: Entry, model_config: Any) -> Competitor:
+    """A method with its own rank, or the default one."""
+    method, settings = describe(entry.name), _settings(comparison, entry)
+    remote = comparison.recipe.model.trust_remote_code
+    rank = None
+    if method.shapes is not None:
+        key = rank_key(method)
+        rank = settings.get(key, getattr(build_config(entry.name, {}), key))
+        settings = with_rank(entry.name, settings, rank, entry.scale)
+    elif entry.scale is not None:
+        raise ConfigError(f"compare.methods: {entry.label} has a scale, but {entry.name} has no alpha; remove it.")
+    known = settings | _tasks(entry, comparison)
+    if method.shapes is None:
+        parameters, flops = count_on_meta(model_config, entry.name, known, trust_remote_code=remote), None
+    else:
+        widths = adapted_widths(model_config, settings, trust_remote_code=remote)
+        config = build_config(entry.name, known)
+        parameters, flops = count_parameters(method, config, widths), count_flops(method, config, widths)
+    return Competitor(
+        label=entry.label,
+        name=entry.name,
+        settings=settings,
+        train=entry.train,
+        parameters=parameters,
+        flops=flops,
+        rank=rank,
+        solved=False,
+    )
+
+
+def _settings(comparison: Comparison, entry: Entry) -> dict[str, Any]:
+    """The method's own settings, and those shared by all that it has, too."""
+    known = settings_of(entry.name)
+    shared = {key: value for key, value in comparison.compare.shared.items() if key in known}
+    return shared | entry.settings
+
+
+def _tasks(entry: Entry, comparison: Comparison) -> dict[str, Any]:
+    """What methods of ours are told of the tasks; some have tensors for each."""
+    if METHODS[entry.name].module is None:
+        return {}
+    names = [task.name for task in comparison.recipe.tasks]
+    return {"num_tasks": len(names), "task_names": names}
+
+
+def base_cell(comparison: Comparison) -> Cell:
+    """The untrained model, scored as all others are."""
+    return _cell("base", BASE, 0, comparison.recipe)
+
+
+def seed_cell(comparison: Comparison, competitor: Competitor, seed: int, learning_rate: float | None = None) -> Cell:
+    """One training of a method with one of the comparison's seeds, scored on the split the recipe asks for."""
+    return _cell("seed", competitor.label, seed, _recipe(comparison, competitor, seed, learning_rate))
+
+
+def trial_cell(comparison: Comparison, competitor: Competitor, number: int, learning_rate: float) -> Cell:
+    """One training of the search for a learning rate, scored on the validation split."""
+    search = comparison.compare.learning_rate
+    assert search is not None
+    recipe = _recipe(comparison, competitor, search.seed, learning_rate, max_steps=search.max_steps)
+    scored = recipe.evaluate.model_copy(update={"split": "validation", "extra_tasks": (), "harness_tasks": ()})
+    return _cell("trial", competitor.label, number, recipe.model_copy(update={"evaluate": scored}))
+
+
+def _cell(kind: Literal["base", "trial", "seed"], label: str, number: int, recipe: Recipe) -> Cell:
+    """A cell with a folder of its own under the comparison's ``runs``."""
+    unscored = recipe.evaluate.model_copy(update={"before": False})  # the base model has a cell of its own
+    recipe = recipe.model_copy(update={"evaluate": unscored})
+    # paths relative to the comparison: moved as a whole, it stays finished
+    digest = hashlib.sha256(recipe.to_yaml(recipe.output).encode()).hexdigest()[:10]
+    name = f"{label}-{kind}{number}-{digest}"
+    placed = recipe.model_copy(update={"output": recipe.output / "runs" / name})
+    return Cell(name=name, kind=kind, label=label, number=number, recipe=placed)
+
+
+def _recipe(
+    comparison: Comparison,
+    competitor: Competitor,
+    seed: int,
+    learning_rate: float | None,
+    max_steps: int | None = None,
+) -> Recipe:
+    own = {**comparison.recipe.train.model_dump(exclude_unset=True), **competitor.train}
+    if learning_rate is not None:
+        own["learning_rate"] = learning_rate
+    if max_steps is not None:
+        own["max_steps"] = max_steps
+    method = MethodSpec.model_validate({"name": competitor.name, "settings": dict(competitor.settings)})
+    return comparison.recipe.model_copy(update={"method": method, "seed": seed, "train": TrainSpec.model_validate(own)})
+
+
+def learning_rates(comparison: Comparison, competitor: Competitor) -> tuple[float, float]:
+    """The range a method's learning rate is searched in."""
+    search = comparison.compare.learning_rate
+    assert search is not None
+    usual = METHODS[competitor.name].learning_rate
+    return search.low or usual / 16, search.high or usual * 16

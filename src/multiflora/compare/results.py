@@ -1,0 +1,117 @@
+"""What a comparison found, as values: ready for a table, a page, or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from multiflora.compare.statistics import Difference, Interval, Rank
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Measure", "Row", "Summary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One measure of one method: the macro score, or nats per token."""
+
+    mean: Interval
+    """Over seeds."""
+    difference: Difference | None
+    """To the baseline, over seeds and rows; None for the baseline itself."""
+    p: float | None
+    """The difference's p, corrected for all methods and measures of the comparison."""
+    over_seeds: Difference | None
+    """The plain paired t-test over seeds, which speaks of these rows only."""
+    bootstrap: Interval | None
+    """The difference's percentile interval for seeds and rows drawn anew."""
+    rank: Rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method of the table."""
+
+    label: str
+    method: str
+    rank: int | None
+    parameters: int
+    flops: int | None
+    """Operations that it adds to a training token."""
+    learning_rate: float
+    score: Measure | None
+    """Macro score of the tasks where higher is better; None where there are none."""
+    nll: Measure | None
+    """Nats per token of the right completions, mean over the tasks that have them."""
+    tasks: Mapping[str, Interval]
+    """Task -> its own metric over seeds."""
+    task_differences: Mapping[str, Difference]
+    """Task -> difference to the baseline. Exploratory: p is corrected for nothing."""
+    kept: Interval | None
+    """Macro score on tasks that were not trained on, minus the untrained model's: below 0 is forgetting."""
+    seconds: Interval | None
+    """Training time."""
+    memory: float | None
+    """Bytes at the highest, mean over seeds."""
+    latency: float | None
+    """Share of time that the adapter adds to a forward pass of one row, mean over seeds."""
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a comparison found."""
+
+    answer: str
+    """The finding in one or two sentences."""
+    rows: tuple[Row, ...]
+    reference: str
+    """Label of the method that the others are tested against."""
+    seeds: tuple[int, ...]
+    budget: str
+    """What was equal, in words."""
+    metrics: Mapping[str, str]
+    """Task -> the metric of its score."""
+    counts: Mapping[str, int]
+    """Task -> its test rows."""
+    extra: tuple[str, ...]
+    """Tasks that are scored but were not trained on."""
+    base: Mapping[str, float]
+    """Task -> the untrained model's score."""
+    curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
+    """Label -> task -> (step, loss) pairs of the first seed."""
+    trials: Mapping[str, Sequence[tuple[float, float | None]]]
+    """Label -> (learning rate, loss) of the search."""
+    device: str
+    cells: Sequence[str]
+    """Names of the cells that all this is made of."""
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        """Label -> what can be said of it."""
+        return {row.label: row.sentence for row in self.rows}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    def table(self) -> Table:
+        """The methods with their intervals, as a rich table."""
+        from multiflora.compare.table import summary_table
+
+        return summary_table(self)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and named tuples as mappings, all the way down."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: _plain(item) for key, item in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,221 @@
+"""The comparison: what is missing is run, what is there is read, and all of it is summed up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from multiflora.base_model import load_config
+from multiflora.compare.cell import read_cell
+from multiflora.compare.devices import Failure, device_count, run_cells
+from multiflora.compare.plan import (
+    Cell,
+    Competitor,
+    base_cell,
+    competitors,
+    learning_rates,
+    seed_cell,
+    trial_cell,
+)
+from multiflora.compare.results import Summary
+from multiflora.compare.search import best_rate, loss_of, propose
+from multiflora.compare.spec import Comparison, load_comparison
+from multiflora.compare.summary import summarise
+from multiflora.errors import EnvironmentProblem
+from multiflora.files import saving, write_json, write_text
+from multiflora.methods import METHODS
+
+__all__ = ["compare", "plan_of"]
+
+log = logging.getLogger(__name__)
+
+Cells = dict[str, dict[str, Any]]
+
+_NEAR = 0.05  # a budget that is missed by more is told of
+
+
+def compare(
+    source: Comparison | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Summary:
+    """Train every method with every seed at one budget, and say what the numbers allow.
+
+    What was finished before, in this process or one that was killed, is not run again: each cell is one file, written
+    at once. Start the same comparison anew to go on.
+
+    Args:
+        source: The path of a YAML file, a mapping with a recipe's keys and ``compare``, or a `Comparison`.
+        overrides: ``key.path=value`` items, e.g. ``compare.seeds=5``.
+        quiet: Show no progress.
+
+    Returns:
+        The table, the tests and a sentence for each method. The output folder holds it all, and ``multiflora report``
+        makes a page of it.
+
+    Raises:
+        ConfigError: The comparison has problems.
+        EnvironmentProblem: Another process runs the same comparison, or cells failed: all others are finished.
+
+    Example:
+        >>> multiflora.compare("compare.yaml").sentences["rlora"]  # doctest: +SKIP
+        'No difference to lora could be shown: ...'
+    """
+    comparison = load_comparison(source, overrides)
+    folder = comparison.recipe.output
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        planned = plan_of(comparison)
+        _tell_of_misses(comparison, planned)
+        write_text(folder / "comparison.yaml", comparison.to_yaml(folder))
+        progress = _Progress(comparison, planned, quiet=quiet)
+        devices = device_count(comparison.compare.devices)
+        rates, trials = _search(comparison, planned, folder, devices, progress)
+        cells = [base_cell(comparison)]
+        # seed by seed, so that a comparison that is stopped early has whole columns
+        for seed in comparison.compare.seeds:
+            cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
+        found = _finish(cells, folder, devices, progress)
+        summary = summarise(comparison, planned, list(found.values()), trials)
+        write_json(folder / "summary.json", summary.to_dict())
+        return summary
+
+
+def plan_of(comparison: Comparison) -> list[Competitor]:
+    """Solve every method's rank for the comparison's model; no weight is loaded."""
+    return competitors(comparison, load_config(comparison.recipe.model))
+
+
+def _tell_of_misses(comparison: Comparison, planned: Sequence[Competitor]) -> None:
+    """Warn of methods whose nearest rank is not near."""
+    budget = comparison.compare.budget
+    if budget.equal == "nothing":
+        return
+    cost = {
+        item.label: item.parameters if budget.equal == "parameters" or item.flops is None else item.flops.training
+        for item in planned
+    }
+    target = budget.target or cost[budget.of or comparison.compare.reference()]
+    for item in planned:
+        if abs(cost[item.label] / target - 1) > _NEAR:
+            log.warning(
+                "%s comes to %.2f times the budget%s; keep that in mind when you compare it.",
+                item.label,
+                cost[item.label] / target,
+                ", with the nearest rank there is" if item.solved else ", as its rank is given or it has none",
+            )
+
+
+def _search(
+    comparison: Comparison, planned: Sequence[Competitor], folder: Path, devices: int, progress: _Progress
+) -> tuple[dict[str, float], dict[str, list[tuple[float, float | None]]]]:
+    """Search each method's learning rate: label -> the best one, and label -> all that were tried."""
+    search = comparison.compare.learning_rate
+    if search is None:
+        return {}, {}
+    trials: dict[str, list[tuple[float, float | None]]] = {item.label: [] for item in planned}
+    for number in range(search.trials):
+        # every method's n-th trial at a time: each proposal needs the method's earlier ones
+        cells = {}
+        for item in planned:
+            low, high = learning_rates(comparison, item)
+            rate = propose(
+                trials[item.label],
+                low,
+                high,
+                first=METHODS[item.name].learning_rate,
+                number=search.trials,
+                seed=search.seed,
+            )
+            cells[item.label] = (trial_cell(comparison, item, number, rate), rate)
+        found = _finish([cell for cell, _ in cells.values()], folder, devices, progress)
+        for label, (cell, rate) in cells.items():
+            trials[label].append((rate, loss_of(found[cell.name])))
+    return {label: best_rate(tried) for label, tried in trials.items()}, trials
+
+
+def _finish(cells: Sequence[Cell], folder: Path, devices: int, progress: _Progress) -> Cells:
+    """Read the finished cells, run the missing ones, and return them all by name, in the order given.
+
+    Raises:
+        EnvironmentProblem: Cells failed.
+    """
+    found = {cell.name: read_cell(cell, folder) for cell in cells}
+    missing = [cell for cell in cells if found[cell.name] is None]
+    progress.found(len(cells) - len(missing))
+    failures = []
+    for cell, result in run_cells(missing, folder, devices):
+        if isinstance(result, Failure):
+            failures.append(result.reason)
+            log.error("%s", result.reason)
+        else:
+            found[cell.name] = result
+        progress.finished(cell, found[cell.name])
+    if failures:
+        listed = "\n".join(f"  - {failure}" for failure in failures)
+        raise EnvironmentProblem(
+            f"{len(failures)} of {len(cells)} cells could not be finished; all others are, in {folder}. Mend the cause "
+            f"and start the same comparison again: only these will run.\n{listed}"
+        )
+    return {name: cell for name, cell in found.items() if cell is not None}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second process from running the same cells. The system lets go of the lock when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; there, it is the user's to start one at a time
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EnvironmentProblem(
+                f"Another process runs the comparison in {folder}. Wait for it, or choose another output folder; for "
+                "several trainings at a time, set compare.devices."
+            ) from error
+        yield
+
+
+class _Progress:
+    """One line for each cell, with the time that is left."""
+
+    def __init__(self, comparison: Comparison, planned: Sequence[Competitor], *, quiet: bool) -> None:
+        search = comparison.compare.learning_rate
+        self.total = 1 + len(planned) * (len(comparison.compare.seeds) + (search.trials if search else 0))
+        self.done = self.ran = 0
+        self.start = time.perf_counter()
+        self.quiet = quiet
+
+    def found(self, count: int) -> None:
+        """Count cells that were finished before."""
+        self.done += count
+        if count and not self.quiet:
+            log.info("%d of %d cells are finished already", self.done, self.total)
+
+    def finished(self, cell: Cell, found: Mapping[str, Any] | None) -> None:
+        """Say what came of a cell."""
+        self.done += 1
+        self.ran += 1
+        if self.quiet:
+            return
+        left = (time.perf_counter() - self.start) / self.ran * (self.total - self.done)
+        macro = found["scores"]["macro"] if found else None
+        told = "failed" if found is None else "finished" if macro is None else f"macro {macro:.3f}"
+        log.info("%d of %d: %s, %s; about %s left", self.done, self.total, cell.name, told, _duration(left))
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    Example:
+        >>> _duration(4000), _duration(130)
+        ('1 h 07 min', '2 min')
+    """
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1)} min"

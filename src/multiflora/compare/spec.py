@@ -1,0 +1,227 @@
+"""What a comparison is, in YAML: a recipe with a section ``compare`` that names methods, seeds and a budget.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from multiflora.errors import ConfigError
+from multiflora.methods import METHODS
+from multiflora.recipe import Recipe, override, recipe_from
+from multiflora.schema import Strict, build
+from multiflora.suggest import did_you_mean
+from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
+
+__all__ = ["BudgetSpec", "CompareSpec", "Comparison", "Entry", "Published", "SearchSpec", "load_comparison"]
+
+
+class Entry(Strict):
+    """One competitor: a method with its settings."""
+
+    name: str
+    """The method, as ``multiflora methods`` lists it."""
+    label: str = Field(default="", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
+    """Name in tables and files; the method's own where nothing else is given. Labels must differ."""
+    scale: float | None = Field(default=None, gt=0)
+    """alpha/r (alpha/√r with ``use_rslora``), kept whatever the rank; None: that of the method's defaults."""
+    train: dict[str, Any] = Field(default={})
+    """What this method needs otherwise in ``train``, e.g. ``{learning_rate: 1e-3}``."""
+    settings: dict[str, Any] = Field(default={})
+    """The method's settings, written beside the name. A method that is given its rank here keeps it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """Read ``lora``, ``{name: lora, r: 8}`` and ``{lora: {r: 8}}`` alike."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        if "name" not in value and len(value) == 1:
+            name, inner = next(iter(value.items()))
+            value = {"name": name, **(inner or {})}
+        own = {"name", "label", "scale", "train", "settings"}
+        flat = {key: item for key, item in value.items() if key not in own}
+        kept = {key: item for key, item in value.items() if key in own}
+        return {"label": value.get("name", ""), **kept, "settings": {**(value.get("settings") or {}), **flat}}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"{value!r} is not a method; {did_you_mean(value, METHODS)}")
+        return value
+
+
+class BudgetSpec(Strict):
+    """What is equal among the methods."""
+
+    equal: Literal["parameters", "flops", "nothing"] = "parameters"
+    """Trainable parameters, operations of a training token, or nothing (every rank as it is given)."""
+    of: str | None = None
+    """Label of the method that sets the budget by its own settings; None: the baseline."""
+    target: int | None = Field(default=None, gt=0)
+    """The budget as a number, instead of ``of``: parameters, or operations that an adapter adds to a training token."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> BudgetSpec:
+        if self.of is not None and self.target is not None:
+            raise ValueError(f"both of ({self.of}) and target ({self.target}) set the budget; keep one.")
+        return self
+
+
+class SearchSpec(Strict):
+    """A search for each method's learning rate, with the same number of trials for all."""
+
+    trials: int = Field(default=6, gt=0)
+    """Trainings per method; each is scored on the validation split."""
+    low: float | None = Field(default=None, gt=0)
+    """Smallest learning rate; None: a sixteenth of what the method's paper uses, see ``multiflora methods``."""
+    high: float | None = Field(default=None, gt=0)
+    """Largest; None: sixteen times that."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimiser steps of a trial; None: those of the recipe."""
+    seed: int = Field(default=1000, ge=0)
+    """Seed of the trials' trainings and of the search; none of the comparison's own seeds."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SearchSpec:
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}; low must be the smaller one.")
+        return self
+
+
+class Published(Strict):
+    """A table of a paper, to stand beside the own one."""
+
+    title: str
+    """What it shows: model, tasks, measure."""
+    source: str
+    """Paper and table."""
+    columns: tuple[str, ...]
+    """Names of the numbers."""
+    rows: dict[str, tuple[float | None, ...]]
+    """Method -> its numbers, as printed."""
+
+    @model_validator(mode="after")
+    def _full(self) -> Published:
+        for method, numbers in self.rows.items():
+            if len(numbers) != len(self.columns):
+                raise ValueError(f"rows.{method} has {len(numbers)} numbers for {len(self.columns)} columns.")
+        return self
+
+
+class CompareSpec(Strict):
+    """The section ``compare`` of a recipe."""
+
+    methods: tuple[Entry, ...] = Field(min_length=1)
+    """The competitors."""
+    shared: dict[str, Any] = Field(default={})
+    """Settings of every method that has them, e.g. ``{target_modules: [up_proj, down_proj], lora_dropout: 0.05}``."""
+    baseline: str | None = None
+    """Label of the method that the others are tested against; None: ``lora`` if it is there, else the first."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the trainings, or how many; every method gets the same ones."""
+    budget: BudgetSpec = BudgetSpec()
+    """What is equal among the methods."""
+    learning_rate: SearchSpec | None = None
+    """Search each method's learning rate; None: ``train.learning_rate`` for all."""
+    devices: int | None = Field(default=None, gt=0)
+    """Trainings at a time, one on each device; None: one for each GPU, or one."""
+    about: str = ""
+    """What the comparison is for."""
+    stated: tuple[str, ...] = ()
+    """For a paper's set-up: what the paper states and this file follows."""
+    chosen: tuple[str, ...] = ()
+    """For a paper's set-up: what the paper leaves open, and what was chosen here."""
+    published: tuple[Published, ...] = ()
+    """The paper's own tables."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _number_of_seeds(cls, value: Any) -> Any:
+        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError(f"seeds are {list(value)}; expected at least one, all different and none negative.")
+        return value
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> CompareSpec:
+        labels = [entry.label for entry in self.methods]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"methods has {twice[0]!r} twice; give one of them a label of its own (label: ...).")
+        for key, label in (("baseline", self.baseline), ("budget.of", self.budget.of)):
+            if label is not None and label not in labels:
+                raise ValueError(f"{key} is {label!r}, which is no label of methods; {did_you_mean(label, labels)}")
+        return self
+
+    def reference(self) -> str:
+        """Label of the method that the others are tested against."""
+        labels = [entry.label for entry in self.methods]
+        return self.baseline or ("lora" if "lora" in labels else labels[0])
+
+
+class Comparison(Strict):
+    """A recipe, and what is varied in it."""
+
+    recipe: Recipe
+    """What all cells share; its method, seed and output are set anew in each."""
+    compare: CompareSpec
+    """What differs."""
+
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """Write the resolved comparison as one YAML, see `Recipe.to_yaml`."""
+        section = self.compare.model_dump(mode="json", exclude_defaults=True, exclude={"methods"})
+        methods = [_plain_entry(entry) for entry in self.compare.methods]
+        recipe = parse_yaml(self.recipe.to_yaml(folder), "recipe")
+        del recipe["method"]
+        return dump_yaml({**recipe, "compare": {"methods": methods, **section}})
+
+
+def _plain_entry(entry: Entry) -> dict[str, Any]:
+    plain = entry.model_dump(mode="json", exclude_defaults=True, exclude={"settings"})
+    if plain.get("label") == entry.name:
+        del plain["label"]
+    return plain | entry.settings
+
+
+def load_comparison(source: Comparison | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison.
+
+    Args:
+        source: A comparison, a mapping with a recipe's keys and ``compare``, or the path of a YAML file.
+        overrides: ``key.path=value`` items, as for a recipe: ``compare.seeds=5``, ``train.max_steps=100``.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or it has problems: all of them are listed.
+    """
+    if isinstance(source, Comparison):
+        return source
+    where, base, plain = "comparison", Path.cwd(), source
+    if isinstance(source, str | Path):
+        where, base, plain = str(source), Path(source).absolute().parent, read_yaml(Path(source))
+    if not isinstance(plain, Mapping) or not isinstance(plain.get("compare"), Mapping):
+        raise ConfigError(
+            f"{where} has no section 'compare'; expected a recipe with one more key, "
+            "e.g. compare: {methods: [lora, rlora], seeds: 3}."
+        )
+    for item in overrides:
+        plain = override(plain, item)
+    spec = build(CompareSpec, plain["compare"], where=f"{where}, compare", base=base)
+    rest = {key: value for key, value in plain.items() if key != "compare"}
+    if "method" in rest:
+        raise ConfigError(f"{where} has both 'method' and 'compare'; the methods of a comparison are compare.methods.")
+    # a recipe has one method; in a comparison it stands for none
+    recipe = recipe_from({**rest, "method": spec.methods[0].name}, where=where, base=base)
+    return Comparison(recipe=recipe, compare=spec)

@@ -1,0 +1,118 @@
+"""From a recipe's tasks to the examples of a run, encoded, mixed and in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from multiflora.data.batches import group_by_length
+from multiflora.data.encode import EncodedTask, encode
+from multiflora.data.mixture import Mixture, allocate, task_rates
+from multiflora.tasks import load_split
+
+if TYPE_CHECKING:
+    from multiflora.recipe import Recipe
+
+__all__ = ["Examples", "TrainingData", "encode_tasks", "mix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run trains on."""
+
+    dataset: Dataset
+    """Encoded examples in the order of training, repeats included."""
+    report: dict[str, dict[str, Any]]
+    """What it holds of each task, see `Mixture.report`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """All training examples of a recipe's tasks, each once."""
+
+    store: Dataset
+    """Encoded examples, task after task."""
+    mixture: Mixture
+    """How they are drawn."""
+    rows: dict[str, Dataset]
+    """Task -> its rendered rows, those that were too long included."""
+    notes: tuple[str, ...]
+    """What was left out, a sentence each."""
+
+    def take(self, number: int, *, batch_size: int | None = None) -> TrainingData:
+        """Take the first examples of the mixture's stream.
+
+        Args:
+            number: How many.
+            batch_size: Examples of a forward pass, to lay those of like length side by side; None: leave the order.
+        """
+        plan = self.mixture.plan(number)
+        lengths, loss_tokens = _column(self.store, "length"), _column(self.store, "loss_tokens")
+        report = self.mixture.report(plan, lengths, loss_tokens)
+        if batch_size is not None:
+            plan = plan[group_by_length(lengths[plan], batch_size, seed=self.mixture.seed)]
+        return TrainingData(dataset=self.store.select(plan), report=report)
+
+
+def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
+    """Load the training split of every task of a recipe, encode it and set up the mixture.
+
+    Args:
+        recipe: Its ``tasks``, ``mixture``, ``seed``, ``train.max_length`` and ``model.chat_template`` are read.
+        tokenizer: The model's tokenizer.
+    Raises:
+        DataError: A task's data cannot be read, or it has no example that fits.
+        ConfigError: The mixture's settings do not go together.
+    """
+    rows = {task.name: load_split(task, "train") for task in recipe.tasks}
+    encoded = [
+        encode(
+            rows[task.name],
+            tokenizer,
+            task=task.name,
+            task_id=number,
+            max_length=recipe.train.max_length,
+            chat_template=recipe.model.chat_template,
+        )
+        for number, task in enumerate(recipe.tasks)
+    ]
+    return Examples(
+        store=concatenate_datasets([task.dataset for task in encoded]),
+        mixture=mix(recipe, encoded),
+        rows=rows,
+        notes=tuple(note for task in encoded if (note := task.note())),
+    )
+
+
+def mix(recipe: Recipe, encoded: list[EncodedTask]) -> Mixture:
+    """Set up the mixture a recipe asks for.
+
+    Args:
+        recipe: Its ``mixture``, the tasks' weights and ``seed`` are read.
+        encoded: The tasks.
+    """
+    wanted = recipe.mixture
+    sizes = [len(task.dataset) for task in encoded]
+    rates = task_rates(
+        wanted.strategy,
+        sizes,
+        weights=[task.weight for task in recipe.tasks],
+        temperature=wanted.temperature,
+        cap=wanted.cap,
+    )
+    counted = [min(size, wanted.cap or size) for size in sizes]
+    return Mixture(
+        names=tuple(task.task for task in encoded),
+        sizes=tuple(sizes),
+        counts=tuple(allocate(rates, wanted.epoch_size or sum(counted))),
+        seed=recipe.seed,
+        resample=wanted.resample,
+    )
+
+
+def _column(data: Dataset, name: str) -> Any:
+    """Return a column of whole numbers as an array."""
+    return np.asarray(data.with_format("numpy")[name][:])

@@ -1,0 +1,33 @@
+"""The mixture as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["mixture_table"]
+
+
+def mixture_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Lay out a report of `multiflora.data.mixture.Mixture` as a rich table.
+
+    Args:
+        report: Task -> its figures.
+    """
+    table = Table(title="Training mixture", title_justify="left")
+    table.add_column("task")
+    for heading in ("examples", "share", "tokens", "share", "with loss", "passes"):
+        table.add_column(heading, justify="right")
+    for task, row in report.items():
+        table.add_row(
+            task,
+            f"{row['examples']:,}",
+            f"{row['share_of_examples']:.1%}",
+            f"{row['tokens']:,}",
+            f"{row['share_of_tokens']:.1%}",
+            f"{row['loss_tokens']:,}",
+            f"{row['passes']:.2f}",
+        )
+    return table

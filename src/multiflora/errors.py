@@ -1,0 +1,36 @@
+"""Every error multiflora raises on purpose: what was wrong, what was expected, how to mend it, and where."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "DataError",
+    "EnvironmentProblem",
+    "ExportError",
+    "MultifloraError",
+]
+
+
+class MultifloraError(Exception):
+    """The base: ``except MultifloraError`` catches all that multiflora raises on purpose, and no bug."""
+
+
+class ConfigError(MultifloraError, ValueError):
+    """A recipe, a method's settings or a command's options cannot work."""
+
+
+class DataError(MultifloraError, ValueError):
+    """A task's rows, files or templates cannot be used."""
+
+
+class AdapterError(MultifloraError, ValueError):
+    """An adapter, or what is asked of it, does not fit the model or the method."""
+
+
+class ExportError(MultifloraError, ValueError):
+    """A merge or conversion that would not be exact, or that failed its own check."""
+
+
+class EnvironmentProblem(MultifloraError, RuntimeError):  # noqa: N818  # "EnvironmentError" is Python's own
+    """Something outside the input is missing: a package, a device, space on the disk."""

@@ -1,0 +1,285 @@
+r"""What a recipe would train and what it would take, without loading a weight.
+
+The model is built from its config alone on torch's meta device, where tensors have shapes and no storage, and the
+adapter is put into it there by peft, so the counts are those of the real run. Memory is the sum of five parts in bytes:
+
+.. math::
+    M = \underbrace{P b}_\text{weights} + \underbrace{4 a}_\text{adapter} + \underbrace{4 a}_\text{gradients}
+        + \underbrace{8 a}_\text{AdamW's two moments} + \underbrace{A}_\text{activations}
+
+P frozen parameters of b bytes each, a trainable ones in float32. What the backward pass keeps of a decoder layer is,
+for each token of a forward pass, padding included,
+
+.. math::
+    A_\text{layer} = b\,(2 h + 2 q + 2 k + 4 f + R) + 8 h
+
+h hidden, q and k the widths of queries and keys, f of the feed-forward part, R the summed ranks of a layer's branches:
+two norms' outputs, queries, attention's output, keys and values, the four steps of a gated feed-forward part, what the
+branches' heads read, and two norms' inputs in float32. With gradient checkpointing a layer keeps its input, b h, and
+one layer at a time the rest. Logits exist only where there is loss: for each of those positions one row of the
+vocabulary in b bytes, in float32 and as a float32 gradient.
+
+peft's LoRA beside half-precision weights keeps a copy of the input for each adapted module, which is added. The formula
+is that of a Llama with fused attention (no T x T scores are kept); other models differ by some ten percent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from multiflora.data.batches import fold
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from multiflora.recipe import Recipe
+
+__all__ = [
+    "Estimate",
+    "Memory",
+    "activation_bytes",
+    "adapted_modules",
+    "count_parameters",
+    "empty_model",
+    "estimate",
+    "memory_of",
+]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device while training; see the module's formula."""
+
+    weights: int
+    """The frozen model."""
+    adapter: int
+    """Its trainable parameters and frozen buffers, in float32."""
+    gradients: int
+    """One for each trainable parameter, in float32."""
+    optimizer: int
+    """AdamW's two moments, in float32."""
+    activations: int
+    """What the backward pass keeps of the largest forward pass."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe would train and what it would take."""
+
+    modules: dict[str, int]
+    """Adapted modules by name, the layer's number written ``*``, and how many of each."""
+    trainable: int
+    """Parameters that would be trained."""
+    parameters: int
+    """All parameters, the adapter's included."""
+    steps: int
+    """Optimiser steps."""
+    tokens_per_step: float
+    """Tokens that a step reads, the mean over the run; padding is not counted."""
+    loss_tokens_per_step: float
+    """Those of them that carry loss."""
+    memory: Memory
+    """Bytes while training."""
+    mixture: dict[str, dict[str, Any]]
+    """What each task gives to the run, see `multiflora.data.mixture.Mixture.report`."""
+    notes: tuple[str, ...]
+    """What is left out, a sentence each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+    def report(self) -> Group:
+        """Everything for a person, as a rich renderable."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        from multiflora.data.table import mixture_table
+
+        facts = Table.grid(padding=(0, 2))
+        share = f"{self.trainable / self.parameters:.3%} of {self.parameters:,}"
+        facts.add_row("adapted modules", Text("\n".join(f"{count} x {name}" for name, count in self.modules.items())))
+        facts.add_row("trainable parameters", f"{self.trainable:,} ({share})")
+        facts.add_row("optimiser steps", f"{self.steps:,}")
+        facts.add_row("tokens per step", f"{self.tokens_per_step:,.0f}, {self.loss_tokens_per_step:,.0f} with loss")
+        parts = ", ".join(f"{name} {_size(count)}" for name, count in asdict(self.memory).items())
+        facts.add_row("memory", f"about {_size(self.memory.total)}: {parts}")
+        return Group(facts, *(Text(note) for note in self.notes), mixture_table(self.mixture))
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    return f"{count:.3g} GiB"
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Say what a recipe would train and what it would take; the tasks are read in full, the model's weights are not.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        MultifloraError: Whatever would stop the run before it trains: in the tasks, the model or the method.
+
+    Example:
+        >>> estimate(load_recipe("recipe.yaml")).trainable  # doctest: +SKIP
+        2580480
+    """
+    from multiflora.base_model import load_tokenizer
+    from multiflora.data.prepare import encode_tasks
+    from multiflora.train.adapter import adapter_config
+    from multiflora.train.fit import order_examples
+
+    adapter_config(recipe)  # the cheapest of the checks goes first
+    tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
+    examples = encode_tasks(recipe, tokenizer)
+    data, steps = order_examples(recipe, examples)
+    trainable, parameters = count_parameters(model)
+    totals = {key: sum(row[key] for row in data.report.values()) for key in ("tokens", "loss_tokens")}
+    activations = max(
+        activation_bytes(
+            model, rows=rows, length=length, loss_tokens=loss, checkpointing=recipe.train.gradient_checkpointing
+        )
+        for rows, length, loss in _batches(recipe, data.dataset)
+    )
+    return Estimate(
+        modules=adapted_modules(model),
+        trainable=trainable,
+        parameters=parameters,
+        steps=steps,
+        tokens_per_step=totals["tokens"] / steps,
+        loss_tokens_per_step=totals["loss_tokens"] / steps,
+        memory=memory_of(model, activations=activations),
+        mixture=data.report,
+        notes=examples.notes,
+    )
+
+
+def _adapted(recipe: Recipe) -> Any:
+    """The recipe's model with the recipe's adapter, on the meta device."""
+    from multiflora.base_model import load_config
+    from multiflora.train.adapter import add_adapter
+    from multiflora.train.precision import weight_dtype
+
+    spec = recipe.model
+    dtype = weight_dtype(spec.dtype, recipe.train.bf16)
+    model = empty_model(load_config(spec), dtype=dtype, remote=spec.trust_remote_code)
+    return add_adapter(model, recipe, low_cpu_mem_usage=True)
+
+
+def _batches(recipe: Recipe, dataset: Any) -> Iterator[tuple[int, int, int]]:
+    """Rows, row length and positions with loss of every forward pass of the run."""
+    columns = dataset.select_columns(["length", "loss_tokens"]).with_format("numpy")[:]
+    size = recipe.train.batch_size
+    for start in range(0, len(dataset), size):
+        lengths = [int(n) for n in columns["length"][start : start + size]]
+        loss = int(columns["loss_tokens"][start : start + size].sum())
+        rows = fold(lengths, recipe.train.max_length) if recipe.train.packing else [[i] for i in range(len(lengths))]
+        yield len(rows), max(sum(lengths[i] for i in row) for row in rows), loss
+
+
+def empty_model(config: Any, *, dtype: Any = None, remote: bool = False) -> Any:
+    """Build a causal language model from its config alone, without storage for a single weight.
+
+    Args:
+        config: The model's transformers config.
+        dtype: Type of its weights.
+        remote: Let the config name classes outside transformers.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote)
+    model.tie_weights()  # parameters were replaced one by one, so a head that shares the embedding's came apart
+    return model
+
+
+def adapted_modules(model: Any) -> dict[str, int]:
+    """Count the adapted modules of a peft model by name, the layer's number written ``*``.
+
+    Example:
+        >>> adapted_modules(model)  # doctest: +SKIP
+        {'model.layers.*.self_attn.q_proj': 30, 'model.layers.*.self_attn.v_proj': 30}
+    """
+    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in model.base_model.targeted_module_names))
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Count the trainable parameters of a model, and all of them."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+
+def activation_bytes(model: Any, *, rows: int, length: int, loss_tokens: int, checkpointing: bool = False) -> int:
+    """Count what the backward pass keeps of one forward pass, by the module's formula.
+
+    Args:
+        model: A peft model; only its config, types and shapes are looked at.
+        rows: Rows in the batch.
+        length: Tokens in a row, padding included.
+        loss_tokens: Positions of the batch that carry loss.
+        checkpointing: Whether layers are computed again in the backward pass.
+    """
+    config = model.get_base_model().config.get_text_config()
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    queries = heads * (getattr(config, "head_dim", None) or width // heads)
+    keys = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * width
+    layers, size = config.num_hidden_layers, model.get_base_model().dtype.itemsize
+    ranks, inputs = _widths(model)
+    inside = size * (2 * width + 2 * queries + 2 * keys + 4 * feed_forward + ranks // layers) + 8 * width
+    if size < 4 and model.peft_type == "LORA":  # each module's own copy, instead of what modules share
+        inside += max(size * (inputs // layers - 2 * width - feed_forward), 0)
+    tokens = rows * length
+    body = tokens * (layers * size * width + inside if checkpointing else layers * inside)
+    return int(body + loss_tokens * config.vocab_size * (size + 8))
+
+
+def _widths(model: Any) -> tuple[int, int]:
+    """Sums over the adapted layers: rows of trained matrices that read the input (ranks, router heads), and d_in."""
+    ranks = inputs = 0
+    for name in model.base_model.targeted_module_names:
+        layer = model.get_base_model().get_submodule(name)
+        d_in = getattr(layer.get_base_layer(), "in_features", 0)
+        inputs += d_in
+        ranks += sum(p.shape[0] for p in layer.parameters() if p.requires_grad and p.dim() == 2 and p.shape[1] == d_in)
+    return ranks, inputs
+
+
+def memory_of(model: Any, *, activations: int) -> Memory:
+    """Add up the five parts for a peft model on any device, the meta device too."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    ours = {id(t) for name in model.base_model.targeted_module_names for t in _added(model, name)}
+    sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    gradients = sum(size for key, size in sizes.items() if key in trained)
+    adapter = sum(size for key, size in sizes.items() if key in ours | trained)
+    return Memory(
+        weights=sum(sizes.values()) - adapter,
+        adapter=adapter,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=activations,
+    )
+
+
+def _added(model: Any, name: str) -> list[Any]:
+    """The tensors that the adapter added to one module."""
+    layer = model.get_base_model().get_submodule(name)
+    base = {id(t) for t in (*layer.get_base_layer().parameters(), *layer.get_base_layer().buffers())}
+    return [t for t in (*layer.parameters(), *layer.buffers()) if id(t) not in base]

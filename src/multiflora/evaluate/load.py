@@ -1,0 +1,70 @@
+"""From a folder or a name to a model that can be scored: a run of ours, any adapter, or any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from multiflora.base_model import load_model, load_tokenizer
+from multiflora.errors import AdapterError, ConfigError
+from multiflora.recipe import ModelSpec, Recipe, load_recipe
+
+__all__ = ["Loaded", "load_base", "load_target"]
+
+
+class Loaded(NamedTuple):
+    """A model in memory, and the recipe it comes from, if any."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe | None
+
+
+def load_target(target: str | Path) -> Loaded:
+    """Load what a user names.
+
+    Args:
+        target: A run's output folder (its ``recipe.yaml`` names the base model), or a model's folder, hub id or
+            ``embedded``.
+
+    Raises:
+        ConfigError: Nothing can be loaded from there.
+        AdapterError: The folder's adapter does not fit.
+    """
+    folder = Path(target).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        recipe = load_recipe(folder / "recipe.yaml")
+        base, tokenizer = load_base(recipe.model, bf16=recipe.train.bf16)
+        return Loaded(_with_adapter(base, folder), tokenizer, recipe)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter but no recipe.yaml, so its base model is not known for sure. Evaluate a run's "
+            "output folder, or load model and adapter yourself: multiflora.evaluate(model, tokenizer, tasks)."
+        )
+    model, tokenizer = load_base(ModelSpec(name=str(target)), bf16="auto")
+    return Loaded(model, tokenizer, None)
+
+
+def load_base(spec: ModelSpec, *, bf16: Any) -> tuple[Any, Any]:
+    """Load the base model onto the machine's device, and its tokenizer."""
+    import torch
+
+    from multiflora.train.precision import weight_dtype
+    from multiflora.train.quiet import quiet_libraries
+
+    with quiet_libraries():
+        tokenizer = load_tokenizer(spec)
+        model = load_model(spec, weight_dtype(spec.dtype, bf16))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    """Put the run's adapter on its base model."""
+    import peft
+
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"{folder} has a recipe but no adapter (adapter_config.json is missing): its training did not finish. "
+            f"Go on with `multiflora train {folder / 'recipe.yaml'} --resume`."
+        )
+    return peft.PeftModel.from_pretrained(base, str(folder))

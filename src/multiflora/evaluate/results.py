@@ -1,0 +1,140 @@
+"""What an evaluation gives back: one score per task, and their mean. Plain values, ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "Group",
+    "Results",
+    "TaskScore",
+    "example_scores",
+    "macro_average",
+    "main_metric",
+    "mean_nll",
+    "task_score",
+]
+
+Group = Literal["tasks", "extra", "harness"]
+
+LOWER_IS_BETTER = frozenset({"nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score"})
+
+
+class TaskScore(TypedDict):
+    """One task's score."""
+
+    score: float
+    """Mean over the examples of ``metric``."""
+    metric: str
+    """acc, acc_bytes, exact_match, number_match, rougeL, verifier or nll; for a task of the harness its own."""
+    n: int
+    """Examples scored."""
+    stderr: float | None
+    """Standard error of the mean, as the harness computes it; None where it has none (one example, say)."""
+    nll: float | None
+    """Nats per token of the right completion, mean over examples; None where text was generated."""
+    other: dict[str, float]
+    """Further metrics of the same answers, e.g. ``acc_norm``."""
+    group: Group
+    """tasks: asked for; extra: scored but not trained on; harness: a task of lm-evaluation-harness itself."""
+
+
+class Results(TypedDict):
+    """All scores of one model."""
+
+    tasks: dict[str, TaskScore]
+    """Name of the task -> its score; a task of the harness itself is named ``harness/…``."""
+    macro: float | None
+    """Mean score of the group ``tasks``, without those where lower is better; None where none is left."""
+
+
+def macro_average(scores: Mapping[str, TaskScore]) -> float | None:
+    """Average the scores of the asked-for tasks, each task weighing the same.
+
+    Nats per token have no common scale with accuracies, so tasks scored by them are left out.
+
+    Example:
+        >>> one = {"n": 9, "stderr": None, "nll": None, "other": {}, "group": "tasks"}
+        >>> macro_average({"a": {"score": 0.5, "metric": "acc", **one}, "b": {"score": 1.0, "metric": "rougeL", **one}})
+        0.75
+    """
+    kept = [s["score"] for s in scores.values() if s["group"] == "tasks" and s["metric"] not in LOWER_IS_BETTER]
+    return sum(kept) / len(kept) if kept else None
+
+
+def task_score(
+    found: Mapping[str, Any], metric: str, *, n: int, nll: float | None = None, group: Group = "tasks"
+) -> TaskScore:
+    """Read one task's score out of the harness's results.
+
+    Args:
+        found: The harness's entry of the task: keys like ``acc,none`` and ``acc_stderr,none``.
+        metric: Which of them is the score.
+        n: Examples scored.
+        nll: Nats per token of the right completions, where known.
+        group: See `TaskScore`.
+
+    Example:
+        >>> task_score({"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A"}, "acc", n=2)["stderr"] is None
+        True
+    """
+    values: dict[str, float] = {}
+    for key, value in found.items():
+        name, _, _filter = key.partition(",")
+        if isinstance(value, int | float) and "," in key:
+            values.setdefault(name, float(value))  # a task with several filters lists its main one first
+    other = {k: v for k, v in sorted(values.items()) if k != metric and not k.endswith("_stderr")}
+    return TaskScore(
+        score=values[metric],
+        metric=metric,
+        n=n,
+        stderr=values.get(f"{metric}_stderr"),
+        nll=values[metric] if metric == "nll" else nll,
+        other=other,
+        group=group,
+    )
+
+
+def main_metric(found: Mapping[str, Any]) -> str:
+    """Name the metric that a task of the harness lists first.
+
+    Example:
+        >>> main_metric({"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.6})
+        'acc'
+    """
+    names = [key.partition(",")[0] for key in found if "," in key]
+    return next(name for name in names if not name.endswith("_stderr"))
+
+
+def mean_nll(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Return the nats per token of the right choices, mean over examples.
+
+    Args:
+        samples: The harness's log of a multiple-choice task, whose documents have our columns ``answer`` and
+            ``tokens``.
+    """
+    nats = [float(-s["filtered_resps"][s["doc"]["answer"]][0] / s["doc"]["tokens"]) for s in samples]
+    return sum(nats) / len(nats)
+
+
+def example_scores(samples: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Return each example's own score, so that two models can be compared row by row.
+
+    Args:
+        samples: The harness's log of a task whose documents have our columns.
+        metric: Which of its metrics is the score.
+
+    Returns:
+        For each example its ``id``, its ``score``, and for multiple choice the ``nll`` of the right completion in nats
+        per token (None where text was generated).
+    """
+    found = []
+    for sample in samples:
+        doc = sample["doc"]
+        nll = sample[metric] if metric == "nll" else None
+        if "choices" in doc:
+            nll = -sample["filtered_resps"][doc["answer"]][0] / doc["tokens"]
+        found.append({"id": doc["id"], "score": float(sample[metric]), "nll": None if nll is None else float(nll)})
+    return found

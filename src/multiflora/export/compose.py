@@ -1,0 +1,259 @@
+r"""Several LoRAs as one: their exact weighted sum, or LoraHub's weights found on a few examples, without gradients.
+
+LoraHub (Huang et al. 2023, arXiv 2307.13269) weighs both factors,
+
+.. math::
+    \hat A = \sum_i w_i A_i, \quad \hat B = \sum_i w_i B_i, \qquad
+    \min_w\ \operatorname{loss}(\hat B \hat A) + 0.05 \cdot \tfrac1n \sum_i |w_i|, \quad w_i \in [-1.5, 1.5]
+
+so the product has cross terms :math:`w_i w_j B_i A_j`, and all LoRAs must have one rank. The weights start at 0 and
+are searched by Nevergrad's NGOpt. The exact sum :math:`\sum_i w_i B_i A_i` stacks the factors: any ranks, no search.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multiflora.errors import ConfigError, EnvironmentProblem, ExportError
+from multiflora.export.examples import Tokens, read_examples
+from multiflora.export.few_shot import FewShotLoss
+from multiflora.export.low_rank import stack
+from multiflora.export.plain import Pair, PlainLora, read_config, read_lora, write_lora
+from multiflora.export.saved import method_of
+from multiflora.export.source import base_name, load_base, load_tokenizer_of
+from multiflora.export.stage import check_free, staged
+from multiflora.files import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["BOUND", "L1", "Composition", "blend", "compose"]
+
+log = logging.getLogger(__name__)
+
+BOUND = 1.5
+"""Largest weight, up or down (LoraHub)."""
+L1 = 0.05
+"""Weight of the mean absolute weight in the objective (LoraHub)."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What was put together, and how well it does on the examples."""
+
+    output: Path
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    how: str
+    """``sum`` (exact) or ``lorahub``."""
+    loss_before: float | None = None
+    """Nats per token of the base model on the examples, where there were any."""
+    loss_after: float | None = None
+    evaluations: int = 0
+    """How often the loss was computed in the search."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "how": self.how,
+            "weights": dict(zip(self.adapters, self.weights, strict=True)),
+            "loss_before": self.loss_before,
+            "loss_after": self.loss_after,
+            "evaluations": self.evaluations,
+        }
+
+    def table(self) -> Table:
+        """One line for each adapter."""
+        from rich.table import Table
+
+        table = Table("adapter", "weight")
+        for name, weight in zip(self.adapters, self.weights, strict=True):
+            table.add_row(name, f"{weight:+.3f}")
+        return table
+
+
+def compose(
+    adapters: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    examples: str | Path | Sequence[Any] | None = None,
+    base: str | Path | None = None,
+    budget: int = 40,
+    seed: int = 42,
+    tokenizer: Any = None,
+) -> Composition:
+    """Put several LoRAs together into one.
+
+    With ``examples``, weights are searched (LoraHub); else the sum is exact, each LoRA times its weight. Adapters of
+    our methods that convert exactly may stand among them.
+
+    Args:
+        adapters: At least two folders, adapters of one base model.
+        folder: Where the LoRA goes; it must not hold anything yet.
+        weights: One for each adapter; 1 for all where none are given. Not with ``examples``.
+        examples: A few examples of the task that is wanted (see `multiflora.export.examples.read_examples`).
+        base: The base model's folder or hub id, where the adapters name none.
+        budget: How often the loss may be computed.
+        seed: Of the search.
+        tokenizer: The base model's, where it is not to be loaded.
+
+    Returns:
+        The weights, and the loss on the examples before and after.
+
+    Raises:
+        ConfigError: Fewer than two adapters, or weights that do not fit them.
+        ExportError: Adapters that cannot be put together; the message says why.
+        EnvironmentProblem: The package nevergrad is not installed.
+
+    Example:
+        >>> compose(["runs/a", "runs/b"], "runs/both", examples="few.jsonl")  # doctest: +SKIP
+    """
+    folders, output = [Path(adapter).expanduser() for adapter in adapters], Path(folder).expanduser()
+    _check_words(folders, weights, examples, budget)
+    check_free(output)
+    names = tuple(map(str, adapters))
+    with ExitStack() as scratch:
+        loras = [_plain(place, Path(scratch.enter_context(tempfile.TemporaryDirectory()))) for place in folders]
+        _check_extras(loras)
+        if examples is None:
+            chosen = tuple(float(weight) for weight in (weights or [1.0] * len(loras)))
+            pairs, made = _sum(loras, chosen), Composition(output, names, chosen, "sum")
+        else:
+            _check_same_shape(loras)
+            place = base_name(folders[0], base)
+            rows = read_examples(examples, tokenizer or load_tokenizer_of(folders[0], place))
+            pairs, made = _search(loras, rows, place, budget, seed, output, names)
+        with staged(output) as where:
+            write_lora(where, pairs, _naming(loras[0].config, pairs))
+            write_json(where / "composition.json", made.to_dict())
+    return made
+
+
+def _check_words(folders: Sequence[Path], weights: Sequence[float] | None, examples: Any, budget: int) -> None:
+    if len(folders) < 2:
+        raise ConfigError(f"There is {len(folders)} adapter to compose; expected at least two.")
+    if weights is not None and examples is not None:
+        raise ConfigError("weights and examples are both given; examples search the weights. Leave one out.")
+    if weights is not None and len(weights) != len(folders):
+        raise ConfigError(f"There are {len(folders)} adapters and {len(weights)} weights; give one for each.")
+    if budget < 1:
+        raise ConfigError(f"budget is {budget}; expected a whole number of at least 1.")
+
+
+def _plain(folder: Path, scratch: Path) -> PlainLora:
+    """An adapter as plain LoRA, converted first where it is one of ours."""
+    if method_of(read_config(folder)) is None:
+        return read_lora(folder)
+    from multiflora.export.convert import to_lora
+
+    report = to_lora(folder, scratch / "lora")
+    if len(report.adapters) > 1:
+        tasks = ", ".join(str(made.task) for made in report.adapters)
+        raise ExportError(
+            f"{folder} has one update for each task ({tasks}). Convert it for one of them first, with --task."
+        )
+    return read_lora(scratch / "lora")
+
+
+def _check_extras(loras: Sequence[PlainLora]) -> None:
+    for lora in loras:
+        if lora.others:
+            raise ExportError(
+                f"{lora.folder} holds {lora.others[0]} besides its layers; modules trained in full cannot be added up."
+            )
+
+
+def _check_same_shape(loras: Sequence[PlainLora]) -> None:
+    """LoraHub adds the factors themselves, so they must be of one shape."""
+    first = {pair.name: tuple(pair.A.shape) + tuple(pair.B.shape) for pair in loras[0].pairs()}
+    for lora in loras[1:]:
+        other = {pair.name: tuple(pair.A.shape) + tuple(pair.B.shape) for pair in lora.pairs()}
+        strange = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        if strange:
+            raise ExportError(
+                f"{loras[0].folder} and {lora.folder} differ in layers or ranks (first: {strange[0]}); searched "
+                "weights need factors of one shape. Bring them to one rank with `multiflora convert --rank`, or give "
+                "--weights for an exact sum."
+            )
+
+
+def _sum(loras: Sequence[PlainLora], weights: Sequence[float]) -> list[Pair]:
+    """The exact weighted sum, layer by layer; a layer that some lack is the sum over the others."""
+    held: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        for pair in lora.pairs():
+            held.setdefault(pair.name, []).append((pair.A, pair.B * weight))
+    return [Pair(name, *stack(parts)) for name, parts in held.items()]
+
+
+def _naming(config: Any, pairs: Sequence[Pair]) -> Any:
+    """The config with its layers named one by one: other adapters may have others."""
+    named = copy.copy(config)
+    named.target_modules = sorted(pair.name for pair in pairs)
+    named.exclude_modules = named.layers_to_transform = named.layers_pattern = None
+    return named
+
+
+def blend(stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> list[Pair]:
+    r"""LoraHub's :math:`\hat A = \sum_i w_i A_i` and :math:`\hat B = \sum_i w_i B_i`, layer by layer.
+
+    Args:
+        stacked: All A, (n, r, d_in), and all B, (n, d_out, r), of each layer.
+        weights: n of them.
+    """
+    w = torch.tensor([float(weight) for weight in weights])
+    return [
+        Pair(name, torch.einsum("n,nri->ri", w, A), torch.einsum("n,nor->or", w, B)) for name, (A, B) in stacked.items()
+    ]
+
+
+def _search(
+    loras: Sequence[PlainLora],
+    rows: Sequence[Tokens],
+    base: str,
+    budget: int,
+    seed: int,
+    output: Path,
+    names: tuple[str, ...],
+) -> tuple[list[Pair], Composition]:
+    ng = _nevergrad()
+    each = [list(lora.pairs()) for lora in loras]
+    stacked = {
+        same[0].name: (torch.stack([pair.A for pair in same]), torch.stack([pair.B for pair in same]))
+        for same in zip(*each, strict=True)
+    }
+    loss = FewShotLoss(load_base(base), loras[0].config, blend(stacked, [0.0] * len(loras)), rows)
+    before = loss([])
+
+    def objective(weights: Any) -> float:
+        value = loss(blend(stacked, weights)) + L1 * float(abs(weights).mean())
+        log.info("loss %.4f with weights %s", value, " ".join(f"{weight:+.2f}" for weight in weights))
+        return value
+
+    space = ng.p.Array(init=[0.0] * len(loras), lower=[-BOUND] * len(loras), upper=[BOUND] * len(loras))
+    space.random_state.seed(seed)
+    found = ng.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective)
+    chosen = tuple(float(weight) for weight in found.value)
+    pairs = blend(stacked, chosen)
+    return pairs, Composition(output, names, chosen, "lorahub", before, loss(pairs), budget)
+
+
+def _nevergrad() -> Any:
+    try:
+        import nevergrad  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "Searching weights needs the package nevergrad: pip install 'multiflora[compose]'. An exact sum, with "
+            "--weights, needs none."
+        ) from error
+    return nevergrad

@@ -1,0 +1,235 @@
+"""``multiflora.to_lora``: any adapter here as plain LoRA that stock peft and every server load. The whole story."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from multiflora.context import index_of
+from multiflora.errors import ExportError
+from multiflora.export.exact import exact_pairs
+from multiflora.export.low_rank import truncate
+from multiflora.export.plain import Pair, read_config, read_lora, write_lora
+from multiflora.export.report import AdapterReport, LayerReport, Report
+from multiflora.export.saved import SavedAdapter, method_of, open_adapter
+from multiflora.export.source import adapter_folder, base_name, load_adapted, load_tokenizer_of
+from multiflora.export.stage import check_free, staged
+from multiflora.files import write_json
+
+__all__ = ["to_lora"]
+
+log = logging.getLogger(__name__)
+
+
+def to_lora(
+    model: Any,
+    folder: str | Path,
+    *,
+    task: str | int | None = None,
+    per_task: bool = False,
+    calibration: str | Path | Sequence[Any] | None = None,
+    fit: bool = False,
+    rank: int | None = None,
+    base: str | Path | None = None,
+    tokenizer: Any = None,
+    limit: int | None = 64,
+) -> Report:
+    r"""Write an adapter as plain LoRA, which loads where multiflora is not installed.
+
+    =====================  ==========================================================================================
+    MultiLoRA, M-LoRA      exact: the factors, stacked, are the LoRA's factors (rank n r; r, or 2 r with the offset)
+    MOELoRA, MTL-LoRA      exact, one adapter for each task, in ``folder/TASK``; or for ``task`` alone, in ``folder``
+    HydraLoRA, R-LoRA,     approximate: their router reads the input, so each head gets its mean gate over calibration
+    LoRAMoE                examples, or B' is fitted to the layer's output on them; the error is reported
+    =====================  ==========================================================================================
+
+    From a folder, exact methods are converted layer by layer without the base model. What is written is read back and
+    compared before this returns; ``folder`` appears whole or not at all. ``report.json`` beside the adapters holds
+    every layer's numbers.
+
+    Args:
+        model: A model with one active adapter, or the folder an adapter was saved to.
+        folder: Where the result goes; it must not hold anything yet.
+        task: Name or id of the one task to convert for. For routed methods: calibrate on its examples only.
+        per_task: For routed methods: one adapter for each task of the calibration examples.
+        calibration: For routed methods: a file of examples, a recipe or run folder, or rows in memory
+            (see `multiflora.export.examples.read_examples`).
+        fit: Minimise the error of each layer's output instead of averaging the gate: least squares in closed form.
+        rank: Cut every layer to this rank: by exact SVD of the factors, or, with ``fit``, where the calibration
+            inputs miss it least.
+        base: The base model's folder or hub id, where calibration needs it and the adapter names none.
+        tokenizer: Of a model in memory, for calibration examples that are text.
+        limit: Examples taken from a file, or from each task of a recipe; None: all.
+
+    Returns:
+        What was written: for each adapter whether it is exact, its layers' ranks and errors.
+
+    Raises:
+        ExportError: Calibration is missing or not needed, a file is damaged, or the check of the result failed.
+        AdapterError: There is no such task.
+
+    Example:
+        >>> report = multiflora.to_lora("runs/mlora", "runs/mlora-plain")  # doctest: +SKIP
+        >>> report.exact  # doctest: +SKIP
+        True
+    """
+    output = Path(folder).expanduser()
+    if rank is not None and rank < 1:
+        raise ExportError(f"rank is {rank}; expected a whole number of at least 1.")
+    check_free(output)
+    with adapter_folder(model) as source:
+        config = read_config(source)
+        method = method_of(config)
+        calibrated = method is not None and method.why_not_mergeable is not None
+        _check_options(source, config, calibrated, calibration, fit, per_task)
+        if method is None:
+            jobs: Iterator[_Job] = iter([_plain_job(source, rank)])
+        elif calibrated:
+            assert calibration is not None
+            examples = _Calibration(model, source, calibration, base, tokenizer, limit)
+            jobs = _routed_jobs(open_adapter(source), examples, task, per_task, fit, rank)
+        else:
+            jobs = _exact_jobs(open_adapter(source), task, rank)
+        with staged(output) as scratch:
+            adapters = [_write(job, scratch, config) for job in jobs]
+            how = "exact" if not calibrated else "fit" if fit else "mean gate"
+            report = Report(getattr(config, "method_name", "lora"), how, output, tuple(adapters))
+            write_json(scratch / "report.json", report.to_dict())
+    log.info("%d plain LoRA written to %s and read back", len(adapters), output)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One plain LoRA to be written."""
+
+    folder: str
+    task: str | None
+    exact: bool
+    layers: Iterator[tuple[Pair, LayerReport]]
+    extras: Mapping[str, Any]
+
+
+def _check_options(source: Path, config: Any, calibrated: bool, calibration: Any, fit: bool, per_task: bool) -> None:
+    """Refuse what is missing, and what would be without effect."""
+    name = getattr(config, "method_name", None) or "LoRA"
+    if calibrated and calibration is None:
+        raise ExportError(
+            f"{source} is a {name} adapter: its router reads the input, so plain LoRA can only approximate it, and "
+            "nothing says on which inputs. Give calibration examples: --calibration FILE.jsonl (rows with text, or "
+            "prompt and completion; a hundred are plenty), or a recipe, or the run's own folder."
+        )
+    if not calibrated and (calibration is not None or fit or per_task):
+        given = "calibration" if calibration is not None else "fit" if fit else "per_task"
+        raise ExportError(f"{source} is a {name} adapter, which converts exactly; leave {given} out.")
+
+
+def _write(job: _Job, folder: Path, config: Any) -> AdapterReport:
+    pairs, reports = [], []
+    for pair, report in job.layers:
+        pairs.append(pair)
+        reports.append(report)
+    write_lora(folder / job.folder, pairs, config, job.extras)
+    whole = all(report.energy_lost < 1e-12 for report in reports)
+    return AdapterReport(job.folder, job.task, job.exact and whole, tuple(reports))
+
+
+def _cut(pairs: Iterator[Pair], rank: int | None) -> Iterator[tuple[Pair, LayerReport]]:
+    """Cut exact pairs to a rank, where one is given."""
+    for pair in pairs:
+        lost = 0.0
+        if rank is not None and rank < pair.A.shape[0]:
+            A, B, lost = truncate(pair.A, pair.B, rank)
+            pair = Pair(pair.name, A, B)
+        yield pair, LayerReport(pair.name, pair.A.shape[0], lost**0.5, None, lost)
+
+
+def _plain_job(source: Path, rank: int | None) -> _Job:
+    lora = read_lora(source)
+    return _Job("", None, True, _cut(lora.pairs(), rank), lora.extras())
+
+
+def _exact_jobs(adapter: SavedAdapter, task: str | int | None, rank: int | None) -> Iterator[_Job]:
+    config, extras = adapter.config, adapter.extras()
+    if not adapter.method.needs_task():
+        yield _Job("", None, True, _cut(exact_pairs(adapter, None), rank), extras)
+    elif task is not None:
+        index = index_of(config, task)
+        yield _Job("", _names(config)[index], True, _cut(exact_pairs(adapter, index), rank), extras)
+    else:
+        for index, (name, place) in enumerate(_places(_names(config)).items()):
+            yield _Job(place, name, True, _cut(exact_pairs(adapter, index), rank), extras)
+
+
+def _names(config: Any) -> list[str]:
+    return list(config.task_names) if config.task_names else [f"task-{i}" for i in range(config.num_tasks)]
+
+
+def _places(names: Sequence[str]) -> dict[str, str]:
+    """A folder for each task: its name, as far as it can stand in one."""
+    places = {name: re.sub(r"[^\w.-]+", "_", name).strip(".") or "_" for name in names}
+    if len({place.lower() for place in places.values()}) < len(places):
+        raise ExportError(
+            f"Two tasks would share one folder: {', '.join(names)} differ only in characters that folders do not keep "
+            "apart. Convert them one by one with --task."
+        )
+    return places
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What is needed to run the examples."""
+
+    model: Any
+    source: Path
+    examples: str | Path | Sequence[Any]
+    base: str | Path | None
+    tokenizer: Any
+    limit: int | None
+
+    def observe(self, task: str | None, by_task: bool) -> Any:
+        """Run the examples (of one task, or of all, apart or together)."""
+        from multiflora.export.calibrate import observe
+        from multiflora.export.examples import read_examples
+
+        in_memory = not isinstance(self.model, str | Path)
+        tokenizer, model = self.tokenizer, self.model
+        if not in_memory:
+            name = base_name(self.source, self.base)
+            tokenizer = tokenizer or load_tokenizer_of(self.source, name)
+        examples = read_examples(self.examples, tokenizer, limit=self.limit)
+        if task is not None:
+            chosen = [example for example in examples if example.task == task]
+            if not chosen:
+                seen = ", ".join(sorted({str(example.task) for example in examples}))
+                raise ExportError(f"No calibration example is of task {task!r}; they are of {seen}.")
+            examples = chosen
+        if not in_memory:
+            model = load_adapted(self.source, name)
+        log.info("calibrating on %d examples", len(examples))
+        return observe(model, examples, by_task=by_task)
+
+
+def _routed_jobs(
+    adapter: SavedAdapter,
+    calibration: _Calibration,
+    task: str | int | None,
+    per_task: bool,
+    fit: bool,
+    rank: int | None,
+) -> Iterator[_Job]:
+    from multiflora.export.routed import routed_pairs
+
+    if task is not None and per_task:
+        raise ExportError("task and per_task are both given; expected one task, or one adapter for each.")
+    name = _names(adapter.config)[index_of(adapter.config, task)] if isinstance(task, int) else task
+    observed = calibration.observe(name, per_task)
+    places = _places([key for key in observed if key is not None])
+    extras = adapter.extras()
+    for key, layers in observed.items():
+        made = routed_pairs(adapter, layers, fit=fit, rank=rank)
+        yield _Job("" if key is None else places[key], key or name, False, made, extras)

@@ -1,0 +1,120 @@
+"""An adapter merged into its base model: one ordinary checkpoint, with tokenizer and generation config."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from multiflora.errors import ExportError
+from multiflora.export.convert import to_lora
+from multiflora.export.plain import ROOT, Pair, PlainLora, read_lora
+from multiflora.export.report import Report
+from multiflora.export.source import base_name, load_base, load_tokenizer_of
+from multiflora.export.stage import check_free, staged
+from multiflora.export.tensors import check_shards
+from multiflora.files import write_json
+
+__all__ = ["merge"]
+
+log = logging.getLogger(__name__)
+
+
+def merge(
+    adapter: str | Path,
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    shard_size: str = "2GB",
+    dtype: Any = "auto",
+    **conversion: Any,
+) -> Report:
+    """Write the base model with the adapter's update inside, as ``AutoModelForCausalLM`` and every server load it.
+
+    The adapter becomes a plain LoRA first, exactly or, for routed methods, by calibration (see `multiflora.to_lora`);
+    its update is then added to the base weights layer by layer, in float32, and rounded to the base's dtype once. So
+    memory holds one copy of the model, one layer's update and one shard. Every shard is read back and compared.
+
+    Args:
+        adapter: The folder an adapter was saved to.
+        folder: Where the model goes; it must not hold anything yet.
+        base: The base model's folder or hub id, where the adapter names none.
+        shard_size: Largest size of a safetensors shard.
+        dtype: Of the merged weights: ``auto`` (as the base model's), or a torch dtype or its name.
+        conversion: ``task``, ``calibration``, ``fit``, ``rank``, ... as for `multiflora.to_lora`.
+
+    Returns:
+        The conversion's report.
+
+    Raises:
+        ExportError: One weight cannot stand for the adapter (a task or calibration is missing), the base model is
+            quantised, or the check of the result failed.
+
+    Example:
+        >>> merge("runs/mlora", "runs/mlora-dense")  # doctest: +SKIP
+    """
+    source, output = Path(adapter).expanduser(), Path(folder).expanduser()
+    check_free(output)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = to_lora(source, Path(scratch) / "lora", base=base, **conversion)
+        if len(report.adapters) > 1:
+            tasks = ", ".join(str(made.task) for made in report.adapters)
+            raise ExportError(
+                f"{source} has one weight for each task ({tasks}), and a merged model has one. Name it: --task TASK."
+            )
+        name = base_name(source, base)
+        model = _merged(read_lora(Path(scratch) / "lora" / report.adapters[0].folder), name, dtype)
+        with staged(output) as place:
+            model.save_pretrained(str(place), max_shard_size=shard_size)
+            load_tokenizer_of(source, name).save_pretrained(str(place))
+            files = check_shards(place, model.state_dict())
+            write_json(place / "report.json", report.to_dict())
+    log.info("merged model written to %s (%d file(s)) and read back", output, len(files))
+    return Report(report.method, report.how, output, report.adapters)
+
+
+def _merged(lora: PlainLora, name: str, dtype: Any) -> Any:
+    """The base model with a plain LoRA merged in, and what was trained in full put in its place."""
+    model = load_base(name, dtype)
+    if getattr(model, "is_quantized", False):
+        raise ExportError(
+            f"The base model {name} is quantised; merging into rounded weights would not give the adapter's outputs. "
+            "Name the unquantised model with --base."
+        )
+    # peft saves the base weight of an adapted output layer, too: it may have grown with the vocabulary
+    extras = {key.removeprefix(ROOT).replace(".base_layer.", "."): tensor for key, tensor in lora.extras().items()}
+    unknown = sorted(extras.keys() - model.state_dict().keys())
+    if unknown:
+        raise ExportError(f"{lora.folder} holds {unknown[0]}, for which {name} has no place; it cannot be merged.")
+    model.load_state_dict(extras, strict=False)
+    for pair in lora.pairs():
+        _add(model, pair, name)
+    return model
+
+
+def _add(model: Any, pair: Pair, name: str) -> None:
+    """Add one layer's update to its weight: in float32, rounded once."""
+    try:
+        module = model.get_submodule(pair.name)
+    except AttributeError as error:
+        raise ExportError(
+            f"{name} has no layer {pair.name}; the adapter was trained on another model. Name it with --base."
+        ) from error
+    weight: Tensor = module.weight.data
+    delta = (pair.B @ pair.A).t() if isinstance(module, Conv1D) else pair.B @ pair.A
+    if weight.shape != delta.shape:
+        raise ExportError(
+            f"{pair.name} is {tuple(weight.shape)} in {name} and {tuple(delta.shape)} in the adapter, which was "
+            "trained on another model. Name it with --base."
+        )
+    if weight.data_ptr() == model.get_input_embeddings().weight.data_ptr():
+        raise ExportError(
+            f"{pair.name} shares its weight with the input embeddings of {name}; merging would change both. Keep the "
+            "adapter, or train without that layer."
+        )
+    weight.copy_(weight.to(torch.float32) + delta)

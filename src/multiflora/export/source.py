@@ -1,0 +1,112 @@
+"""What is exported: an adapter's folder, or a model in memory; and the base model where it is needed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from multiflora.errors import ExportError
+from multiflora.export.plain import CONFIG, read_config
+
+__all__ = ["adapter_folder", "base_name", "load_adapted", "load_base", "load_tokenizer_of"]
+
+
+@contextmanager
+def adapter_folder(model_or_folder: Any) -> Iterator[Path]:
+    """A folder with the adapter: the one given, or a temporary one that a model's active adapter is saved to.
+
+    Raises:
+        ExportError: No adapter is there, or several are active.
+    """
+    if isinstance(model_or_folder, str | Path):
+        folder = Path(model_or_folder).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise ExportError(
+                f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to, such as a "
+                "run's output folder."
+            )
+        yield folder
+        return
+    model = model_or_folder
+    if not hasattr(model, "save_pretrained"):
+        raise ExportError(f"Got a {type(model).__name__}; expected a model with an adapter, or an adapter's folder.")
+    with tempfile.TemporaryDirectory() as scratch:
+        names = model.active_adapters if hasattr(model, "active_adapters") else []
+        active = list(names() if callable(names) else names)
+        if len(active) != 1:
+            raise ExportError(
+                f"The model has {len(active)} active adapters ({', '.join(active) or 'none'}); expected exactly one. "
+                "Activate the one to convert with set_adapter(NAME)."
+            )
+        is_peft = hasattr(model, "peft_config") and hasattr(model, "base_model") and hasattr(model, "get_base_model")
+        words = {"selected_adapters": active} if is_peft else {}
+        model.save_pretrained(scratch, **words)
+        inner = Path(scratch) / active[0]
+        yield inner if (inner / CONFIG).is_file() else Path(scratch)
+
+
+def base_name(folder: Path, base: str | Path | None) -> str:
+    """What the base model is loaded from: what is given, else the run's recipe, else the adapter's config.
+
+    Raises:
+        ExportError: None of them says.
+    """
+    if base is not None:
+        name = str(base)
+    elif (folder / "recipe.yaml").is_file():
+        from multiflora.recipe import load_recipe
+
+        name = load_recipe(folder / "recipe.yaml").model.name
+    else:
+        name = read_config(folder).base_model_name_or_path or ""
+    if not name:
+        raise ExportError(f"{folder / CONFIG} does not name its base model. Give it: --base MODEL (folder or hub id).")
+    if name == "embedded":
+        from multiflora.embedded import embedded_model
+
+        name = str(embedded_model())
+    return name
+
+
+def load_base(name: str, dtype: Any = "auto") -> Any:
+    """Load a causal language model, in eval mode, in its own dtype.
+
+    Raises:
+        ExportError: There is none at that place.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        raise ExportError(_not_loaded("base model", name, error)) from error
+
+
+def load_tokenizer_of(folder: Path, name: str) -> Any:
+    """Load the tokenizer saved with an adapter, or else its base model's.
+
+    Raises:
+        ExportError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    place = str(folder) if (folder / "tokenizer_config.json").is_file() else name
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ExportError(_not_loaded("tokenizer", place, error)) from error
+
+
+def load_adapted(folder: Path, name: str) -> Any:
+    """Load the base model and put the adapter on it."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(name), str(folder)).eval()
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+    return f"No {what} could be loaded from {name!r}: {why}. Give the base model's folder or hub id with --base."

@@ -1,0 +1,74 @@
+"""Writing files so that a failure half-way loses nothing: whole beside the target, then moved into its place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from multiflora.errors import EnvironmentProblem
+
+__all__ = ["saving", "write_json", "write_text"]
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses while ``path`` is written into one clear paragraph.
+
+    Raises:
+        EnvironmentProblem: No space, no permission, or another refusal of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EnvironmentProblem(
+                f"No space left to write {path}: {reason}. What was there before is unchanged. Free some space, or "
+                "choose an output folder on another disk."
+            ) from error
+        raise EnvironmentProblem(
+            f"Cannot write {path}: {reason}. What was there before is unchanged. Choose an output folder that you "
+            "may write to."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file: readers see the old file or the new one, never a part.
+
+    Raises:
+        EnvironmentProblem: The system refuses, e.g. as no space is left; an old file is then unchanged.
+
+    Example:
+        >>> write_text(Path("runs/notes.txt"), "ready")  # doctest: +SKIP
+    """
+    with saving(path):
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())  # a full disk may only be told of here
+            os.chmod(scratch, 0o666 & ~_umask())  # mkstemp's files are private
+            os.replace(scratch, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(scratch)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, so that equal values give equal bytes; see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

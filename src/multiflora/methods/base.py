@@ -1,0 +1,184 @@
+r"""A method is a description. Everything else — forward, merge, conversion, counts — is derived from it.
+
+.. math:: y = W x + s \sum_h g_h(x, \text{task})\, B_h\,(m_h \odot M_t A_{\sigma(h)} x) - s\,\bar B^0 A^0 x
+
+The description says how many heads there are, whether each has a stem A of its own or all share one, what the gate g
+reads, how A and B start, whether the random start is taken off again (the frozen offset :math:`\bar B^0 A^0`),
+whether a matrix per task M_t stands between stem and heads, and what is added to the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from multiflora.errors import ExportError
+from multiflora.methods import METHODS
+from multiflora.methods.gates import Gate
+from multiflora.methods.initial import head_views, stem_and_zero_heads
+
+if TYPE_CHECKING:
+    from multiflora.context import Routing
+    from multiflora.methods.config import AdapterConfig
+
+Parts = Mapping[str, Tensor]
+Start = Callable[[Any, Tensor, Tensor, int, "torch.Generator | None"], None]
+
+
+def _no(config: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Between:
+    """A matrix (or diagonal) per task between stem and heads: u becomes M_t u. The identity at the start."""
+
+    shape: Callable[[Any, int], tuple[int, ...]]
+    """(num_tasks, r, r), or (num_tasks, r) for a diagonal."""
+
+    def start(self, matrices: Tensor) -> None:
+        """Fill with identities."""
+        if not matrices.is_meta:
+            with torch.no_grad():
+                matrices.copy_(
+                    torch.eye(matrices.shape[-1]).expand_as(matrices) if matrices.dim() == 3 else matrices.fill_(1.0)
+                )
+
+    def matrices(self, parts: Parts) -> Tensor:
+        """One full matrix per task, (num_tasks, r, r)."""
+        stored = parts["task_matrix"]
+        return stored if stored.dim() == 3 else torch.diag_embed(stored)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One multi-branch method, as a value."""
+
+    name: str
+    """The word recipes use."""
+    config: type[AdapterConfig]
+    heads: Callable[[Any], int]
+    """How many heads H a config asks for."""
+    gate: Gate
+    shared_stem: bool = True
+    """One A for all heads, or one each."""
+    rank: Callable[[Any, int], int] = lambda config, r: r
+    """Rank of a branch, given the (pattern-resolved) r."""
+    alpha_over: Callable[[Any], bool] = lambda config: True
+    """Whether s = alpha/r applies; otherwise s = 1."""
+    start: Start = stem_and_zero_heads
+    """Fills A, (K r, d_in), and B, (d_out, H r), in place."""
+    offset: Callable[[Any], bool] = _no
+    """Whether the random start is subtracted as a frozen low-rank term."""
+    head_dropout: Callable[[Any], float] = lambda config: 0.0
+    """Dropout on each head's input."""
+    between: Between | None = None
+    loss: Callable[[Any, Tensor, Tensor, Routing], Tensor | None] | None = None
+    """(config, gate (T, H), logits (T, H), routing) -> what to add to the loss, or None."""
+    why_not_mergeable: str | None = None
+    """One sentence, for methods whose update is not a matrix."""
+
+    def needs_task(self) -> bool:
+        """Whether an output cannot be computed without the row's task."""
+        return self.gate.reads == "task" or self.between is not None
+
+    def scaling(self, config: Any, r: int, alpha: float) -> float:
+        r"""The factor s: :math:`\alpha/r`, or :math:`\alpha/\sqrt r` with ``use_rslora``; r as in the config."""
+        if not self.alpha_over(config):
+            return 1.0
+        return alpha / math.sqrt(r) if config.use_rslora else alpha / r
+
+    def shapes(self, config: Any, r: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Every trainable tensor of one adapted layer, by name."""
+        heads, rank = self.heads(config), self.rank(config, r)
+        stems = 1 if self.shared_stem else heads
+        shapes: dict[str, tuple[int, ...]] = {"A": (stems * rank, d_in), "B": (d_out, heads * rank)}
+        shapes |= self.gate.shapes(config, heads, d_in, d_out)
+        if self.between is not None:
+            shapes["task_matrix"] = self.between.shape(config, rank)
+        return shapes
+
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the trainable tensors, whatever the config."""
+        return ("A", "B", *self.gate.names, *(("task_matrix",) if self.between is not None else ()))
+
+    def fill(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        """Give every tensor its first value, in place."""
+        self.start(config, parts["A"], parts["B"], self.heads(config), generator)
+        self.gate.start(config, parts, generator)
+        if self.between is not None:
+            self.between.start(parts["task_matrix"])
+
+    def mean_head(self, config: Any, parts: Parts) -> Tensor:
+        r""":math:`\bar B^0`, (d_out, r): the heads blended as a gate that prefers none would blend them."""
+        heads = self.heads(config)
+        B = self.gate.fold(config, parts, parts["B"].detach())
+        total = torch.stack(head_views(B, heads)).sum(0)
+        return total if self.gate.reads == "nothing" else total / heads
+
+    def factors(
+        self, config: Any, parts: Parts, gate: Tensor, scale: float, task: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""The update as one plain LoRA: A' (k, d_in) and B' (d_out, k) with :math:`\Delta W = B' A'`, in float32.
+
+        Args:
+            config: The adapter's config.
+            parts: The layer's tensors.
+            gate: Weight of each head, (H,).
+            scale: s.
+            task: Index of the task, for methods with a matrix per task.
+
+        Returns:
+            A' and B'; k is r for a shared stem, H r for own stems, plus r for the offset.
+        """
+        wide = {name: part.detach().to(torch.promote_types(part.dtype, torch.float32)) for name, part in parts.items()}
+        heads = self.heads(config)
+        A = wide["A"]
+        B = self.gate.fold(config, wide, wide["B"])
+        weighted = torch.stack(head_views(B, heads), 1) * (gate.to(B.device, B.dtype) * scale).view(1, heads, 1)
+        columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
+        if self.between is not None:
+            columns = columns @ self.between.matrices(wide)[task]
+        if "A0" in wide:
+            A, columns = torch.cat((A, wide["A0"])), torch.cat((columns, -scale * wide["B0"]), 1)
+        return A, columns
+
+    def static_gate(self, config: Any, parts: Parts, task: int | None) -> Tensor:
+        """The gate (H,) of a method whose update is a matrix (for the given task).
+
+        Raises:
+            ExportError: The gate reads the input, or needs a task and none is given.
+        """
+        if self.why_not_mergeable is not None:
+            raise ExportError(self.why_not_mergeable)
+        if self.needs_task() and task is None:
+            raise ExportError(
+                f"A {self.name} adapter has one weight per task, and no task is set. Merge inside "
+                f"`with multiflora.task(model, TASK):`; its tasks are {task_list(config)}."
+            )
+        return self.gate.constant(config, parts, self.heads(config), task)
+
+
+def task_list(config: Any) -> str:
+    """The tasks of a config for a message: names, or the range of ids."""
+    if config.task_names:
+        return ", ".join(config.task_names)
+    return f"0 to {config.num_tasks - 1}" if config.num_tasks else "unknown (the config names none)"
+
+
+def class_of(name: str, suffix: str, make: Callable[[Method], type]) -> type:
+    """A class made from a method's description, by its name: for pickle, which knows no other way to find one.
+
+    Raises:
+        AttributeError: No method gives a class that name.
+    """
+    for card in METHODS.values():
+        if card.module is not None and name == card.config.removesuffix("Config") + suffix:
+            return make(import_module(card.module).METHOD)
+    raise AttributeError(f"There is no class {name!r} here.")

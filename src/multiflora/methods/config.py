@@ -1,0 +1,186 @@
+"""The words every method shares. They are peft's words with peft's meaning; a method adds only its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Optional, Union
+
+from peft import PeftConfig
+
+from multiflora.errors import ConfigError
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Settings common to all multi-branch methods.
+
+    A config is a plain ``peft.PeftConfig``: hand it to ``get_peft_model``, ``SFTTrainer(peft_config=...)`` or
+    ``model.add_adapter``; ``PeftModel.from_pretrained`` restores it.
+
+    Raises:
+        ConfigError: A value is out of range; the message names field, value and range. Nothing has been changed.
+    """
+
+    # The name of the method this config belongs to; set by each method's class.
+    method_name: ClassVar[str] = ""
+
+    r: int = field(default=8, metadata={"help": "Rank of each branch."})
+    lora_alpha: float = field(default=16, metadata={"help": "alpha; the update is scaled by alpha/r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha/sqrt(r) instead of alpha/r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
+    # Optional/Union instead of `|`: peft and transformers read these annotations at run time on Python 3.10
+    target_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None,
+        metadata={"help": "Names (or one regular expression) of the modules to adapt, or 'all-linear'."},
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Names (or one regular expression) of modules to leave out."}
+    )
+    modules_to_save: Optional[list[str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Other modules to train in full and save, such as a new classifier."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lora_only'."})
+    layers_to_transform: Optional[Union[list[int], int]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Indices of the layers to adapt; all when not given."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None,
+        metadata={"help": "Name of the layer list, where it is not a usual one such as 'layers' or 'h'."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank of single modules, by name or regular expression."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "alpha of single modules, by name or regular expression."}
+    )
+    init_weights: Union[bool, str] = field(  # noqa: UP007
+        default=True,
+        metadata={"help": "The method's own start (True), or everything random (False, for tests)."},
+    )
+    init_seed: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Seed of the start of all weights; torch's global generator when not given."},
+    )
+    num_tasks: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "How many tasks there are; needed by methods gated by task."}
+    )
+    task_names: Optional[list[str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Names of the tasks, in the order of their ids."}
+    )
+    # peft and trl read these three on any config
+    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Token ids whose embeddings are trained too."}
+    )
+    target_parameters: Optional[list[str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Not supported: only modules can be adapted."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Not supported: leave it False."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        from multiflora.peft_bridge import peft_type
+
+        self.peft_type = peft_type(self.method_name)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft's own convention
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.task_names is not None:
+            self.task_names = list(self.task_names)
+            if self.num_tasks is None:
+                self.num_tasks = len(self.task_names)
+        problems = list(self.problems())
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + " ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What cannot work in these settings, a sentence each; a method adds its own."""
+        found = [
+            *at_least(self, 1, "r"),
+            *above(self, 0, "lora_alpha"),
+            *probability(self, "lora_dropout"),
+            *one_of(self, "bias", ("none", "all", "lora_only")),
+        ]
+        if self.num_tasks is not None:
+            found += at_least(self, 1, "num_tasks")
+        if self.task_names is not None:
+            if len(set(self.task_names)) < len(self.task_names):
+                found.append(f"task_names has a name twice: {self.task_names}; each task needs its own.")
+            if self.num_tasks != len(self.task_names):
+                found.append(
+                    f"num_tasks is {self.num_tasks} but task_names has {len(self.task_names)} names; make them agree."
+                )
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in (getattr(self, name) or {}).items():
+                try:
+                    re.compile(key)
+                except re.error as error:
+                    found.append(f"{name} key {key!r} is not a regular expression ({error}).")
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+                    found.append(f"{name}[{key!r}] is {value!r}; it must be a number above 0.")
+                elif name == "rank_pattern" and not isinstance(value, int):
+                    found.append(f"rank_pattern[{key!r}] is {value!r}; it must be a whole number.")
+        if self.target_parameters:
+            found.append(
+                f"target_parameters is {self.target_parameters}; only modules can be adapted: use target_modules."
+            )
+        if self.ensure_weight_tying:
+            found.append("ensure_weight_tying is True; tied copies of an adapter are not supported: leave it False.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    found.append(f"{name} cannot be used with a regular expression in target_modules: list the names.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            found.append("layers_pattern is given without layers_to_transform: say which layers, too.")
+        return found
+
+
+def at_least(config: Any, least: int, *names: str) -> list[str]:
+    """A sentence for each field that is not a whole number of at least ``least``."""
+    return [
+        f"{name} is {value!r}; it must be a whole number of at least {least}."
+        for name in names
+        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < least
+    ]
+
+
+def above(config: Any, bound: float, *names: str) -> list[str]:
+    """A sentence for each field that is not a number above ``bound``."""
+    return [
+        f"{name} is {value!r}; it must be a number above {bound}."
+        for name in names
+        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not value > bound
+    ]
+
+
+def not_negative(config: Any, *names: str) -> list[str]:
+    """A sentence for each field that is not a number of at least 0."""
+    return [
+        f"{name} is {value!r}; it must be a number of at least 0."
+        for name in names
+        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not value >= 0
+    ]
+
+
+def probability(config: Any, *names: str) -> list[str]:
+    """A sentence for each field that is not in [0, 1)."""
+    return [
+        f"{name} is {value!r}; it must be in [0, 1)."
+        for name in names
+        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not 0 <= value < 1
+    ]
+
+
+def one_of(config: Any, name: str, allowed: tuple[Any, ...]) -> list[str]:
+    """A sentence if the field is none of ``allowed``."""
+    value = getattr(config, name)
+    if any(value is choice or (value == choice and type(value) is type(choice)) for choice in allowed):
+        return []
+    return [f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}."]
+
+
+def own_settings(config_class: type[AdapterConfig]) -> tuple[str, ...]:
+    """The settings a method adds to the shared ones, in order."""
+    shared = {item.name for item in fields(AdapterConfig)}
+    return tuple(item.name for item in fields(config_class) if item.name not in shared)

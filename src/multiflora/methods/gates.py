@@ -1,0 +1,171 @@
+r"""How heads are blended: the gate :math:`g_h(x, \text{task})` of the one equation. One small value per kind.
+
+A gate knows its parameters, how they start, and what each head's weight is. What it *reads* decides everything else:
+
+=========  ==========================  ===========================================
+reads      weights                     consequence
+=========  ==========================  ===========================================
+nothing    the same for every token    the update is one matrix: it merges exactly
+task       one row per task            one matrix per task: merges for a given task
+token      from the layer's input      no single matrix: does not merge
+=========  ==========================  ===========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from multiflora.methods.initial import kaiming_uniform, normal
+
+Parts = Mapping[str, Tensor]
+Reads = Literal["nothing", "task", "token"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The base of all gates; as it stands: every head has weight 1."""
+
+    reads: Reads = "nothing"
+    names: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters the gate owns."""
+
+    def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each of them."""
+        return {}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        """Fill the gate's parameters in place."""
+
+    def fold(self, config: Any, parts: Parts, B: Tensor) -> Tensor:
+        """Heads (d_out, H r) with whatever part of the gate is constant over tokens multiplied in."""
+        return B
+
+    def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
+        """Weight of each head for each token, (T, H), at least float32; None means 1 for all."""
+        return None
+
+    def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
+        """The weights (H,) where they do not depend on the token; only called for such gates."""
+        return torch.ones(heads)
+
+
+@dataclass(frozen=True)
+class FixedGate(Gate):
+    """A number that is the same for every head and never learned."""
+
+    value: Callable[[Any], float] = lambda config: 1.0
+
+    def fold(self, config: Any, parts: Parts, B: Tensor) -> Tensor:
+        value = self.value(config)
+        return B if value == 1 else B * value
+
+
+@dataclass(frozen=True)
+class ScaleGate(Gate):
+    r"""MultiLoRA's learned scale: :math:`\operatorname{diag}(g_h) B_h`, with :math:`g_h` starting at 0.
+
+    It acts on output features, so it is multiplied into the heads (d_out · H r numbers a step, not a token).
+    """
+
+    width: Callable[[Any, int], int] = lambda config, d_out: d_out
+    names = ("scale",)
+
+    def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        return {"scale": (heads, self.width(config, d_out))}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        if config.init_weights:
+            torch.nn.init.zeros_(parts["scale"])
+        else:
+            normal(parts["scale"], 1.0, generator)
+
+    def fold(self, config: Any, parts: Parts, B: Tensor) -> Tensor:
+        scale = parts["scale"]
+        heads = B.view(B.shape[0], scale.shape[0], -1)
+        return (heads * scale.t().to(B.dtype).unsqueeze(-1)).view_as(B)
+
+
+@dataclass(frozen=True)
+class TokenRouter(Gate):
+    r"""A linear router on the layer's input: :math:`g = \operatorname{softmax}(R x)`, in float32 at least."""
+
+    reads: Reads = "token"
+    zero: Callable[[Any], bool] = lambda config: False
+    names = ("router",)
+
+    def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        return {"router": (heads, d_in)}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        if config.init_weights and self.zero(config):
+            torch.nn.init.zeros_(parts["router"])
+        else:
+            kaiming_uniform(parts["router"], generator)
+
+    def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
+        assert logits is not None
+        # over the first axis of the transpose, because tokens lie innermost in memory (see multiflora.ops.packed)
+        return torch.softmax(logits.t(), 0, dtype=torch.promote_types(logits.dtype, torch.float32)).t()
+
+
+@dataclass(frozen=True)
+class TaskGate(Gate):
+    """Weights looked up by the row's task; a subclass gives the table."""
+
+    reads: Reads = "task"
+
+    def table(self, config: Any, parts: Parts) -> Tensor:
+        """Weights of each task's heads, (num_tasks, H)."""
+        raise NotImplementedError
+
+    def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
+        assert tasks is not None
+        return self.table(config, parts)[tasks]
+
+    def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
+        return self.table(config, parts)[task]
+
+
+@dataclass(frozen=True)
+class TaskEmbeddingGate(TaskGate):
+    r"""MOELoRA's gate: :math:`g = \operatorname{softmax}(W e_t)` on a learned embedding of the task."""
+
+    names = ("task_embedding", "task_router")
+
+    def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        width = config.task_embedding_dim
+        return {"task_embedding": (config.num_tasks, width), "task_router": (heads, width)}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        normal(parts["task_embedding"], 1.0, generator)
+        kaiming_uniform(parts["task_router"], generator)
+
+    def table(self, config: Any, parts: Parts) -> Tensor:
+        return torch.softmax(
+            _at_least_float32(parts["task_embedding"]) @ _at_least_float32(parts["task_router"]).t(), -1
+        )
+
+
+@dataclass(frozen=True)
+class TaskTemperatureGate(TaskGate):
+    r"""MTL-LoRA's gate: :math:`g = \operatorname{softmax}(w_t / \tau)` on a learned row of each task."""
+
+    names = ("task_logits",)
+
+    def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        return {"task_logits": (config.num_tasks, heads)}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        kaiming_uniform(parts["task_logits"], generator)
+
+    def table(self, config: Any, parts: Parts) -> Tensor:
+        return torch.softmax(_at_least_float32(parts["task_logits"]) / config.temperature, -1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

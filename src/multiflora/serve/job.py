@@ -1,0 +1,118 @@
+"""One answer to be written: what is asked, and the channel its pieces go through."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from multiflora.serve.text import Decoder
+
+__all__ = ["Finish", "Job", "Piece"]
+
+Finish = Literal["stop", "length", "cancelled", "failed"]
+
+
+class Piece(NamedTuple):
+    """Some text, or the end."""
+
+    text: str
+    finish: Finish | None = None
+
+
+class Job:
+    """An answer; fed by the engine's thread, read by a request.
+
+    Args:
+        model: Name of the served model.
+        prompt: Its tokens.
+        max_tokens: Longest answer.
+        temperature: 0 for the likeliest token each time.
+        top_p: Share of probability that is sampled from.
+        seed: Of the sampling; None draws one.
+        stops: Texts that end the answer.
+        task: The task to run under.
+        tokenizer: Turns ids into text.
+        ends: Ids that end an answer.
+        loop: The event loop its reader runs in.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        stops: Sequence[str],
+        task: str | int | None,
+        tokenizer: Any,
+        ends: Sequence[int],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.model = model
+        self.prompt = list(prompt)
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        self.task = task
+        self.finish: Finish | None = None
+        self.cancelled = False
+        self.decoder = Decoder(tokenizer, stops)
+        self._ends = frozenset(ends)
+        self._loop = loop
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the answer has so far."""
+        return len(self.decoder.ids)
+
+    def feed(self, token: int) -> None:
+        """Take the next token; called by the engine's thread until there is a finish."""
+        if self.cancelled:
+            self.close("cancelled")
+            return
+        text = self.decoder.add(token)
+        if token in self._ends or self.decoder.stopped:
+            self.close("stop", text)
+        elif self.tokens >= self.max_tokens:
+            self.close("length", text)
+        elif text:
+            self._send(Piece(text))
+
+    def close(self, finish: Finish, text: str = "") -> None:
+        """End the answer, once."""
+        if self.finish is None:
+            self.finish = finish
+            self._send(Piece(text + self.decoder.end(), finish))
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the answer any more."""
+        self.cancelled = True
+
+    def _send(self, piece: Piece) -> None:
+        # a server that is being stopped may have closed its loop before the thread hears of it
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answer as it is written, up to the piece that carries the finish."""
+        while True:
+            piece = await self._pieces.get()
+            yield piece
+            if piece.finish is not None:
+                return
+
+    async def whole(self) -> Piece:
+        """The whole answer at once."""
+        texts = []
+        async for piece in self.pieces():
+            texts.append(piece.text)
+        return Piece("".join(texts), piece.finish)

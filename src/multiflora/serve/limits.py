@@ -1,0 +1,25 @@
+"""How much one client may ask of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Limits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Every bound of the server, in one place."""
+
+    max_tokens: int = 1024
+    """Longest answer, in tokens; what a request gets that does not say."""
+    max_batch: int = 8
+    """Most answers written at once."""
+    max_queue: int = 256
+    """Most answers waiting; a request beyond that gets status 429."""
+    max_body: int = 1 << 20
+    """Largest request, in bytes."""
+    body_seconds: float = 30.0
+    """How long a request may take to arrive, in seconds."""
+    max_prompts: int = 64
+    """Most prompts of one completion request."""

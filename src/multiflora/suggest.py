@@ -1,0 +1,46 @@
+"""Nearest names: what the user probably meant when a key, a method or a task is unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["did_you_mean", "nearest"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name closest to ``name``, or None where nothing is close.
+
+    Case, hyphens and underscores are not held against a name. A prefix counts as close: ``grad`` finds ``gradient``.
+
+    Example:
+        >>> nearest("learning-rat", ["learning_rate", "batch_size"])
+        'learning_rate'
+        >>> nearest("zzz", ["learning_rate"]) is None
+        True
+    """
+    plain = {_plain(k): k for k in known}
+    wanted = _plain(name)
+    if found := get_close_matches(wanted, plain, n=1, cutoff=0.6):
+        return plain[found[0]]
+    starts = [k for k in plain if len(wanted) > 2 and (k.startswith(wanted) or wanted.startswith(k))]
+    return plain[min(starts, key=len)] if starts else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Say which known name is meant, and list them all: the tail of every 'unknown name' message.
+
+    Example:
+        >>> did_you_mean("rlor", ["lora", "rlora"])
+        'did you mean rlora? Known: lora, rlora.'
+        >>> did_you_mean("x", ["lora", "rlora"])
+        'known: lora, rlora.'
+    """
+    names = sorted(known)
+    listed = ", ".join(names) or "none"
+    guess = nearest(name, names)
+    return f"did you mean {guess}? Known: {listed}." if guess else f"known: {listed}."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")

@@ -1,0 +1,165 @@
+"""Rows of JSONL, JSON, CSV, TSV and Parquet files, each with its place for error messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from multiflora.errors import DataError
+from multiflora.tasks.spec import SPLITS, FilesSource, Split
+
+__all__ = ["SUFFIXES", "Row", "read_rows", "split_files"]
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands (``train.jsonl, line 7``) and its columns."""
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def split_files(source: FilesSource) -> dict[Split, tuple[Path, ...]]:
+    """Find the files of every split the source has, globs resolved, in sorted order.
+
+    Raises:
+        DataError: A named file or folder does not exist, or a folder holds no split.
+    """
+    if source.folder is not None:
+        return _folder_files(source.folder)
+    named: dict[Split, tuple[Path, ...]] = {s: getattr(source, s) for s in SPLITS}
+    return {split: _existing(paths) for split, paths in named.items() if paths}
+
+
+def _folder_files(folder: Path) -> dict[Split, tuple[Path, ...]]:
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} {_why_missing(folder, 'folder')} A hub data set is written source: {{path: owner/name}}."
+        )
+    found: dict[Split, tuple[Path, ...]] = {}
+    for split in SPLITS:
+        files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+        if len(files) > 1:
+            both = " and ".join(f.name for f in files)
+            raise DataError(f"{folder} has {both}; expected one file for the split {split}. Remove the others.")
+        if files:
+            found[split] = tuple(files)
+    if not found:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise DataError(
+            f"{folder} holds no train, validation or test file ({', '.join(SUFFIXES)}); it holds {there}. "
+            "Name the files with 'train:', 'validation:' and 'test:'."
+        )
+    return found
+
+
+def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif has_magic(str(path)):
+            matched = sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
+            if not matched:
+                raise DataError(f"{path} matches no file. Check the pattern and the folder it starts from.")
+            files.extend(matched)
+        else:
+            raise DataError(f"{path} {_why_missing(path, 'file')}")
+    return tuple(dict.fromkeys(files))
+
+
+def _why_missing(path: Path, what: str) -> str:
+    if path.exists():
+        return f"is not a {what}; expected one."
+    if not path.parent.is_dir():
+        return f"does not exist, nor does its folder {path.parent}. Relative paths are relative to the recipe file."
+    there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) or "nothing"
+    return f"does not exist; {path.parent} holds {there}."
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Read one file row by row, told apart by its suffix.
+
+    Raises:
+        DataError: An unknown suffix, text that is not UTF-8, or a malformed row (file and line number).
+    """
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}.")
+    try:
+        yield from readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                shown = line.strip() if len(line) < 80 else f"{line.strip()[:77]}..."
+                raise DataError(
+                    f"{where}: not valid JSON: {error.msg} at column {error.colno}: {shown} "
+                    "Expected one JSON object on every line."
+                ) from error
+            yield where, _object(row, where)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        hint = " One object a line is JSONL: name the file .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects.")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, item {number}"
+        yield where, _object(row, where)
+
+
+def _object(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(
+            f'{where} is a {type(row).__name__}; expected an object, e.g. {{"prompt": ..., "completion": ...}}.'
+        )
+    return row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                # csv marks a long row by the key None and a short one by the value None
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{where} does not have the {len(reader.fieldnames or ())} values of the header "
+                        f"({', '.join(reader.fieldnames or ())}). Put values with separators or line ends in quotes."
+                    )
+                yield where, row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa  # type: ignore[import-untyped]  # comes with datasets; only those who read Parquet wait for it
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        table = pq.ParquetFile(path)
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error

@@ -1,0 +1,139 @@
+"""From what a recipe says of a task (a name, a path, a mapping) to a full TaskSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from multiflora.errors import ConfigError, DataError
+from multiflora.schema import Strict, build
+from multiflora.suggest import did_you_mean
+from multiflora.tasks.files import SUFFIXES, read_rows, split_files
+from multiflora.tasks.score import as_number
+from multiflora.tasks.shipped import shipped_tasks
+from multiflora.tasks.spec import FilesSource, Source, TaskSpec
+from multiflora.yaml_file import read_yaml
+
+__all__ = ["expand_task", "load_task"]
+
+
+def load_task(task: str | Path | Mapping[str, Any] | TaskSpec, base: Path | None = None) -> TaskSpec:
+    """Resolve one task.
+
+    Args:
+        task: A shipped task's name; the path of a task file (``.yaml``), of a folder with ``train.jsonl`` and so on, or
+            of one data file; a mapping of TaskSpec's keys, where naming a shipped task and no source changes that one.
+        base: Folder that relative paths are relative to; None is the current one.
+
+    Raises:
+        ConfigError: No such task, or problems in it (all of them).
+        DataError: A file that must be looked at does not exist or is malformed.
+
+    Example:
+        >>> load_task({"name": "gsm8k", "weight": 2}).weight
+        2.0
+    """
+    base = Path.cwd() if base is None else Path(base)
+    value = expand_task(task, base)
+    if isinstance(value, TaskSpec):
+        return value
+    where = f"task {value['name']}" if isinstance(value, Mapping) and "name" in value else "task"
+    return build(TaskSpec, value, where=where, base=base)
+
+
+def expand_task(task: Any, base: Path) -> Any:
+    """Return the mapping (or TaskSpec) that a short spelling stands for; what is not one is returned as it is."""
+    if isinstance(task, str | Path):
+        return _from_word(str(task), base)
+    if not isinstance(task, Mapping):
+        return task
+    if "source" in task:
+        return _complete(dict(task), base)
+    name, shipped = task.get("name"), shipped_tasks()
+    if not isinstance(name, str):
+        return task
+    if name in shipped or _is_path(name, base):  # a short spelling with some keys changed
+        short = _from_word(name, base)
+        written = short.model_dump(mode="json", exclude_none=True) if isinstance(short, TaskSpec) else short
+        return {**written, **{key: value for key, value in task.items() if key != "name"}}
+    if not set(task) - {"weight", "name"}:  # only a name: it was meant to be a shipped one
+        raise ConfigError(_unknown(name, shipped))
+    return task
+
+
+def _from_word(word: str, base: Path) -> Any:
+    path = base / Path(word).expanduser()
+    if path.suffix in {".yaml", ".yml"}:
+        value = read_yaml(path)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is no mapping; expected the keys of a task: name, source, prompt, ...")
+        # paths in a task file are relative to it: resolve here, as the caller's base is another
+        return build(
+            TaskSpec,
+            expand_task({"name": path.stem, **value}, path.parent),
+            where=str(path),
+            base=path.parent,
+        )
+    # a folder of the name of a shipped task is written with a dot: ./boolq
+    if word not in shipped_tasks() and _is_path(word, base):
+        name = path.parent.name if path.stem in {"train", "test", "validation"} else path.stem
+        return _complete({"name": name, "source": str(path)}, base)
+    shipped = shipped_tasks()
+    if word not in shipped:
+        raise ConfigError(_unknown(word, shipped))
+    return shipped[word].spec
+
+
+def _is_path(word: str, base: Path) -> bool:
+    path = base / Path(word).expanduser()
+    return "/" in word or "\\" in word or path.suffix in {*SUFFIXES, ".yaml", ".yml"} or path.is_dir()
+
+
+def _unknown(name: str, shipped: Mapping[str, Any]) -> str:
+    return (
+        f"{name!r} is not a shipped task; {did_you_mean(name, shipped)} "
+        "A task of your own is a folder or file path (with a '/'), or a mapping with 'name' and 'source'."
+    )
+
+
+def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Read off the first row what a task over files left open: its choices, answer, id and score.
+
+    Files whose columns are prompt, completion and perhaps choices, answer and id need nothing but a source.
+    """
+    if task.get("prompt") is not None or task.get("messages") is not None:
+        return task
+    try:
+        source = build(_Source, {"source": task["source"]}, where="source", base=base).source
+    except ConfigError:
+        return task  # the whole task is validated next, and all its problems are told together
+    if not isinstance(source, FilesSource):
+        return task
+    files = next(iter(split_files(source).values()))
+    row = next((row for path in files for _, row in read_rows(path)), None)
+    if row is None:
+        raise DataError(f"{files[0]} has no rows.")
+    has_messages = "messages" in row and "prompt" not in row
+    if has_messages:
+        task["messages"] = "messages"
+    elif not {"prompt", "completion"} <= set(row) and task.get("completion") is None:
+        raise DataError(
+            f"{files[0]} has the columns {', '.join(map(str, row))}; without a 'prompt' template, the columns "
+            'prompt and completion are expected. Write the templates, e.g. prompt: "{{ question }}\\nAnswer:".'
+        )
+    if "choices" in row and not isinstance(row["choices"], str):
+        task.setdefault("choices", "choices")
+    if "answer" in row:
+        task.setdefault("answer", "answer")
+    if "id" in row:
+        task.setdefault("id", "id")
+    if task.get("score") is None and task.get("choices") is None and task.get("answer") is not None:
+        task["score"] = "exact" if as_number(str(row["answer"])) is None else "number"
+    return task
+
+
+class _Source(Strict):
+    """A source alone, to look at its files before the rest of the task is known."""
+
+    source: Source

@@ -1,0 +1,98 @@
+"""The output folder: never overwritten, resumed only by its own recipe, and a full disk said in plain words."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from pathlib import Path
+
+from multiflora.errors import ConfigError, EnvironmentProblem
+from multiflora.recipe import Recipe, load_recipe
+
+__all__ = ["CHECKPOINTS", "disk_guard", "last_checkpoint", "open_output"]
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within the output folder."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors (Rust) gives the operating system's number in its text only, and torch.save (C++) none at all
+_FULL_IN_TEXT = re.compile(rf"\(os error ({'|'.join(map(str, _FULL))})\)|No space left|inline_container\.cc")
+
+
+def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
+    """Check that the output folder may be written, before any work is done.
+
+    Args:
+        recipe: Its ``output`` names the folder.
+        resume: Go on from the folder's last checkpoint.
+    Returns:
+        The checkpoint to go on from; None for a new run.
+    Raises:
+        ConfigError: The folder holds something already, or there is nothing to resume, or another recipe wrote it.
+    """
+    folder = recipe.output
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            held = "holds a run" if (folder / "recipe.yaml").exists() else "exists and is not empty"
+            hint = " or go on from its checkpoints with --resume," if last_checkpoint(folder) else ""
+            raise ConfigError(
+                f"output is {folder}, which {held} already; nothing was changed there. Choose another output folder,"
+                f"{hint} or remove it."
+            )
+        return None
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(
+            f"There is nothing to resume: {folder / CHECKPOINTS} has no checkpoint. Set train.save_every to a number "
+            "of steps before a run that may be interrupted, and start it without --resume."
+        )
+    if (folder / "results.json").exists():
+        raise ConfigError(
+            f"The run in {folder} is finished; there is nothing to resume. Evaluate it, or choose another output."
+        )
+    written = load_recipe(folder / CHECKPOINTS / "recipe.yaml")
+    if written != recipe:
+        keys = ", ".join(key for key in Recipe.model_fields if getattr(written, key) != getattr(recipe, key))
+        raise ConfigError(
+            f"The checkpoints in {folder} come from another recipe: {keys} differ. Resume with that one "
+            f"({folder / CHECKPOINTS / 'recipe.yaml'}), or choose another output folder."
+        )
+    return checkpoint
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    # the trainer's state is written last, so a checkpoint that has it is whole
+    found = [path.parent for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class disk_guard:  # noqa: N801  # used as a function is, `with disk_guard(folder):`
+    """Turn a full disk, a used-up quota or a file-size limit, in whatever library, into one clear error.
+
+    A class and no ``try``: ``__exit__`` looks at every error without catching those that are none of its business.
+
+    Args:
+        folder: Where the run writes.
+    Raises:
+        EnvironmentProblem: There was no space to write to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        """Raise the clear error in place of the obscure one."""
+        number = getattr(error, "errno", None)
+        if error is None or (number not in _FULL and not _FULL_IN_TEXT.search(str(error))):
+            return
+        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        raise EnvironmentProblem(
+            f"No space left to write the run to {self.folder} ({free:,.0f} MiB are free there): {error}. Free some "
+            "space or choose another output folder. What was there before, and every finished checkpoint, is untouched."
+        ) from error

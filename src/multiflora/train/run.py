@@ -1,0 +1,156 @@
+"""The main job: a recipe in, one adapter for all its tasks and a table of every task before and after out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
+
+from multiflora.artifact import fingerprint, write_artifact
+from multiflora.base_model import load_model, load_tokenizer
+from multiflora.data.prepare import encode_tasks
+from multiflora.evaluate import Results, evaluate
+from multiflora.evaluate.table import results_table
+from multiflora.files import write_text
+from multiflora.recipe import Recipe, recipe_from
+from multiflora.redact import refuse_secrets, without_secrets
+from multiflora.train.adapter import adapter_config, add_adapter, save_adapter
+from multiflora.train.fit import fit
+from multiflora.train.output import disk_guard, open_output
+from multiflora.train.packing import require_separate_examples
+from multiflora.train.precision import weight_dtype
+from multiflora.train.processes import is_first_process, own_device
+from multiflora.train.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["RunResult", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    output: Path
+    """Folder with the adapter, the recipe, the results and the model card."""
+    results: dict[str, Any]
+    """What ``results.json`` holds: scores before and after, and the mixture."""
+    log: list[dict[str, Any]]
+    """The training log, one mapping for each line, with the speed."""
+
+    def table(self) -> Table:
+        """Return every task's score before and after as a rich table; empty in all processes but the first."""
+        return results_table(self.results.get("adapted", {"tasks": {}, "macro": None}), self.results["base"])
+
+
+def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train one adapter on all tasks of a recipe, score every task before and after, and save it all.
+
+    Args:
+        recipe: A recipe, a mapping with its keys, or the path of a YAML file.
+        resume: Go on from the last checkpoint in the recipe's output folder.
+        quiet: Show no progress on stderr.
+    Raises:
+        ConfigError: The recipe has problems or holds a secret, or its output folder holds something already.
+        DataError: A task's data cannot be used.
+        EnvironmentProblem: Something outside is missing: a package, space on the disk.
+    Example:
+        >>> multiflora.train("recipe.yaml").table()  # doctest: +SKIP
+    """
+    recipe = recipe_from(recipe)
+    refuse_secrets([recipe.to_yaml()], "The recipe")
+    checkpoint = open_output(recipe, resume=resume)
+    adapter_config(recipe)
+    set_seed(recipe.seed)
+    quiet = quiet or not is_first_process()
+    seconds: dict[str, float] = {}
+    with disk_guard(recipe.output), quiet_libraries():
+        tokenizer = load_tokenizer(recipe.model)
+        examples = encode_tasks(recipe, tokenizer)
+        for note in examples.notes:
+            log.warning(note)
+        base = load_model(recipe.model, weight_dtype(recipe.model.dtype, recipe.train.bf16)).to(own_device())
+        if recipe.train.packing:
+            require_separate_examples(base)
+        with _timed(seconds, "evaluate_before"):
+            before = _score(base, tokenizer, recipe, quiet=quiet) if recipe.evaluate.before else None
+        model = add_adapter(base, recipe)
+        trainable, total = model.get_nb_trainable_parameters()
+        log.info(
+            "%s trains %s of %s parameters (%.2f%%)",
+            recipe.method.name,
+            f"{trainable:,}",
+            f"{total:,}",
+            100 * trainable / total,
+        )
+        with _timed(seconds, "train"):
+            data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
+        if not is_first_process():  # one process scores and writes; the others' adapters are the same
+            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
+        save_adapter(model, recipe.output)
+        write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
+        with _timed(seconds, "evaluate_after"):
+            after = _score(model, tokenizer, recipe, folder=recipe.output, quiet=quiet)
+        results = write_artifact(
+            recipe.output,
+            recipe,
+            base=before,
+            adapted=after,
+            mixture=data.report,
+            parameters={"trainable": trainable, "total": total},
+            training={"log": _without_times(history)},
+            fingerprints={name: fingerprint(rows) for name, rows in examples.rows.items()},
+            seconds=seconds,
+            notes=examples.notes,
+        )
+    return RunResult(output=recipe.output, results=results, log=history)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long a stage took."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Keep of the log what the seed determines: the step, the losses and the learning rate."""
+    kept = ("step", "epoch", "learning_rate", "grad_norm")
+    return [
+        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] == "loss"}
+        for line in history
+        if "loss" in line
+    ]
+
+
+def _score(model: Any, tokenizer: Any, recipe: Recipe, *, folder: Path | None = None, quiet: bool) -> Results:
+    """Score a model on the recipe's tasks, as the recipe says.
+
+    Only with a ``folder`` is anything written: a run leaves its output folder empty until there is an adapter or a
+    checkpoint to keep, so that one that failed early can simply be started again.
+    """
+    wanted = recipe.evaluate
+    return evaluate(
+        model,
+        tokenizer,
+        recipe.tasks,
+        split=wanted.split,
+        limit=wanted.limit,
+        batch_size=wanted.batch_size,
+        max_new_tokens=wanted.max_new_tokens,
+        extra_tasks=wanted.extra_tasks,
+        harness_tasks=wanted.harness_tasks,
+        chat_template=recipe.model.chat_template,
+        folder=folder,
+        progress=not quiet,
+    )

@@ -1,0 +1,194 @@
+"""trl's SFTTrainer for several tasks: loss only where there are labels, and each task's loss in every log line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from multiflora.context import auxiliary_loss, find
+from multiflora.data.collate import Collator
+from multiflora.train.losses import loss_by_task, predicted_positions, project_only, token_losses
+
+__all__ = ["MultitaskTrainer", "own_forward"]
+
+# routers, gates and scales start at a meaning of their own; pulling them to zero would not be regularisation
+_NOT_DECAYED = ("router", "scale", "gate")
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Take off afterwards whatever libraries put in the place of the model's ``forward``.
+
+    Args:
+        model: Training libraries wrap its ``forward``, for autocast or a fused head, and leave it wrapped.
+    """
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        vars(model).pop("_original_forward", None)  # accelerate's note of what it wrapped
+        if before is not None:
+            vars(model)["forward"] = before
+
+
+class MultitaskTrainer(SFTTrainer):
+    """Fine-tunes one model on pre-encoded examples of several tasks.
+
+    Differs from ``SFTTrainer`` in five points: the data come encoded and in the order to be trained in (see
+    `multiflora.data.mixture`); the head of the model sees only positions with loss; the loss is the mean over
+    the step's labelled tokens, whatever the padding, the packing or the gradient accumulation; an adapter's
+    auxiliary loss is added; and log lines carry ``loss/<task>`` and ``tokens_per_second``. Adapters that
+    route by task are told each row's or token's task.
+
+    Args:
+        model: A causal language model, with an adapter or without.
+        args: Settings of the run, with ``dataset_kwargs={"skip_prepare_dataset": True}``.
+        train_dataset: Columns ``input_ids``, ``labels`` (-100 where there is no loss) and ``task_id``.
+        processing_class: The model's tokenizer.
+        task_names: Names of the tasks, in the order of their numbers.
+        packing: Fold a batch's examples into few rows, see `multiflora.data.collate.fold_batch`.
+        max_length: Longest folded row, in tokens.
+        epoch_size: Examples in one epoch of the mixture; the log's ``epoch`` counts these. None: the whole
+            data set.
+        callbacks: Further callbacks.
+    """
+
+    # compute_loss divides by the step's tokens itself; transformers must not divide by the micro-batches again
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        task_names: Sequence[str],
+        packing: bool = False,
+        max_length: int = 1024,
+        epoch_size: int | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        pad = processing_class.pad_token_id
+        collator = Collator(
+            pad_token_id=processing_class.eos_token_id if pad is None else pad, packing=packing, max_length=max_length
+        )
+        # trl puts a fused head into the base model's forward; ours needs none, and a copy of the model would call the
+        # original through it
+        with own_forward(model.get_base_model() if hasattr(model, "get_base_model") else model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+                data_collator=collator,
+                callbacks=list(callbacks),
+                **kwargs,
+            )
+        # transformers counts the labels of a step only for models that ask for the count
+        self.model_accepts_loss_kwargs = True
+        self.task_names = tuple(task_names)
+        self.epoch_size = epoch_size or len(train_dataset)
+        self.routing = find(model)
+        # sums over the log window, on the device: nats and labelled tokens of each task, and all tokens that were read
+        self._by_task: Tensor | None = None
+        self._tokens_read: Tensor | None = None
+        self._window_start: float | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the batch's share of the step's token-weighted mean loss, with the adapter's auxiliary loss."""
+        inputs = dict(inputs)
+        labels, row_length = inputs.pop("labels"), inputs.pop("row_length", None)
+        task_id = inputs.pop("task_id", None)
+        if task_id is not None and self.routing is not None:
+            inputs["task_id"] = task_id
+        positions, targets = predicted_positions(labels)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with project_only(head, positions):
+            outputs = model(**inputs, use_cache=False)
+        losses = token_losses(outputs.logits, targets)
+        count = targets.numel() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        if self.model.training:
+            # the count is of all processes and micro-batches; gradients are averaged over the former and summed over
+            # the latter
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            if self.routing is not None:
+                loss = loss + auxiliary_loss(model) / getattr(self, "current_gradient_accumulation_steps", 1)
+            if task_id is not None:
+                rows = positions // labels.shape[1]
+                tasks = task_id.reshape(-1)[positions] if task_id.ndim == 2 else task_id[rows]
+                self._count(losses.detach(), tasks, row_length)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Start the clock of the log window, then take the step."""
+        if self._window_start is None:
+            self._window_start = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each task's mean loss and the tokens per second of the window that ends here."""
+        if self.model.training:
+            logs.update(self._close_window())
+            done = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+            self.state.epoch = min(done * self.args.world_size, len(self.train_dataset)) / self.epoch_size
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Name the parameters that weight decay applies to: matrices that are no router, gate or scale."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and not any(word in name for word in _NOT_DECAYED)
+        ]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        """Keep the order of the data set: the mixture has shuffled it, reproducibly and resumably."""
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep every column the collator reads, whatever the model's forward takes."""
+        self._signature_columns = ["input_ids", "labels", "task_id", "length"]
+
+    def _count(self, losses: Tensor, tasks: Tensor, row_length: Tensor | None) -> None:
+        """Add a batch to the log window, without waiting for the device."""
+        by_task = loss_by_task(losses, tasks, len(self.task_names))
+        self._by_task = by_task if self._by_task is None else self._by_task + by_task
+        if row_length is not None:
+            self._tokens_read = row_length.sum() + (0 if self._tokens_read is None else self._tokens_read)
+
+    def _close_window(self) -> dict[str, float]:
+        """Return the window's figures over all processes, and open the next one."""
+        if self._by_task is None or self._window_start is None:
+            return {}
+        sums, counts = self.accelerator.reduce(self._by_task, "sum").tolist()
+        figures = {
+            f"loss/{name}": total / count
+            for name, total, count in zip(self.task_names, sums, counts, strict=True)
+            if count
+        }
+        if self._tokens_read is not None:
+            tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
+            figures["tokens_per_second"] = tokens / (time.perf_counter() - self._window_start)
+        self._by_task = self._tokens_read = self._window_start = None
+        return figures

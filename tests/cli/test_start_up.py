@@ -1,0 +1,49 @@
+"""Commands that need no model answer at once: they import no torch, whose import alone takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "lm_eval", "pandas", "scipy", "sklearn"}
+
+PROBE = """
+import sys
+from multiflora.cli import main
+sys.argv = ["multiflora", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    print("EXIT", end.code or 0)
+print("HEAVY", *sorted({%r} & {name.split(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["tasks"], 0),
+        (["methods"], 0),
+        (["methods", "show", "rlora"], 0),
+        (["init", "new.yaml"], 0),
+        (["train", "absent.yaml"], 2),
+        (["train", "refused.yaml"], 2),
+        (["tasks", "show", "absent"], 2),
+    ],
+    ids=str,
+)
+def test_no_torch_is_imported(words: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "refused.yaml").write_text("model: embedded\nmethd: rlora\n", "utf-8")
+    probe = PROBE.replace("{%r}", repr(HEAVY))
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    exit_line, heavy_line = done.stdout.splitlines()[-2:]
+    assert exit_line == f"EXIT {code}", done.stderr
+    assert heavy_line == "HEAVY"

@@ -1,0 +1,79 @@
+"""The commands do what the functions do, and their errors are one paragraph."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer.testing
+from made_adapters import TASKS, adapted, save
+from test_export_dense import base_folder
+
+from multiflora.cli import app
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    return lambda *words: typer.testing.CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_convert_merge_expand_and_compose_from_the_command_line(run, tiny_llama, tmp_path):
+    base = base_folder(tiny_llama(), tmp_path / "base")
+    save(adapted("mlora", base), tmp_path / "ours")
+    done = run("convert", tmp_path / "ours", "--layers")
+    assert done.exit_code == 0, done.output
+    assert "model.layers.1.mlp.down_proj" in done.output
+    assert (tmp_path / "ours-lora/adapter_model.safetensors").is_file()
+    done = run("convert", tmp_path / "ours", "--rank", 2, "-o", tmp_path / "small", "--json")
+    assert [layer["rank"] for layer in json.loads(done.stdout)["adapters"][0]["layers"]] == [2] * 14
+    assert run("convert", tmp_path / "ours", "--to", "gguf-lora").exit_code == 0
+    assert (tmp_path / "ours-gguf-lora/adapter.gguf").is_file()
+    assert run("merge", tmp_path / "ours", "-o", tmp_path / "dense").exit_code == 0
+    assert (tmp_path / "dense/model.safetensors").is_file()
+    assert run("expand", tmp_path / "small", "--method", "rlora", "--set", "head_dropout=0.1").exit_code == 0
+    assert json.loads((tmp_path / "small-rlora/adapter_config.json").read_text())["head_dropout"] == 0.1
+    done = run(
+        "compose", tmp_path / "ours", tmp_path / "small", "--weights", "1,-0.5", "-o", tmp_path / "sum", "--json"
+    )
+    assert list(json.loads(done.stdout)["weights"].values()) == [1.0, -0.5]
+
+
+def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
+    base = base_folder(tiny_llama(), tmp_path / "base")
+    save(adapted("rlora", base), tmp_path / "ours")
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w5 w6", "task": TASKS[i % 2]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("convert", tmp_path / "ours", "--calibration", tmp_path / "rows.jsonl", "--fit", "--per-task", "--json")
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["how"] == "fit"
+    assert sorted(adapter["folder"] for adapter in told["adapters"]) == sorted(TASKS)
+    assert all(0 < layer["update_error"] < 1 for layer in told["adapters"][0]["layers"])
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1"}\n{"prompt": \n')
+    done = run(*words, "-o", tmp_path / "other")
+    assert done.exit_code == 2
+    assert "rows.jsonl, line 2: not valid JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "OURS"], "Give calibration examples: --calibration FILE.jsonl"),
+        (["convert", "nowhere"], "nowhere holds no adapter: adapter_config.json is missing"),
+        (["convert", "OURS", "--to", "dense", "--score"], "--score compares plain LoRA"),
+        (["merge", "OURS"], "Give calibration examples"),
+        (["expand", "OURS"], "holds an adapter of kind MF_RLORA; expected a plain LoRA"),
+        (["compose", "OURS", "-o", "out"], "There is 1 adapter to compose"),
+        (["compose", "OURS", "OURS", "-o", "out", "--weights", "1,x"], "--weights is '1,x'"),
+        (["serve", "OURS", "a=OURS", "a=OURS"], "Two adapters are called 'a'"),
+    ],
+)
+def test_errors_are_one_paragraph(words, message, run, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(adapted("rlora", tiny_llama()), tmp_path / "ours")
+    done = run(*[word.replace("OURS", str(tmp_path / "ours")) for word in words])
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

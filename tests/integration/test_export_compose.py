@@ -1,0 +1,96 @@
+"""Sums of LoRAs are exact; LoraHub's weights find the LoRA that fits the examples."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from made_adapters import adapted, save
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_export_lora import IDS, logits_of
+
+from multiflora import ConfigError, ExportError
+from multiflora.export.compose import compose
+
+
+def update_of(model):
+    """ΔW of every adapted layer."""
+    return {
+        name: module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def test_the_sum_is_exact_whatever_the_ranks_and_kinds(tiny_llama, tmp_path):
+    models = [
+        adapted("lora", tiny_llama(), r=2, lora_alpha=7, target_modules=["up_proj", "q_proj"]),
+        adapted("mlora", tiny_llama(), target_modules=["up_proj", "down_proj"]),
+    ]
+    folders = [save(model, tmp_path / str(i)) for i, model in enumerate(models)]
+    weights = [0.5, -1.25]
+    made = compose(folders, tmp_path / "sum", weights=weights)
+    assert made.how == "sum"
+    both = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "sum")).eval()
+    found, parts = update_of(both), [update_of(model) for model in models]
+    assert found.keys() == parts[0].keys() | parts[1].keys()
+    for name, delta in found.items():
+        wanted = sum(w * part[name] for w, part in zip(weights, parts, strict=True) if name in part)
+        assert torch.allclose(delta, wanted, atol=1e-5), name
+
+
+def test_lorahub_finds_the_lora_the_examples_come_from(tiny_llama, tmp_path):
+    pytest.importorskip("nevergrad")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    folders = []
+    for i in range(2):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = adapted("lora", base, r=2, lora_alpha=2, target_modules=["up_proj", "down_proj", "v_proj"])
+        torch.manual_seed(10 + i)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.4)
+        folders.append(save(model, tmp_path / str(i)))
+    with torch.no_grad():  # what the second one says
+        told = logits_of(model).argmax(-1)
+    rows = [
+        {"input_ids": row.tolist(), "labels": [-100, *said[:-1].tolist()]} for row, said in zip(IDS, told, strict=True)
+    ]
+    made = compose(folders, tmp_path / "hub", examples=rows, budget=30, tokenizer="none")
+    assert made.loss_after < made.loss_before
+    assert made.weights[1] > abs(made.weights[0])
+    assert all(abs(weight) <= 1.5 for weight in made.weights)
+    assert json.loads((tmp_path / "hub/composition.json").read_text())["how"] == "lorahub"
+    again = compose(folders, tmp_path / "again", examples=rows, budget=30, tokenizer="none")
+    assert again.weights == made.weights
+    # both factors carry the weights: the product has cross terms
+    written = load_file(tmp_path / "hub/adapter_model.safetensors")
+    each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for key, tensor in written.items():
+        wanted = sum(w * part[key] for w, part in zip(made.weights, each, strict=True))
+        assert torch.allclose(tensor, wanted, atol=1e-6), key
+
+
+def test_what_cannot_be_put_together_is_refused(tiny_llama, tmp_path):
+    small = save(adapted("lora", tiny_llama(), r=2), tmp_path / "small")
+    large = save(adapted("lora", tiny_llama(), r=3), tmp_path / "large")
+    tasks = save(adapted("moelora", tiny_llama()), tmp_path / "tasks")
+    full = save(adapted("lora", tiny_llama(), modules_to_save=["norm"]), tmp_path / "full")
+    out, rows = tmp_path / "out", [{"input_ids": [1, 2, 3]}]
+    with pytest.raises(ExportError, match=r"small and .*large differ in layers or ranks"):
+        compose([small, large], out, examples=rows, tokenizer="none")
+    with pytest.raises(ExportError, match=r"one update for each task \(sums, labels\)"):
+        compose([small, tasks], out)
+    with pytest.raises(ExportError, match=r"full holds .*norm.* besides its layers"):
+        compose([small, full], out)
+    with pytest.raises(ConfigError, match="There is 1 adapter to compose"):
+        compose([small], out)
+    with pytest.raises(ConfigError, match="2 adapters and 3 weights"):
+        compose([small, large], out, weights=[1, 2, 3])
+    with pytest.raises(ConfigError, match="weights and examples are both given"):
+        compose([small, large], out, weights=[1, 2], examples=rows)
+    assert not out.exists()

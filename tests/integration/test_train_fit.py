@@ -1,0 +1,100 @@
+"""A training on a tiny real model: it learns both tasks, repeats itself exactly, and resumes as if never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from multiflora.data.prepare import encode_tasks
+from multiflora.recipe import Recipe, recipe_from
+from multiflora.train.adapter import add_adapter
+from multiflora.train.fit import fit
+from multiflora.train.output import CHECKPOINTS
+from tests.integration.toys import make_recipe, make_tokenizer
+
+TinyLlama = Callable[..., LlamaForCausalLM]
+
+
+def run(tiny_llama: TinyLlama, recipe: Recipe, **more: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tokenizer = make_tokenizer()
+    model = add_adapter(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2), recipe)
+    _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True, **more)
+    return get_peft_model_state_dict(model), log
+
+
+def losses(log: list[dict[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in log if name in line]
+
+
+@pytest.mark.parametrize("method", ["lora", "rlora", "moelora"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_both_tasks_are_learned(tiny_llama: TinyLlama, tmp_path: Path, method: str, packing: bool) -> None:
+    recipe = make_recipe(tmp_path, method, max_steps=40, packing=packing)
+    _, log = run(tiny_llama, recipe)
+    for task in ("echo", "next"):
+        history = losses(log, f"loss/{task}")
+        assert len(history) == 4
+        assert history[-1] < 0.8 * history[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "rlora"])
+def test_the_same_recipe_gives_the_same_adapter_twice(tiny_llama: TinyLlama, tmp_path: Path, method: str) -> None:
+    settings = {"name": method, "lora_dropout": 0.1}
+    first, first_log = run(tiny_llama, make_recipe(tmp_path, settings, max_steps=6, log_every=2))
+    torch.rand(3)  # whatever else was drawn meanwhile
+    second, second_log = run(tiny_llama, make_recipe(tmp_path, settings, max_steps=6, log_every=2))
+    assert losses(first_log, "loss/echo") == losses(second_log, "loss/echo")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other, _ = run(tiny_llama, make_recipe(tmp_path, settings, seed=1, max_steps=6))
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["lora", "rlora"])
+def test_a_resumed_run_equals_one_that_never_stopped(tiny_llama: TinyLlama, tmp_path: Path, method: str) -> None:
+    settings = {"name": method, "lora_dropout": 0.1}
+    recipe = make_recipe(tmp_path, settings, max_steps=8, save_every=5, log_every=1)
+    whole, whole_log = run(tiny_llama, recipe)
+    resumed, resumed_log = run(tiny_llama, recipe, checkpoint=recipe.output / CHECKPOINTS / "checkpoint-5")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert losses(resumed_log, "loss") == losses(whole_log, "loss")
+
+
+def test_the_model_is_left_without_traces_of_the_training(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, "lora", max_steps=2, bf16=True)  # float32 weights under autocast
+    tokenizer = make_tokenizer()
+    base = tiny_llama(vocab_size=len(tokenizer))
+    model = add_adapter(base, recipe)
+    fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True)
+    assert not model.training
+    assert not {"forward", "_original_forward"} & vars(model).keys()
+    assert "forward" not in vars(base)
+    assert model(input_ids=torch.arange(5)[None]).logits.dtype == torch.float32
+
+
+def test_long_examples_are_counted_and_named(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, "lora", max_length=12)
+    examples = encode_tasks(recipe, make_tokenizer())
+    assert any(
+        note.startswith("next: ") and "longer than train.max_length = 12 tokens" in note for note in examples.notes
+    )
+
+
+def test_shares_follow_the_weights(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, "lora")
+    tasks = [
+        dict(task.model_dump(mode="json"), weight=weight) for task, weight in zip(recipe.tasks, (3, 1), strict=True)
+    ]
+    weighted = recipe_from(
+        recipe.model_dump(mode="json", exclude_none=True) | {"tasks": tasks, "mixture": {"strategy": "weights"}}
+    )
+    report = encode_tasks(weighted, make_tokenizer()).take(80).report
+    assert report["echo"]["examples"] == pytest.approx(60, abs=10)
+    assert report["echo"]["examples"] + report["next"]["examples"] == 80

@@ -1,0 +1,89 @@
+"""Each method as its paper prints it: one token at a time, one head at a time, nothing clever.
+
+A reader should be able to check each function against the equation by eye. ``p`` holds the layer's tensors, ``x`` is
+one token (d_in,), ``t`` its task, ``s`` the scaling, ``mask[h]`` the dropout mask of head h (ones without dropout) and
+``xd`` the token after input dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head(p: dict[str, Tensor], h: int, r: int) -> Tensor:
+    """B_h, (d_out, r)."""
+    return p["B"][:, h * r : (h + 1) * r]
+
+
+def stem(p: dict[str, Tensor], h: int, r: int) -> Tensor:
+    """A_h, (r, d_in)."""
+    return p["A"][h * r : (h + 1) * r]
+
+
+def multilora(p, x, xd, t, s, r, mask, config):
+    """s · Σ_i g_i ⊙ (B_i A_i x)."""
+    total = 0
+    for i in range(config.num_modules):
+        total = total + p["scale"][i] * (head(p, i, r) @ (stem(p, i, r) @ xd))
+    return (s if config.use_alpha else 1.0) * total
+
+
+def rlora(p, x, xd, t, s, r, mask, config):
+    """s · [ Σ_h softmax(R x)_h B_h (m_h ⊙ A x) − B̄⁰ A⁰ x ]."""
+    weights = torch.softmax(p["router"] @ x, 0)
+    total = 0
+    for h in range(config.num_heads):
+        total = total + weights[h] * (head(p, h, r) @ (mask[h] * (p["A"] @ xd)))
+    if "A0" in p:
+        total = total - p["B0"] @ (p["A0"] @ x)
+    return s * total
+
+
+def mlora(p, x, xd, t, s, r, mask, config):
+    """s · [ c Σ_h B_h (m_h ⊙ A x) − B̄⁰ A⁰ x ], c = 1/N or 1."""
+    c = 1 / config.num_heads if config.reduce == "mean" else 1.0
+    total = 0
+    for h in range(config.num_heads):
+        total = total + c * (head(p, h, r) @ (mask[h] * (p["A"] @ xd)))
+    if "A0" in p:
+        total = total - p["B0"] @ (p["A0"] @ x)
+    return s * total
+
+
+def hydralora(p, x, xd, t, s, r, mask, config):
+    """s · Σ_h softmax(R x)_h B_h A x."""
+    weights = torch.softmax(p["router"] @ x, 0)
+    total = 0
+    for h in range(config.num_heads):
+        total = total + weights[h] * (head(p, h, r) @ (p["A"] @ xd))
+    return s * total
+
+
+def moelora(p, x, xd, t, s, r, mask, config):
+    """s · Σ_e softmax(W_T e_t)_e B_e A_e x, s = α/r with the r of all experts together."""
+    weights = torch.softmax(p["task_router"] @ p["task_embedding"][t], 0)
+    total = 0
+    for e in range(config.num_experts):
+        total = total + weights[e] * (head(p, e, r) @ (stem(p, e, r) @ xd))
+    return s * total
+
+
+def loramoe(p, x, xd, t, s, r, mask, config):
+    """s · Σ_e softmax(R x)_e B_e A_e x."""
+    weights = torch.softmax(p["router"] @ x, 0)
+    total = 0
+    for e in range(config.num_experts):
+        total = total + weights[e] * (head(p, e, r) @ (stem(p, e, r) @ xd))
+    return s * total
+
+
+def mtllora(p, x, xd, t, s, r, mask, config):
+    """s · Σ_h softmax(w_t / τ)_h B_h Λ_t A x."""
+    weights = torch.softmax(p["task_logits"][t] / config.temperature, 0)
+    matrix = p["task_matrix"][t]
+    hidden = (matrix if matrix.dim() == 2 else torch.diag(matrix)) @ (p["A"] @ xd)
+    total = 0
+    for h in range(config.num_heads):
+        total = total + weights[h] * (head(p, h, r) @ hidden)
+    return s * total

@@ -1,0 +1,132 @@
+"""From a comparison to cells: equal budgets, complete recipes, names that change with what is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from multiflora.compare.plan import base_cell, competitors, learning_rates, seed_cell, trial_cell
+from multiflora.compare.spec import load_comparison
+from multiflora.errors import ConfigError
+
+CONFIG = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+
+
+def comparison(methods: list[Any], *, train: dict[str, Any] | None = None, **section: Any) -> Any:
+    return load_comparison(
+        {
+            "model": "embedded",
+            "tasks": ["rg_chain_sum", "rg_spell_backward"],
+            "train": train or {},
+            "evaluate": {"extra_tasks": ["rg_letter_counting"]},
+            "output": "out",
+            "compare": {"methods": methods, **section},
+        }
+    )
+
+
+def planned(methods: list[Any], **section: Any) -> dict[str, Any]:
+    return {item.label: item for item in competitors(comparison(methods, **section), CONFIG)}
+
+
+ALL = [
+    {"lora": {"r": 32}},
+    "multilora",
+    "hydralora",
+    "rlora",
+    "mlora",
+    {"moelora": {"num_experts": 4}},
+    {"loramoe": {"num_experts": 4}},
+    "mtllora",
+]
+
+
+@pytest.mark.parametrize("equal", ["parameters", "flops"])
+def test_all_methods_come_to_the_baseline_s_budget(equal):
+    found = planned(ALL, budget={"equal": equal})
+    cost = {k: v.parameters if equal == "parameters" else v.flops.training for k, v in found.items()}
+    for label, value in cost.items():
+        # ranks are whole numbers: one more of four experts' is an eighth of this budget
+        assert value == pytest.approx(cost["lora"], rel=0.065), label
+        assert found[label].solved == (label != "lora")
+
+
+def test_the_budget_may_be_another_method_s_or_a_number():
+    found = planned(["lora", {"rlora": {"r": 8}}], budget={"of": "rlora"})
+    assert found["lora"].parameters == pytest.approx(found["rlora"].parameters, rel=0.05)
+    assert found["rlora"].rank == 8
+    assert planned(["lora"], budget={"target": 100_000})["lora"].parameters == pytest.approx(100_000, rel=0.05)
+
+
+def test_a_given_rank_stays():
+    found = planned([{"lora": {"r": 16}}, {"name": "rlora", "r": 3, "label": "mine"}])
+    assert (found["mine"].rank, found["mine"].solved) == (3, False)
+
+
+def test_without_a_budget_every_rank_is_the_default_or_the_given_one():
+    found = planned(["lora", "rlora", {"name": "rlora", "label": "six", "r": 6}], budget={"equal": "nothing"})
+    assert {label: item.rank for label, item in found.items()} == {"lora": 8, "rlora": 4, "six": 6}
+
+
+def test_scale_is_kept_whatever_the_rank():
+    found = planned([{"name": "lora", "r": 16, "scale": 2}, {"name": "rlora", "scale": 2}, "hydralora"])
+    assert found["lora"].settings["lora_alpha"] == 32
+    assert found["rlora"].settings["lora_alpha"] == 2 * found["rlora"].rank
+    assert found["hydralora"].settings["lora_alpha"] == 8 * found["hydralora"].rank  # 32 at its default rank of 4
+
+
+def test_shared_settings_go_to_the_methods_that_have_them():
+    found = planned(["lora", "rlora"], shared={"target_modules": ["up_proj"], "head_dropout": 0.3})
+    assert found["rlora"].settings["head_dropout"] == 0.3
+    assert "head_dropout" not in found["lora"].settings
+    assert found["lora"].parameters == 2 * 8 * (256 + 512)
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"method\.target_modules is .'nowhere'."):
+        planned(["lora"], shared={"target_modules": ["nowhere"]})
+
+
+def test_a_cell_is_complete():
+    plan = comparison(["lora", {"name": "rlora", "train": {"weight_decay": 0.1}}], train={"max_steps": 9})
+    item = competitors(plan, CONFIG)[1]
+    cell = seed_cell(plan, item, 5, learning_rate=0.003)
+    recipe = cell.recipe
+    assert (recipe.method.name, recipe.seed) == ("rlora", 5)
+    assert recipe.method.settings["r"] == item.rank
+    assert (recipe.train.max_steps, recipe.train.weight_decay, recipe.train.learning_rate) == (9, 0.1, 0.003)
+    assert not recipe.evaluate.before
+    assert recipe.output == plan.recipe.output / "runs" / cell.name
+
+
+def test_a_changed_recipe_is_another_cell_and_the_folder_is_not():
+    def name(train: dict[str, Any], seed: int = 0, output: str = "out") -> str:
+        plan = comparison(["lora"], train=train)
+        plan = plan.model_copy(
+            update={"recipe": plan.recipe.model_copy(update={"output": plan.recipe.output.parent / output})}
+        )
+        return seed_cell(plan, competitors(plan, CONFIG)[0], seed).name
+
+    assert name({"max_steps": 3}) == name({"max_steps": 3}, output="elsewhere")
+    assert len({name({"max_steps": 3}), name({"max_steps": 4}), name({"max_steps": 3}, seed=1)}) == 3
+
+
+def test_a_trial_is_scored_on_the_validation_split_with_a_seed_of_its_own():
+    plan = comparison(["lora"], learning_rate={"trials": 2, "max_steps": 4, "seed": 77})
+    cell = trial_cell(plan, competitors(plan, CONFIG)[0], 1, 0.01)
+    assert cell.recipe.evaluate.split == "validation"
+    assert cell.recipe.evaluate.extra_tasks == ()
+    assert (cell.recipe.seed, cell.recipe.train.max_steps, cell.recipe.train.learning_rate) == (77, 4, 0.01)
+
+
+def test_the_base_model_is_scored_on_the_same_rows():
+    plan = comparison(["lora"])
+    trained = seed_cell(plan, competitors(plan, CONFIG)[0], 0).recipe
+    assert base_cell(plan).recipe.evaluate == trained.evaluate
+
+
+def test_the_search_s_range_is_round_the_usual_rate():
+    plan = comparison(["lora"], learning_rate={"high": 1e-2})
+    assert learning_rates(plan, competitors(plan, CONFIG)[0]) == (2e-4 / 16, 1e-2)

@@ -1,0 +1,130 @@
+"""From cells to claims: methods that do not differ have no winner, and one that does is found."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from multiflora.compare import statistics
+from multiflora.compare.summary import summarise
+from multiflora.errors import DataError
+from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors
+
+LABELS = ["lora", "one", "two", "three", "four"]
+
+
+def summary_of(generator, labels=LABELS, **made):
+    seeds = made.get("seeds", 3)
+    cells = made_cells(generator, labels, **made)
+    return summarise(made_comparison(labels, seeds), made_competitors(labels), cells), cells
+
+
+def has_winner(summary) -> bool:
+    return "better" in summary.answer or "worse" in summary.answer
+
+
+@pytest.mark.parametrize(("labels", "luck"), [(LABELS, 0.1), (LABELS[:2], 0.0), (LABELS[:2], 0.4)])
+def test_a_method_against_itself_has_no_winner_in_95_of_100(labels, luck, monkeypatch):
+    """Competitors that are one method: no claim, by either measure, in at least 95 of 100 comparisons."""
+    monkeypatch.setattr(statistics, "_RESAMPLES", 10)  # the ranks, which nobody looks at here, are most of the work
+    generator = np.random.default_rng(11)
+    winners = sum(has_winner(summary_of(generator, labels, rows=50, luck=luck, own=0.0)[0]) for _ in range(100))
+    assert winners <= 5
+
+
+def test_the_very_same_cells_have_no_winner():
+    _, cells = summary_of(np.random.default_rng(0), ["lora"])
+    twice = [*cells, *({**cell, "label": "again"} for cell in cells if cell["kind"] == "seed")]
+    summary = summarise(made_comparison(["lora", "again"]), made_competitors(["lora", "again"]), twice)
+    assert summary.answer == "No difference to lora could be shown for any method (again)."
+    assert "was 0.0 points higher (95 % interval 0.0 to 0.0, p = 1.00" in summary.sentences["again"]
+
+
+def test_a_better_method_is_found_and_the_others_are_not():
+    summary, _ = summary_of(np.random.default_rng(1), rows=200, gains={"two": 0.8}, own=0.0)
+    assert summary.answer.startswith("two did better than lora. For one, three and four no difference")
+    two = next(row for row in summary.rows if row.label == "two")
+    assert two.score.rank == (1, 1, 1, pytest.approx(1, abs=0.01))
+
+
+def test_means_and_intervals_are_those_of_the_seeds():
+    summary, cells = summary_of(np.random.default_rng(2))
+    own = [cell for cell in cells if cell["label"] == "one"]
+    by_seed = [np.mean([cell["scores"]["tasks"][task]["score"] for task in TASKS]) for cell in own]
+    row = next(row for row in summary.rows if row.label == "one")
+    assert row.score.mean.mean == pytest.approx(np.mean(by_seed))
+    low, high = stats.t.interval(0.95, 2, np.mean(by_seed), stats.sem(by_seed))
+    assert row.score.mean[1:] == pytest.approx((low, high))
+    kept = [cell["scores"]["tasks"][EXTRA]["score"] - cells[0]["scores"]["tasks"][EXTRA]["score"] for cell in own]
+    assert row.kept.mean == pytest.approx(np.mean(kept))
+    assert row.seconds.mean == 61
+    assert (row.memory, row.latency) == (2**30, pytest.approx(0.1))
+
+
+def test_the_corrected_p_counts_every_method_and_measure():
+    summary, _ = summary_of(np.random.default_rng(3))
+    plain = [m.difference.p for row in summary.rows for m in (row.score, row.nll) if m.difference]
+    corrected = [m.p for row in summary.rows for m in (row.score, row.nll) if m.difference]
+    assert len(plain) == 8
+    assert min(corrected) == pytest.approx(min(1.0, 8 * min(plain)))
+
+
+def test_the_order_of_cells_does_not_matter():
+    labels = ["lora", "one"]
+    cells = made_cells(np.random.default_rng(4), labels)
+    plan, planned = made_comparison(labels), made_competitors(labels)
+    assert summarise(plan, planned, cells) == summarise(plan, planned, cells[::-1])
+
+
+def test_other_rows_are_refused():
+    labels = ["lora", "one"]
+    cells = made_cells(np.random.default_rng(5), labels)
+    cells[2]["rows"][TASKS[0]]["id"][0] = "another"
+    with pytest.raises(DataError, match="lora-seed1 and base-base0 were scored on different rows of rg_chain_sum"):
+        summarise(made_comparison(labels), made_competitors(labels), cells)
+
+
+def test_a_method_that_diverged_is_told_of_and_not_averaged():
+    labels = ["lora", "one", "two"]
+    cells = made_cells(np.random.default_rng(6), labels)
+    cells[4]["rows"][TASKS[0]]["nll"][0] = None
+    summary = summarise(made_comparison(labels), made_competitors(labels), cells)
+    assert summary.sentences["one"] == "one diverged in 1 of 3 trainings; lower its learning rate."
+    assert summary.rows[1].score is None
+    assert summary.rows[2].score is not None
+    json.dumps(summary.to_dict(), allow_nan=False)
+
+
+def test_one_seed_gives_no_test():
+    summary, _ = summary_of(np.random.default_rng(7), ["lora", "one"], seeds=1)
+    assert "Nothing can be said of one against lora from one seed" in summary.sentences["one"]
+    assert summary.rows[1].score.p is None
+
+
+def test_generated_answers_have_a_score_and_no_nats():
+    labels = ["lora", "one"]
+    cells = made_cells(np.random.default_rng(8), labels)
+    for cell in cells:
+        for task, rows in cell["rows"].items():
+            rows["nll"] = [None] * len(rows["nll"])
+            cell["scores"]["tasks"][task]["metric"] = "verifier"
+    summary = summarise(made_comparison(labels), made_competitors(labels), cells)
+    assert summary.rows[1].nll is None
+    assert summary.rows[1].score is not None
+
+
+def test_the_table_and_the_json_hold_it_all():
+    from rich.console import Console
+
+    summary, _ = summary_of(np.random.default_rng(9), ["lora", "one"])
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary.table())
+    text = console.export_text()
+    assert "lora" in text
+    assert "+10%" in text
+    plain = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert plain["rows"][1]["score"]["difference"]["interval"].keys() == {"mean", "low", "high"}
+    assert plain["curves"]["one"][TASKS[0]][0] == [10, 2.0]

@@ -1,0 +1,103 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from multiflora.errors import DataError
+from multiflora.tasks import FilesSource
+from multiflora.tasks.files import read_rows, split_files
+
+ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y, z"}]
+
+
+def columns(path):
+    return [row for _, row in read_rows(path)]
+
+
+def test_every_format_gives_its_rows(tmp_path):
+    (tmp_path / "r.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(r) for r in ROWS), encoding="utf-8")
+    (tmp_path / "r.json").write_text(json.dumps(ROWS))
+    (tmp_path / "r.csv").write_text('a,b\n1,x\n2,"y, z"\n')
+    (tmp_path / "r.tsv").write_text("a\tb\n1\tx\n2\ty, z\n")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "r.parquet")
+    as_text = [{"a": str(r["a"]), "b": r["b"]} for r in ROWS]
+    assert columns(tmp_path / "r.jsonl") == columns(tmp_path / "r.json") == columns(tmp_path / "r.parquet") == ROWS
+    assert columns(tmp_path / "r.csv") == columns(tmp_path / "r.tsv") == as_text
+
+
+def test_a_malformed_jsonl_line_is_named_by_file_and_number(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n\n{"a": 2\n{"a": 3}\n')
+    with pytest.raises(
+        DataError, match=r'r\.jsonl, line 3: not valid JSON: .* at column \d+: \{"a": 2 Expected one JSON'
+    ):
+        columns(tmp_path / "r.jsonl")
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n[1, 2]\n')
+    with pytest.raises(DataError, match=r"r\.jsonl, line 2 is a list; expected an object"):
+        columns(tmp_path / "r.jsonl")
+
+
+def test_jsonl_in_a_json_file_is_recognised(tmp_path):
+    (tmp_path / "r.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(DataError, match=r"r\.json, line 2: .*name the file \.jsonl"):
+        columns(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('{"data": []}')
+    with pytest.raises(DataError, match=r"r\.json holds a dict; expected a list"):
+        columns(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("line", ["2", "2,y,z"])
+def test_a_csv_row_of_another_length_is_named(tmp_path, line):
+    (tmp_path / "r.csv").write_text(f"a,b\n1,x\n{line}\n")
+    with pytest.raises(DataError, match=r"r\.csv, line 3 does not have the 2 values of the header \(a, b\)"):
+        columns(tmp_path / "r.csv")
+
+
+def test_what_is_no_data_file_is_refused(tmp_path):
+    (tmp_path / "r.parquet").write_text("text")
+    with pytest.raises(DataError, match=r"r\.parquet is not a Parquet file"):
+        columns(tmp_path / "r.parquet")
+    (tmp_path / "r.txt").write_text("text")
+    with pytest.raises(DataError, match=r"r\.txt ends in '\.txt'; expected one of \.jsonl"):
+        columns(tmp_path / "r.txt")
+    (tmp_path / "r.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(DataError, match=r"r\.jsonl is not UTF-8 text"):
+        columns(tmp_path / "r.jsonl")
+
+
+def test_a_folder_gives_the_splits_it_has(tmp_path):
+    for name in ("train.jsonl", "test.csv", "notes.txt"):
+        (tmp_path / name).touch()
+    found = split_files(FilesSource(folder=tmp_path))
+    assert found == {"train": (tmp_path / "train.jsonl",), "test": (tmp_path / "test.csv",)}
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(DataError, match=r"has train\.jsonl and train\.csv; expected one file for the split train"):
+        split_files(FilesSource(folder=tmp_path))
+
+
+def test_a_folder_without_splits_says_what_it_holds(tmp_path):
+    (tmp_path / "part1.jsonl").touch()
+    with pytest.raises(DataError, match=r"holds no train, validation or test file .* it holds part1\.jsonl"):
+        split_files(FilesSource(folder=tmp_path))
+
+
+def test_globs_are_sorted_and_must_match(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).touch()
+    source = FilesSource(train=[tmp_path / "*.jsonl", tmp_path / "a.jsonl"])
+    assert split_files(source) == {"train": (tmp_path / "a.jsonl", tmp_path / "b.jsonl")}
+    with pytest.raises(DataError, match=r"\*\.csv matches no file"):
+        split_files(FilesSource(train=tmp_path / "*.csv"))
+
+
+def test_a_missing_file_says_what_lies_there(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(DataError, match=r"trian\.jsonl does not exist; .* holds train\.jsonl"):
+        split_files(FilesSource(train=tmp_path / "trian.jsonl"))
+    with pytest.raises(DataError, match=r"nor does its folder .*Relative paths are relative to the recipe"):
+        split_files(FilesSource(train=tmp_path / "no" / "train.jsonl"))
+    with pytest.raises(DataError, match="is not a folder; expected one"):
+        split_files(FilesSource(folder=tmp_path / "train.jsonl"))

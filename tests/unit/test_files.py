@@ -1,0 +1,54 @@
+"""A file is written whole or not at all."""
+
+from __future__ import annotations
+
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+
+from multiflora.errors import EnvironmentProblem
+from multiflora.files import write_json, write_text
+
+
+def test_the_text_is_written_and_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "naïve\n")
+    write_text(tmp_path / "a.txt", "東京\n")
+    assert (tmp_path / "a.txt").read_bytes() == "東京\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_others_may_read_as_with_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "ours", "")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_equal_values_give_equal_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"x": 1, "y": [1.5, None]})
+    write_json(tmp_path / "b", {"y": [1.5, None], "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(ValueError, match="Out of range float values"):
+        write_json(tmp_path / "a", float("inf"))
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the nearest thing to a full disk that needs no rights: no file may grow beyond this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(
+            EnvironmentProblem, match=r"No space left to write .*a\.txt.*What was there before is unchanged"
+        ):
+            write_text(tmp_path / "a.txt", "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"Cannot write .*nowhere"):
+        write_text(tmp_path / "nowhere" / "a.txt", "")

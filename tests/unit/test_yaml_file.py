@@ -1,0 +1,66 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multiflora.errors import ConfigError
+from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
+
+
+def test_numbers_with_an_exponent_are_numbers_and_yes_and_no_stay_words():
+    read = parse_yaml("{lr: 1e-4, big: 2E5, half: .5, n: 3, labels: [yes, no, on], flag: true, none: null}", "x")
+    assert read == {
+        "lr": 1e-4,
+        "big": 2e5,
+        "half": 0.5,
+        "n": 3,
+        "labels": ["yes", "no", "on"],
+        "flag": True,
+        "none": None,
+    }
+    assert type(read["n"]) is int
+
+
+def test_a_key_given_twice_is_refused_with_its_line():
+    with pytest.raises(ConfigError, match=r"r\.yaml, line 3, column 1: .*'seed' is given twice"):
+        parse_yaml("seed: 1\noutput: x\nseed: 2\n", "r.yaml")
+
+
+def test_bad_yaml_names_file_and_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: x\ntrain: {learning_rate: 1e-4\nseed: 0\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml, line 3, column \d+: not valid YAML"):
+        read_yaml(path)
+
+
+def test_a_missing_file_says_which_yaml_files_are_there(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 0")
+    with pytest.raises(ConfigError, match=r"recip\.yaml does not exist; the YAML files there: recipe\.yaml"):
+        read_yaml(tmp_path / "recip.yaml")
+
+
+def test_a_folder_and_a_binary_file_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder; expected a YAML file"):
+        read_yaml(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"b\.yaml is not UTF-8 text"):
+        read_yaml(tmp_path / "b.yaml")
+
+
+def test_control_characters_are_a_config_error():
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml("a: \x00", "x")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1), inner, max_size=3)
+)
+
+
+@given(VALUES)
+def test_what_is_written_reads_back_equal(value):
+    assert parse_yaml(dump_yaml(value), "x") == value
+
+
+def test_text_of_several_lines_is_written_as_a_block():
+    assert dump_yaml({"prompt": "a\nb"}) == "prompt: |-\n  a\n  b\n"

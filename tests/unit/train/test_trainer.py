@@ -1,0 +1,206 @@
+"""MultitaskTrainer: the loss is the plain one, whatever the batches look like, and the log tells tasks apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig
+
+import multiflora
+from multiflora.data.collate import Collator
+from multiflora.methods import build_config
+from multiflora.train.trainer import MultitaskTrainer
+
+VOCABULARY = 40
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_model(adapter: Any = None) -> nn.Module:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+    )
+    model = get_peft_model(base, adapter or LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():  # away from the start, so that every adapter weight has a gradient
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")), eos_token="w1", pad_token="w0"
+    )
+
+
+def make_examples(number: int = 12, num_tasks: int = 3) -> Dataset:
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(number):
+        length = int(torch.randint(3, 12, (), generator=draw))
+        ids = torch.randint(2, VOCABULARY, (length,), generator=draw).tolist()
+        prompt = int(torch.randint(1, length - 1, (), generator=draw))
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "labels": labels, "task_id": i % num_tasks, "length": length})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(model: nn.Module, folder: Path, *, packing: bool = False, **settings: Any) -> MultitaskTrainer:
+    given = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "weight_decay": 0.0} | settings
+    args = SFTConfig(
+        output_dir=str(folder),
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **({"gradient_checkpointing": False} | given),
+    )
+    return MultitaskTrainer(
+        model=model,
+        args=args,
+        train_dataset=make_examples(),
+        processing_class=make_tokenizer(),
+        task_names=("a", "b", "c"),
+        packing=packing,
+        max_length=24,
+    )
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(model: nn.Module, examples: Dataset) -> tuple[Tensor, Tensor]:
+    """One example at a time, all logits, no batches: the sum over tokens, and their number."""
+    losses: list[Tensor] = []
+    for row in examples:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses.append(F.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="none", ignore_index=-100))
+    tokens = sum(int((torch.tensor(row["labels"][1:]) != -100).sum()) for row in examples)
+    return torch.cat(losses).sum(), torch.tensor(tokens)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_are_those_of_the_plain_mean_over_tokens(
+    tmp_path: Path, packing: bool, accumulation: int, checkpointing: bool
+) -> None:
+    trainer = make_trainer(
+        make_model(),
+        tmp_path,
+        packing=packing,
+        per_device_train_batch_size=12 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+    )
+    batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = accumulation
+    loss = sum(trainer.training_step(trainer.model, batch, tokens) for batch in batches)
+
+    oracle = make_model()
+    total, count = plain_loss(oracle, make_examples())
+    (total / count).backward()
+    assert int(tokens) == int(count)
+    torch.testing.assert_close(loss, (total / count).detach(), atol=1e-6, rtol=1e-6)
+    expected = gradients(oracle)
+    assert gradients(trainer.model).keys() == expected.keys()
+    for name, gradient in gradients(trainer.model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_every_log_line_has_each_tasks_own_mean_loss_and_the_speed(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), tmp_path, learning_rate=0.0, logging_steps=3)
+    trainer.train()
+    [line] = [line for line in trainer.state.log_history if "loss/a" in line]
+    for task, name in enumerate("abc"):
+        total, count = plain_loss(make_model(), make_examples().filter(lambda row, task=task: row["task_id"] == task))
+        assert line[f"loss/{name}"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert line["tokens_per_second"] > 0
+    assert line["epoch"] == pytest.approx(1.0)
+
+
+def test_the_log_window_starts_anew_after_each_line(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), tmp_path, learning_rate=0.0, logging_steps=1)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss/a" in line]
+    assert len(lines) == 3
+    assert len({line["loss/a"] for line in lines}) == 3
+
+
+def test_examples_are_trained_in_the_order_of_the_data_set(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), tmp_path)
+    tasks = torch.cat([batch["task_id"] for batch in trainer.get_train_dataloader()])
+    assert tasks.tolist() == make_examples()["task_id"][:]
+
+
+def test_weight_decay_spares_vectors_routers_gates_and_scales(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), tmp_path, weight_decay=0.1)
+    holder = nn.Module()
+    for name in ("lora_A", "lora_router", "scale", "expert_gate"):
+        setattr(holder, name, nn.Linear(2, 2, bias=True))
+    assert trainer.get_decay_parameter_names(holder) == ["lora_A.weight"]
+    trainer.create_optimizer()
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    assert "AdamW" in type(trainer.optimizer).__name__
+
+
+def test_a_copy_of_the_trained_model_stands_alone(tmp_path: Path) -> None:
+    model = make_model()
+    make_trainer(model, tmp_path)
+    assert "forward" not in vars(model.get_base_model())
+
+
+def test_the_adapters_auxiliary_loss_is_added_once_per_step(tmp_path: Path) -> None:
+    settings = {"r": 2, "router_z_loss": 0.5, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    trainer = make_trainer(make_model(build_config("loramoe", settings)), tmp_path)
+    batch = Collator(pad_token_id=0)(list(make_examples().select(range(4))))
+    trainer.current_gradient_accumulation_steps = 1
+    whole = trainer.compute_loss(trainer.model.train(), batch)
+    auxiliary = multiflora.auxiliary_loss(trainer.model)
+    trainer.current_gradient_accumulation_steps = 4
+    quarter = trainer.compute_loss(trainer.model, batch)
+    assert float(auxiliary) > 0.01
+    torch.testing.assert_close(whole - quarter, auxiliary * 3 / 4, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_adapters_that_route_by_task_are_told_the_task_of_every_row_or_token(tmp_path: Path, packing: bool) -> None:
+    settings = {"r": 4, "num_experts": 2, "num_tasks": 3, "target_modules": "all-linear"}
+    model = make_model(build_config("moelora", settings))
+    examples = make_examples()
+    trainer = make_trainer(model, tmp_path, packing=packing)
+    batch = Collator(pad_token_id=0, packing=packing, max_length=24)(list(examples))
+    loss = trainer.compute_loss(trainer.model.eval(), batch)
+    total, count = torch.tensor(0.0), 0
+    for row in examples:
+        with multiflora.task(model, row["task_id"]), torch.no_grad():
+            one, tokens = plain_loss(model, Dataset.from_list([row]))
+        total, count = total + one, count + int(tokens)
+    torch.testing.assert_close(loss.detach(), total / count, atol=1e-6, rtol=1e-5)
