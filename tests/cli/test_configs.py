@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from multiflora.compare.spec import load_comparison
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import load_recipe, recipe_from
 from multiflora.yaml_file import parse_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.rglob("*") if path.is_file())
+COMPARISONS = ["relatives.yaml"]
 
 
 def test_all_shipped_recipes_are_tested() -> None:
@@ -20,11 +22,23 @@ def test_all_shipped_recipes_are_tested() -> None:
         "demo.yaml",
         "hydralora_single_domain.yaml",
         "multilora_mixture.yaml",
+        "relatives.yaml",
         "rlora_understanding.yaml",
     ]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_shipped_comparison_resolves(name: str) -> None:
+    comparison = load_comparison(CONFIGS / name)
+    for entry in comparison.compare.methods:
+        build_config(entry.name, entry.settings)
+    assert {"lora", "alignlora", "loraga", "deltalora", "mixlora", "parts"} <= {
+        entry.name for entry in comparison.compare.methods
+    }
+    assert comparison.recipe.output == CONFIGS.parent / "runs" / name.removesuffix(".yaml")
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in COMPARISONS])
 def test_a_shipped_recipe_resolves(name: str) -> None:
     recipe = load_recipe(CONFIGS / name)
     card = METHODS[recipe.method.name]

@@ -79,6 +79,11 @@ def test_the_table_of_methods_is_the_table_of_methods() -> None:
         "moelora",
         "loramoe",
         "mtllora",
+        "mixlora",
+        "alignlora",
+        "loraga",
+        "deltalora",
+        "parts",
     ]
     assert {name for name, _ in rows} == set(METHODS)
     for name, merges in rows:

@@ -15,6 +15,7 @@ from multiflora.data.prepare import Examples, TrainingData
 from multiflora.files import write_text
 from multiflora.recipe import Recipe
 from multiflora.train.arguments import steps_of, training_arguments
+from multiflora.train.hooks import training_callbacks
 from multiflora.train.output import CHECKPOINTS
 from multiflora.train.processes import is_first_process, num_processes
 from multiflora.train.progress import progress_bar
@@ -74,7 +75,7 @@ def fit(
             packing=recipe.train.packing,
             max_length=recipe.train.max_length,
             epoch_size=examples.mixture.epoch_size,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *training_callbacks(model)],
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if recipe.train.save_every and is_first_process():
