@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft  # noqa: F401  # first: importing it registers the methods, which the tables below read
 from docutils import nodes
@@ -31,7 +31,11 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
+if TYPE_CHECKING:
+    from multiflora.methods import MethodCard
+
 MATH = "mathml"
+PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +112,13 @@ def methods() -> Iterator[str]:
     """All methods, each with a link to its page."""
     from multiflora.methods import METHODS
 
-    rows = [(f"[{card.title}]({card.name}.md)", f"`{card.name}`", card.line, card.merges) for card in METHODS.values()]
+    rows = [(_linked(card), f"`{card.name}`", card.line, card.merges) for card in METHODS.values()]
     yield from table(("method", "in a recipe", "idea", "merges"), rows)
+
+
+def _linked(card: MethodCard) -> str:
+    """A method's title, linked to its page where it has one."""
+    return f"[{card.title}](/methods/{card.name}.md)" if (PAGES / f"{card.name}.md").is_file() else card.title
 
 
 def method_facts(name: str) -> Iterator[str]:
@@ -298,7 +307,6 @@ def command_line() -> Iterator[str]:
 
 
 def _commands(path: str, command: Any) -> Iterator[str]:
-    inner = getattr(command, "commands", {})
     if path != "multiflora":
         yield f"**`{path}`**" + "".join(f" `{word}`" for word in _arguments(command))
         yield ""
@@ -306,22 +314,25 @@ def _commands(path: str, command: Any) -> Iterator[str]:
     rows = []
     for item in command.params:
         if item.param_type_name == "argument":
-            rows.append((f"`{item.human_readable_name}`", "", getattr(item, "help", "") or ""))
-        elif item.name not in ("help", "install_completion", "show_completion"):
-            names = ", ".join(f"`{name}`" for name in (*item.opts, *item.secondary_opts))
+            rows.append((f"`{_word(item)}`", "", item.help or ""))
+        elif item.name != "help":
             default = "" if item.is_flag or item.default in (None, ()) else f"`{item.default}`"
-            rows.append((names, default, item.help or ""))
+            rows.append((", ".join(f"`{name}`" for name in item.opts), default, item.help or ""))
     if rows:
-        yield from table(("option" if path == "multiflora" else "argument or option", "default", "meaning"), rows)
-    for name, each in sorted(inner.items()):
+        yield from table(("", "default", "meaning"), rows)
+    for name, inner in sorted(getattr(command, "commands", {}).items()):
         yield ""
-        yield from _commands(f"{path} {name}", each)
+        yield from _commands(f"{path} {name}", inner)
 
 
 def _arguments(command: Any) -> Iterator[str]:
     for item in command.params:
         if item.param_type_name == "argument":
-            yield item.human_readable_name + ("..." if item.nargs == -1 else "")
+            yield _word(item) + ("..." if item.nargs == -1 else "")
+
+
+def _word(argument: Any) -> str:
+    return str(argument.metavar or argument.name.upper())
 
 
 TABLES: dict[str, tuple[Callable[..., Iterable[str]], int]] = {
