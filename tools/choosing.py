@@ -24,14 +24,14 @@ Json = Mapping[str, Any]
 
 
 def measured(summary: Json) -> str:
-    """The section: the finding, the table, a sentence for each method, what it cost and what it does not tell."""
+    """The section: the finding, the table, a sentence for each method, and what each cost."""
     return "\n\n".join(part for part in (*_finding(summary), _table(summary), *_told(summary)) if part)
 
 
 def _finding(summary: Json) -> Iterator[str]:
     yield f"**{summary['answer']}**"
     better, worse = shown(summary, 1), shown(summary, -1)
-    reference = summary["reference"]
+    base = next(row for row in summary["rows"] if row["label"] == summary["reference"])
     if len(summary["rows"]) < 2 or len(summary["seeds"]) < 2:
         yield "That is not enough to choose by: it takes at least two methods and two seeds."
     elif better:
@@ -44,31 +44,26 @@ def _finding(summary: Json) -> Iterator[str]:
     else:
         less = f" {listed([title(row) for row in worse])} did worse." if worse else ""
         yield (
-            f"By this, start with **{reference}**: nothing was shown to be better at equal cost.{less} Choose another "
-            "method for what it can do and this one cannot, by the table above, and not for its score."
+            f"By this, start with **{title(base)}**: nothing was shown to be better at equal cost.{less} Choose "
+            "another method for what it can do and this one cannot, by the table above, and not for its score."
         )
 
 
 def _table(summary: Json) -> str:
-    rows = [
-        "| method | rank | parameters | macro score, % | difference to "
-        + summary["reference"]
-        + ", points | p | nats per token | merges |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = f"method | rank | parameters | macro score, % | difference to {summary['reference']}, points | p | nats"
+    rows = [f"| {header} per token | merges |", "|" + "---|" * 8]
     for row in sorted(summary["rows"], key=lambda row: -_mean(row["score"])):
-        method = METHODS[row["method"]]
+        score, nll = row["score"] or {}, row["nll"] or {}
+        difference = score.get("difference") or {}
         cells = (
-            f"{row['label']}",
+            row["label"],
             f"{row['rank'] or '–'}",
             f"{row['parameters']:,}",
-            _interval(row["score"] and row["score"]["mean"], 100, 1),
-            _interval(
-                (row["score"] or {}).get("difference") and row["score"]["difference"]["interval"], 100, 1, sign="+"
-            ),
-            _p(row["score"]),
-            _interval(row["nll"] and row["nll"]["mean"], 1, 3),
-            method.merges,
+            _interval(score.get("mean"), 100, 1),
+            _interval(difference.get("interval"), 100, 1, sign="+"),
+            _p(score.get("p")),
+            _interval(nll.get("mean"), 1, 3),
+            METHODS[row["method"]].merges,
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

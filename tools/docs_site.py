@@ -48,6 +48,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer(MATH, (inline_math, None), (display_math, None))
     for name, (make, arguments) in TABLES.items():
         app.add_directive(name, directive(make, arguments))
+    app.connect("autodoc-process-docstring", untyped_attribute, priority=400)  # before napoleon's, at 500
+    app.connect("autodoc-process-signature", no_class_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -72,10 +74,25 @@ def mathml(node: nodes.Node, *, block: bool) -> str:
     if "\\\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
-        return str(tex2mathml(tex, as_block=block))
+        # the macron that every font has, in place of the modifier letter that few draw
+        return str(tex2mathml(tex, as_block=block)).replace("ˉ", "¯")
     except (SyntaxError, AttributeError, IndexError, KeyError) as error:
         log.warning("equation %r cannot be written as MathML: %s", tex, error, location=node)
         return nodes.Text(tex).astext()
+
+
+# ---- docstrings
+
+
+def untyped_attribute(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking what stands before a colon in an attribute's first line for its type."""
+    if what == "attribute":
+        lines.insert(0, "")
+
+
+def no_class_signature(app: Sphinx, what: str, *rest: Any) -> tuple[str, str | None] | None:
+    """Show no signature of a class: the fields that it would list have descriptions of their own."""
+    return ("", None) if what == "class" else None
 
 
 # ---- tables
