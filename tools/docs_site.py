@@ -74,11 +74,12 @@ def mathml(node: nodes.Node, *, block: bool) -> str:
     if "\\\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
-        # the macron that every font has, in place of the modifier letter that few draw
-        return str(tex2mathml(tex, as_block=block)).replace("ˉ", "¯")
+        written = str(tex2mathml(tex, as_block=block))
     except (SyntaxError, AttributeError, IndexError, KeyError) as error:
         log.warning("equation %r cannot be written as MathML: %s", tex, error, location=node)
-        return nodes.Text(tex).astext()
+        return tex
+    # without a font for mathematics a browser draws an accent into its letter: let it stand over it
+    return written.replace('<mover accent="true">', "<mover>").replace('<mo stretchy="false">ˉ</mo>', "<mo>¯</mo>")
 
 
 # ---- docstrings
@@ -333,7 +334,8 @@ def _commands(path: str, command: Any) -> Iterator[str]:
         if item.param_type_name == "argument":
             rows.append((f"`{_word(item)}`", "", item.help or ""))
         elif item.name != "help":
-            default = "" if item.is_flag or item.default in (None, ()) else f"`{item.default}`"
+            given = getattr(item.default, "value", item.default)
+            default = "" if item.is_flag or given in (None, ()) else f"`{given}`"
             rows.append((", ".join(f"`{name}`" for name in item.opts), default, item.help or ""))
     if rows:
         yield from table(("", "default", "meaning"), rows)
@@ -345,7 +347,7 @@ def _commands(path: str, command: Any) -> Iterator[str]:
 def _arguments(command: Any) -> Iterator[str]:
     for item in command.params:
         if item.param_type_name == "argument":
-            yield _word(item) + ("..." if item.nargs == -1 else "")
+            yield _word(item)
 
 
 def _word(argument: Any) -> str:
