@@ -5,7 +5,7 @@ A page says, in a fenced block, which table it wants; nothing that the code know
 - ``{method-facts} rlora``: what a method is, from its card.
 - ``{method-settings} rlora``: its settings, their defaults and what they mean, from its config.
 - ``{method-cost} rlora``: what it adds to a layer, from its description.
-- ``{methods}``: all methods.
+- ``{methods}``, ``{peft-methods}``: all methods; those of peft.
 - ``{recipe-keys} TrainSpec``: the keys of a part of the recipe, from the docstrings of its fields.
 - ``{shipped-tasks}``: the tasks that come with the package.
 - ``{command-line}``: every command and option.
@@ -74,12 +74,12 @@ def mathml(node: nodes.Node, *, block: bool) -> str:
     if "\\\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
-        written = str(tex2mathml(tex, as_block=block))
+        made = str(tex2mathml(tex, as_block=block))
     except (SyntaxError, AttributeError, IndexError, KeyError) as error:
         log.warning("equation %r cannot be written as MathML: %s", tex, error, location=node)
         return tex
     # without a font for mathematics a browser draws an accent into its letter: let it stand over it
-    return written.replace('<mover accent="true">', "<mover>").replace('<mo stretchy="false">ˉ</mo>', "<mo>¯</mo>")
+    return made.replace('<mover accent="true">', "<mover>").replace('<mo stretchy="false">ˉ</mo>', "<mo>¯</mo>")
 
 
 # ---- docstrings
@@ -137,6 +137,18 @@ def methods() -> Iterator[str]:
 def _linked(card: MethodCard) -> str:
     """A method's title, linked to its page where it has one."""
     return f"[{card.title}](/methods/{card.name}.md)" if (PAGES / f"{card.name}.md").is_file() else card.title
+
+
+def peft_methods() -> Iterator[str]:
+    """peft's own methods, with the words that are theirs alone."""
+    from multiflora.methods import METHODS
+
+    rows = [
+        (card.title, f"`{card.name}`", card.line, paper_link(card.paper), ", ".join(f"`{word}`" for word in card.settings))
+        for card in METHODS.values()
+        if card.module is None
+    ]
+    yield from table(("method", "in a recipe", "idea", "paper", "its own settings"), rows)
 
 
 def method_facts(name: str) -> Iterator[str]:
@@ -356,6 +368,7 @@ def _word(argument: Any) -> str:
 
 TABLES: dict[str, tuple[Callable[..., Iterable[str]], int]] = {
     "methods": (methods, 0),
+    "peft-methods": (peft_methods, 0),
     "method-facts": (method_facts, 1),
     "method-settings": (method_settings, 1),
     "method-cost": (method_cost, 1),
