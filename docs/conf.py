@@ -48,3 +48,4 @@ html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 highlight_language = "none"
+smartquotes = False

@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft  # noqa: F401  # first: importing it registers the methods, which the tables below read
+import peft  # before anything of ours: importing it registers the methods, which the tables read
 from docutils import nodes
 from docutils.statemachine import StringList
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -144,7 +144,13 @@ def peft_methods() -> Iterator[str]:
     from multiflora.methods import METHODS
 
     rows = [
-        (card.title, f"`{card.name}`", card.line, paper_link(card.paper), ", ".join(f"`{word}`" for word in card.settings))
+        (
+            card.title,
+            f"`{card.name}`",
+            card.line,
+            paper_link(card.paper),
+            ", ".join(f"`{word}`" for word in card.settings),
+        )
         for card in METHODS.values()
         if card.module is None
     ]
@@ -203,10 +209,11 @@ def shared_settings() -> Iterator[str]:
     """The settings that all multi-branch methods share."""
     from multiflora.methods.config import AdapterConfig
 
+    bookkeeping = {item.name for item in dataclasses.fields(peft.PeftConfig)}
     rows = [
         (f"`{item.name}`", f"`{written(default_of(item))}`", item.metadata["help"])
         for item in dataclasses.fields(AdapterConfig)
-        if "help" in item.metadata and not item.metadata["help"].startswith("Not supported")
+        if item.name not in bookkeeping and not item.metadata["help"].startswith("Not supported")
     ]
     yield from table(("setting", "default", "meaning"), rows)
 
@@ -222,7 +229,7 @@ def written(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
         return str(list(value))
-    return f"{value:g}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e5 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def method_cost(name: str) -> Iterator[str]:
