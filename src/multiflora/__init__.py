@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from multiflora.methods.mtllora import MtlLoraConfig
     from multiflora.methods.multilora import MultiLoraConfig
     from multiflora.methods.rlora import RLoraConfig
+    from multiflora.report import report
     from multiflora.train import train
 
 # name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
@@ -52,6 +53,7 @@ _LAZY = {
     "evaluate": "multiflora.evaluate",
     "compare": "multiflora.compare",
     "analyze": "multiflora.analysis",
+    "report": "multiflora.report",
     "to_lora": "multiflora.export",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "auxiliary_loss",
     "compare",
     "evaluate",
+    "report",
     "suggest_num_heads",
     "task",
     "to_lora",
