@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from multiflora.methods.multilora import MultiLoraConfig
     from multiflora.methods.parts import PartsConfig
     from multiflora.methods.rlora import RLoraConfig
+    from multiflora.report import report
     from multiflora.train import train
     from multiflora.train.hooks import training_callbacks
 
@@ -66,6 +67,7 @@ _LAZY = {
     "evaluate": "multiflora.evaluate",
     "compare": "multiflora.compare",
     "analyze": "multiflora.analysis",
+    "report": "multiflora.report",
     "to_lora": "multiflora.export",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "auxiliary_loss",
     "compare",
     "evaluate",
+    "report",
     "start_from_gradients",
     "suggest_num_heads",
     "task",

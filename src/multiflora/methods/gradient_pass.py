@@ -60,6 +60,11 @@ def start_from_gradients(
                 f"directions of its gradient. Set r to at most {least // 2} (rank_pattern, for this layer alone), or "
                 "leave the layer out."
             )
+        if hasattr(layer.parts(adapter_name)["A"], "device_mesh"):
+            raise AdapterError(
+                f"{layer.name} is divided among processes; the start from a gradient needs whole matrices. Start the "
+                "adapter in one process, save it, and train it sharded from there; or use LoRA."
+            )
     kept = list(batches)
     if not kept:
         raise AdapterError("There is no batch to take the gradient over; give at least one.")
