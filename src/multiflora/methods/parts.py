@@ -159,8 +159,8 @@ def spelled(stem: str, gate: str, task_matrix: str) -> Method:
         between=None if task_matrix == "none" else Between(shape=task_matrix_shape),
         loss=router_loss if routes else None,
         why_not_mergeable=(
-            "A parts adapter with gate 'token' cannot be merged: its router reads the input, so no single weight matrix "
-            "equals it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."
+            "A parts adapter with gate 'token' cannot be merged: its router reads the input, so no single weight "
+            "matrix equals it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."
         )
         if routes
         else None,
