@@ -16,6 +16,7 @@ from pages import HUB_NAME, ROOT, Block, blocks, blocks_of, lay_out, pages
 
 from multiflora.cli import app
 from multiflora.compare.spec import load_comparison
+from multiflora.compress.spec import load_compression
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, load_recipe
 
@@ -72,6 +73,8 @@ def test_a_recipe_is_read(block: Block, desk: dict[str, str]) -> None:
     Path("recipe.yaml").write_text(block.text, "utf-8")
     if "compare:" in block.text:
         assert load_comparison("recipe.yaml").compare.methods
+    elif "compress:" in block.text:
+        assert load_compression("recipe.yaml").compress
     else:
         recipe = load_recipe("recipe.yaml")
         assert isinstance(recipe, Recipe)
