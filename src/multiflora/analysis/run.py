@@ -21,7 +21,7 @@ from multiflora.compare.budget import has_rank
 from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
-from multiflora.files import saving, write_json
+from multiflora.files import check_inside, saving, write_json
 from multiflora.methods import METHODS
 
 __all__ = ["Analysis", "analyze", "measure_run"]
@@ -80,6 +80,8 @@ def analyze(
     else:
         measures = measure_run(source, examples=examples, against=None if against is None else Path(against))
         found, drawings = [], run_drawings(measures) if draw else []
+    if folder is None:
+        check_inside(source, place)
     with saving(place):
         place.mkdir(parents=True, exist_ok=True)
     write_json(place / "analysis.json", measures)
