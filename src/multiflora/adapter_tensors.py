@@ -34,7 +34,7 @@ def method_of(config: Any) -> Method | None:
     if card is None or card.module is None:
         return None
     method: Method = import_module(card.module).METHOD
-    return method
+    return method.of(config)
 
 
 def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
