@@ -187,9 +187,10 @@ def _features() -> Iterator[Check]:
 
 
 def _machine() -> Iterator[Check]:
-    memory = f"{size_words(memory_total())}, of which {size_words(memory_available())} are free"
     yield Check("system", "ok", f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores")
-    yield Check("memory", "ok", memory)
+    if importlib.util.find_spec("psutil") is not None:
+        memory = f"{size_words(memory_total())}, of which {size_words(memory_available())} are free"
+        yield Check("memory", "ok", memory)
     yield Check("disk", "ok", f"{size_words(disk_free(Path.cwd()))} free in the current folder")
     yield from _devices()
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -220,6 +221,10 @@ def _devices() -> Iterator[Check]:
 
 
 def _recipe(path: Path, overrides: Sequence[str], packages: Sequence[Check]) -> Iterator[Check]:
+    lacking = [check.name for check in packages if check.state != "ok"]
+    if lacking:
+        yield Check("packages", "problem", f"{', '.join(lacking)}: see above")
+        return
     from multiflora.recipe import load_recipe
 
     try:
@@ -234,10 +239,6 @@ def _recipe(path: Path, overrides: Sequence[str], packages: Sequence[Check]) -> 
         module = _TRACKERS.get(tracker)
         if module is not None and importlib.util.find_spec(module) is None:
             yield Check("tracker", "missing", f"train.report_to names {tracker}", f"pip install {module}")
-    lacking = [check.name for check in packages if check.state != "ok"]
-    if lacking:
-        yield Check("packages", "problem", f"{', '.join(lacking)}: see above")
-        return
     yield from _run_checks(recipe)
 
 

@@ -76,7 +76,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return made
 
 
-def fuzz(world: World, strategy: Any, wanted: int, write: Callable[[Any], None], read: Callable[[], Any]) -> None:
+def fuzz(
+    world: World,
+    strategy: Any,
+    wanted: int,
+    write: Callable[[Any], None],
+    read: Callable[[], Any],
+    tries: float = 1.25,
+) -> None:
     """Write example after example and read each; all must be refused in words, or be good.
 
     Args:
@@ -85,13 +92,14 @@ def fuzz(world: World, strategy: Any, wanted: int, write: Callable[[Any], None],
         wanted: How many must be refused.
         write: Writes an example to the world's ``work/fuzzed*``.
         read: Reads it, as a command would.
+        tries: Examples made for each that must be refused: some turn out to be good.
     """
     ended: Counter[str] = Counter()
     written = {"fuzzed", *(f"fuzzed{suffix}" for suffix in (".yaml", ".jsonl", ".json", ".csv", ".tsv", ".parquet"))}
     before = world.picture(written)
 
     @settings(
-        max_examples=TIMES * wanted * 5 // 4,
+        max_examples=round(TIMES * wanted * tries),
         derandomize=SEED is None,
         database=None,
         deadline=None,

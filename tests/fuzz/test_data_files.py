@@ -71,4 +71,4 @@ def test_malformed_data_files(world: World, suffix: str) -> None:
         task = {"name": "roses", "source": f"fuzzed{suffix}", "split_sizes": {"validation": 1, "test": 1}}
         examples_of(load_task(task), "train")
 
-    fuzz(world, examples(suffix), EACH[suffix], Path(f"fuzzed{suffix}").write_bytes, read)
+    fuzz(world, examples(suffix), EACH[suffix], Path(f"fuzzed{suffix}").write_bytes, read, tries=3)
