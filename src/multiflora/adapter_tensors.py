@@ -146,7 +146,9 @@ def _lora_problems(config: Any, file: TensorFile) -> Iterator[str]:
                 yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."
         r, _ = rank_and_alpha(config, layer.name)
         A, B = layer.shapes["A.weight"], layer.shapes["B.weight"]
-        for part, size in (("A.weight", A[0]), ("B.weight", B[1] if len(B) > 1 else None)):
+        if len(A) < 2 or len(B) < 2:
+            yield f"tensors {stem}A.weight and B.weight have shapes {A} and {B}; expected matrices. Save it again."
+        for part, size in (("A.weight", A[0]), ("B.weight", B[1])):
             if size != r:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for rank {r}. Weights "

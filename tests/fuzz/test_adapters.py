@@ -22,6 +22,7 @@ from .junk import changed, numbers, odd_text, spoiled
 
 EACH = 60
 KINDS = ["lora", *OURS]
+SETTINGS = {"moelora": {"num_experts": 2}}
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -86,7 +87,7 @@ def lying_header(draw: Any, good: bytes) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 def test_tampered_adapters(world: World, tiny_llama: Callable[..., Any], kind: str) -> None:
     words = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
-    good = save(adapted(kind, tiny_llama(**words), r=2), world.root / "good")
+    good = save(adapted(kind, tiny_llama(**words), r=2, **SETTINGS.get(kind, {})), world.root / "good")
     other = "lora" if kind == "hydralora" else "hydralora"
     foreign = load_file(save(adapted(other, tiny_llama(**words), r=2), world.root / "foreign") / FILES[1])
     config, weights = ((good / name).read_bytes() for name in FILES)

@@ -15,12 +15,13 @@ from multiflora.errors import AdapterError, ExportError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
 KINDS = ["lora", *OURS]
+SETTINGS = {"moelora": {"num_experts": 2}}
 
 
 @pytest.fixture
 def make(tiny_llama, tmp_path):
     def saved(kind, folder="ours", **settings):
-        return save(adapted(kind, tiny_llama(**SMALL), r=2, **settings), tmp_path / folder)
+        return save(adapted(kind, tiny_llama(**SMALL), r=2, **SETTINGS.get(kind, {}), **settings), tmp_path / folder)
 
     return saved
 
@@ -47,7 +48,7 @@ def test_an_adapter_of_every_method_passes(kind, make, tiny_llama):
     folder = make(kind)
     assert check_adapter(folder).r == 2
     model = load_adapter(tiny_llama(**SMALL), folder)
-    want = adapted(kind, tiny_llama(**SMALL), r=2)
+    want = adapted(kind, tiny_llama(**SMALL), r=2, **SETTINGS.get(kind, {}))
     ids, words = torch.arange(6)[None], {} if kind == "lora" else {"task_id": torch.tensor([1])}
     assert torch.equal(model(ids, **words).logits, want(ids, **words).logits)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import re
-from math import prod
 
 __all__ = ["EVALUATE_FORMULAS", "EVALUATE_LITERALS", "is_plain"]
 
@@ -23,14 +22,14 @@ EVALUATE_FORMULAS = frozenset(
 LONGEST = 2000
 """Characters of the longest answer that is evaluated."""
 _NO_CODE = re.compile(r"[^()\[\]{}*<>@`\"'=!]*")
-_FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|pi"
+_FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|Integral|pi"
 _FORMULA = re.compile(
     rf"(?: \s | \d{{1,12}}(?:\.\d{{1,12}})?(?!\d) | (?:{_FUNCTIONS})(?![A-Za-z_0-9]) | [A-Za-z](?![A-Za-z_0-9(])"
     r" | [-+*/(),] )*",
     re.VERBOSE,
 )
-_POWER = re.compile(r"\*\*\s*(\(?\s*-?\s*\d*)")
-_LARGEST_POWER = 1000
+# a power has a small number, a fraction of two or a variable above it, and no further power
+_POWER = re.compile(r"\*\*\s*(?:-?\d{1,2}(?!\d)|[A-Za-z]|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(?!\s*\*\*)")
 
 
 def is_plain(generator: str, answer: str) -> bool:
@@ -62,6 +61,6 @@ def _is_literal(text: str) -> bool:
 
 
 def _powers_are_small(formula: str) -> bool:
-    """Towers of powers are numbers nobody can write down; powers of x or of 1/2 are none."""
-    exponents = [int(digits) for found in _POWER.findall(formula) if (digits := re.sub(r"\D", "", found))]
-    return prod(max(1, exponent) for exponent in exponents) <= _LARGEST_POWER
+    """Whether no tower of powers stands there, which is a number that nobody can write down."""
+    towers = len(re.findall(r"\)\s*\*\*", formula))  # a power of something that may hold powers
+    return len(_POWER.findall(formula)) == formula.count("**") and towers <= 2
