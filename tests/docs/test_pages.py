@@ -93,7 +93,7 @@ def test_commands_in_the_text_are_the_program_s() -> None:
     known = commands(typer.main.get_command(app), "multiflora")
     for page in pages():
         text = (ROOT / "docs" / page).read_text("utf-8")
-        for said in re.findall(r"`(multiflora(?: [a-z]+)*)(?=[ `])", text):
+        for said in re.findall(r"`(multiflora(?: [a-z]+)+)(?=[ `])", text):
             assert any(f"{said} ".startswith(f"{name} ") for name in known), f"{page}: {said}"
 
 
