@@ -104,6 +104,7 @@ def test_make_targets_are_in_the_menu() -> None:
             assert re.search(rf"^{target}:.* ## ", menu, re.MULTILINE), f"{page}: {target}"
 
 
+@pytest.mark.slow
 def test_the_quick_start_from_its_first_block_to_its_last(desk: dict[str, str]) -> None:
     """Its files, recipe and commands in their order; the embedded model's place is taken by the smallest there is."""
     program = str(Path(sys.executable).parent / "multiflora")
