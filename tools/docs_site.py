@@ -79,6 +79,7 @@ def directive(make: Callable[..., Iterable[str]], arguments: int) -> type[Sphinx
 
     class Made(SphinxDirective):
         required_arguments = arguments
+        final_argument_whitespace = True
 
         def run(self) -> list[nodes.Node]:
             lines = list(make(*self.arguments))

@@ -9,6 +9,7 @@ A page says, in a fenced block, which table it wants; nothing that the code know
 - ``{recipe-keys} TrainSpec``: the keys of a part of the recipe, from the docstrings of its fields.
 - ``{shipped-tasks}``: the tasks that come with the package.
 - ``{command-line}``: every command and option.
+- ``{pages} Results: results/*``: a part of the navigation, from the pages that match.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pydantic_core import PydanticUndefined
 if TYPE_CHECKING:
     from multiflora.methods import MethodCard
 
-PAGES = Path(__file__).parents[1] / "docs" / "methods"
+DOCS = Path(__file__).parents[1] / "docs"
 
 # the layer that costs are shown for: an up-projection of Qwen2.5-0.5B
 LAYER = ("up_proj", 896, 4864)
@@ -54,7 +55,9 @@ def methods() -> Iterator[str]:
 
 def _linked(card: MethodCard) -> str:
     """A method's title, linked to its page where it has one."""
-    return f"[{card.title}](/methods/{card.name}.md)" if (PAGES / f"{card.name}.md").is_file() else card.title
+    return (
+        f"[{card.title}](/methods/{card.name}.md)" if (DOCS / "methods" / f"{card.name}.md").is_file() else card.title
+    )
 
 
 def peft_methods() -> Iterator[str]:
@@ -239,6 +242,16 @@ def kinds(annotation: Any) -> str:
     return {"TaskSpec": "tasks", "MessageSpec": "messages"}.get(getattr(annotation, "__name__", ""), "mapping")
 
 
+def pages(wanted: str) -> Iterator[str]:
+    """A part of the navigation: its caption, a colon, and the pages or patterns of pages."""
+    caption, _, patterns = wanted.partition(":")
+    found = [path for pattern in patterns.split() for path in sorted(DOCS.glob(f"{pattern}.md"))]
+    if found:
+        yield from ("```{toctree}", ":hidden:", f":caption: {caption}", "")
+        yield from (f"/{path.relative_to(DOCS).with_suffix('').as_posix()}" for path in found)
+        yield "```"
+
+
 def shipped_tasks() -> Iterator[str]:
     """The tasks that come with the package."""
     from multiflora.tasks.shipped import shipped_tasks as shipped
@@ -301,4 +314,5 @@ TABLES: dict[str, tuple[Callable[..., Iterable[str]], int]] = {
     "recipe-keys": (recipe_keys, 1),
     "shipped-tasks": (shipped_tasks, 0),
     "command-line": (command_line, 0),
+    "pages": (pages, 1),
 }
