@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from pages import HUB_NAME, ROOT, Block, blocks, blocks_of, lay_out, pages
 
 from multiflora.cli import app
 from multiflora.compare.spec import load_comparison
 from multiflora.methods import METHODS
-from multiflora.recipe import Recipe, load_recipe
+from multiflora.recipe import recipe_from
+from multiflora.train.adapter import adapter_config
 
 # what a page may show besides: its words are read by no program of ours
-OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python"}
+OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate", "docker", "git", "export"}
+
+# what a block that shows a part of a recipe leaves out
+REST = {"model": HUB_NAME, "tasks": ["./reviews.jsonl"], "output": "runs/part"}
 
 PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
 
@@ -30,7 +35,7 @@ def named(block: Block) -> str:
 
 
 def test_no_block_is_of_a_language_that_nothing_checks() -> None:
-    known = {"python", "yaml", "bash", "text"}
+    known = {"python", "yaml", "bash", "console", "text"}
     assert not [named(block) for page in pages() for block in blocks_of(page) if block.language not in known]
 
 
@@ -69,22 +74,18 @@ def test_a_page_s_python_runs(page: str, failures: dict[str, str | None]) -> Non
 # the quick start's files are made by its own first block, so its recipe is trained below
 @pytest.mark.parametrize("block", [block for block in blocks("yaml") if block.page != "quickstart.md"], ids=named)
 def test_a_recipe_is_read(block: Block, desk: dict[str, str]) -> None:
-    Path("recipe.yaml").write_text(block.text, "utf-8")
-    if "compare:" in block.text:
-        assert load_comparison("recipe.yaml").compare.methods
+    written = REST | yaml.safe_load(block.text)
+    if "compare" in written:
+        assert load_comparison(written).compare.methods
     else:
-        recipe = load_recipe("recipe.yaml")
-        assert isinstance(recipe, Recipe)
-        from multiflora.train.adapter import adapter_config
-
-        assert adapter_config(recipe).target_modules
+        adapter_config(recipe_from({"method": "lora"} | written))
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=named)
+@pytest.mark.parametrize("block", [*blocks("bash"), *blocks("console")], ids=named)
 def test_commands_are_the_program_s(block: Block) -> None:
     for words in lines_of(block):
-        if words[0] == "multiflora":
-            parse(words)
+        if "multiflora" in words:  # also as `torchrun ... -m multiflora train`
+            parse(words[words.index("multiflora") :])
         else:
             assert words[0] in OTHERS, f"{named(block)}: nothing knows {words[0]}"
 
@@ -108,10 +109,10 @@ def test_make_targets_are_in_the_menu() -> None:
 def test_the_quick_start_from_its_first_block_to_its_last(desk: dict[str, str]) -> None:
     """Its files, recipe and commands in their order; the embedded model's place is taken by the smallest there is."""
     program = str(Path(sys.executable).parent / "multiflora")
-    python, yaml, bash = ([b.text for b in blocks_of("quickstart.md") if b.language == kind] for kind in KINDS)
+    python, recipe, bash = ([b.text for b in blocks_of("quickstart.md") if b.language == kind] for kind in KINDS)
     subprocess.run([sys.executable, "-c", python[0]], env=desk, check=True)
-    assert "model: embedded" in yaml[0]
-    small = yaml[0].replace("model: embedded", f"model: {HUB_NAME}").replace("max_steps: 40", "max_steps: 2")
+    assert "model: embedded" in recipe[0]
+    small = recipe[0].replace("model: embedded", f"model: {HUB_NAME}").replace("max_steps: 40", "max_steps: 2")
     Path("recipe.yaml").write_text(small, "utf-8")
     said = []
     for block in bash[1:]:
