@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def test_a_method_s_page_says_all_that_a_reader_needs(name: str) -> None:
 def lines_of(block: Block) -> list[list[str]]:
     """A block's commands as words; a line that ends in a backslash goes on."""
     text = block.text.replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    found = (shlex.split(line, comments=True) for line in text.splitlines())
+    return [list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)) for words in found if words]
 
 
 def parse(words: list[str]) -> None:
