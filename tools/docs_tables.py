@@ -243,13 +243,13 @@ def kinds(annotation: Any) -> str:
 
 
 def pages(wanted: str) -> Iterator[str]:
-    """A part of the navigation: its caption, a colon, and the pages or patterns of pages."""
+    """A part of the navigation: its caption, a colon, and patterns of pages; those that the index names are left out."""
     caption, _, patterns = wanted.partition(":")
-    found = [path for pattern in patterns.split() for path in sorted(DOCS.glob(f"{pattern}.md"))]
+    named = set((DOCS / "index.md").read_text("utf-8").splitlines())
+    paths = [path for pattern in patterns.split() for path in sorted(DOCS.glob(f"{pattern}.md"))]
+    found = [name for path in paths if (name := path.relative_to(DOCS).with_suffix("").as_posix()) not in named]
     if found:
-        yield from ("```{toctree}", ":hidden:", f":caption: {caption}", "")
-        yield from (f"/{path.relative_to(DOCS).with_suffix('').as_posix()}" for path in found)
-        yield "```"
+        yield from ("```{toctree}", ":hidden:", f":caption: {caption}", "", *(f"/{name}" for name in found), "```")
 
 
 def shipped_tasks() -> Iterator[str]:

@@ -23,10 +23,7 @@ from multiflora.recipe import recipe_from
 from multiflora.train.adapter import adapter_config
 
 # what a page may show besides: its words are read by no program of ours
-OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate", "docker", "git", "export"}
-
-# what a block that shows a part of a recipe leaves out
-REST = {"model": HUB_NAME, "tasks": ["./reviews.jsonl"], "output": "runs/part"}
+OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}
 
 PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
 
@@ -70,6 +67,10 @@ def failures(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
 @pytest.mark.parametrize("page", PYTHON)
 def test_a_page_s_python_runs(page: str, failures: dict[str, str | None]) -> None:
     assert failures[page] is None, failures[page]
+
+
+# what a block that shows a part of a recipe leaves out
+REST = {"model": HUB_NAME, "tasks": ["./reviews.jsonl"], "output": "runs/part"}
 
 
 # the quick start's files are made by its own first block, so its recipe is trained below
