@@ -243,7 +243,7 @@ def kinds(annotation: Any) -> str:
 
 
 def pages(wanted: str) -> Iterator[str]:
-    """A part of the navigation: its caption, a colon, and patterns of pages; those that the index names are left out."""
+    """A part of the navigation: caption, colon, patterns of pages; those that the index names are left out."""
     caption, _, patterns = wanted.partition(":")
     named = set((DOCS / "index.md").read_text("utf-8").splitlines())
     paths = [path for pattern in patterns.split() for path in sorted(DOCS.glob(f"{pattern}.md"))]
