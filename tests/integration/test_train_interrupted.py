@@ -117,7 +117,7 @@ def test_a_poisoned_example_stops_the_run_and_is_named(
         run(tiny_llama, recipe, monkeypatch, At(2, poison))
     named = set(str(caught.value).partition("bad loss: ")[2].partition(". The run")[0].split(", "))
     examples = encode_tasks(recipe, make_tokenizer())
-    batch = examples.take(12, batch_size=None if packing else 4).dataset[8:12]
+    batch = examples.take(40, batch_size=None if packing else 4).dataset[8:12]
     three = make_tokenizer().convert_tokens_to_ids("3")
     bad = {name for name, ids in zip(batch["id"], batch["input_ids"], strict=True) if three in ids}
     # attention weighs what it may not see with 0, and 0 times infinity is no number: a folded row goes bad as a whole

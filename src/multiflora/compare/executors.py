@@ -59,7 +59,8 @@ def on_ray(
     ray = _needed("ray", "ray")
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     task = ray.remote(work).options(**resources)
-    waiting, running = list(cells), {}
+    waiting = list(cells)
+    running: dict[Any, Any] = {}
     while waiting or running:
         while waiting and len(running) < (at_once or len(cells)):
             cell = waiting.pop(0)
