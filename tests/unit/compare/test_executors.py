@@ -13,7 +13,6 @@ import pytest
 from multiflora.compare.executors import on_ray, on_slurm
 from multiflora.errors import EnvironmentProblem
 
-
 # a job starts in a process of its own and must find its function there; this one refuses an empty path
 WORK: Any = os.path.relpath
 
