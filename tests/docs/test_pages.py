@@ -20,7 +20,7 @@ from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, load_recipe
 
 # what a page may show besides: its words are read by no program of ours
-OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python"}
+OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}
 
 PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
 
