@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -24,16 +25,45 @@ FSDP2 = {
 """What ``accelerate launch`` sets for FSDP2."""
 
 
-def run_ranks(processes: int, words: Sequence[str], place: Path, environment: Mapping[str, str] = {}) -> list[int]:
-    """Run the command line in ``processes`` ranks; exit codes. What each said is in ``place/said-RANK``."""
+def run_ranks(
+    processes: int,
+    words: Sequence[str],
+    place: Path,
+    environment: Mapping[str, str] = {},
+    *,
+    on_line: Callable[[str, list[BaseProcess]], None] = lambda line, ranks: None,
+) -> list[int]:
+    """Run the command line in ``processes`` ranks.
+
+    Args:
+        processes: How many.
+        words: The command line's.
+        place: What each rank said is written to ``said-RANK`` here.
+        environment: Set in each.
+        on_line: Called with every line that the first rank says, as it says it, and with the processes.
+    Returns:
+        Their exit codes.
+    """
+    place.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=_rank, args=(rank, processes, port, list(words), place, dict(environment)))
+    listening, telling = os.pipe()
+    outs = [
+        telling,
+        *(os.open(place / f"said-{r}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for r in range(1, processes)),
+    ]
+    ranks: list[BaseProcess] = [
+        context.Process(target=_rank, args=(rank, processes, port, list(words), outs[rank], dict(environment)))
         for rank in range(processes)
     ]
     for rank in ranks:
         rank.start()
+    for out in outs:
+        os.close(out)
+    with open(listening) as lines, (place / "said-0").open("w") as kept:
+        for line in lines:
+            kept.write(line)
+            on_line(line, ranks)
     for rank in ranks:
         rank.join()
     return [rank.exitcode or 0 for rank in ranks]
@@ -50,7 +80,7 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _rank(rank: int, processes: int, port: int, words: list[str], place: Path, environment: Mapping[str, str]) -> None:
+def _rank(rank: int, processes: int, port: int, words: list[str], out: int, environment: Mapping[str, str]) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -61,8 +91,6 @@ def _rank(rank: int, processes: int, port: int, words: list[str], place: Path, e
         OMP_NUM_THREADS="1",
         **environment,
     )
-    place.mkdir(parents=True, exist_ok=True)
-    out = os.open(place / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)

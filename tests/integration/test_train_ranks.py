@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
+from multiflora.data.prepare import encode_tasks
+from multiflora.recipe import load_recipe
+from multiflora.train.checkpoint import last_checkpoint
 from tests.integration.ranks import FSDP2, run_ranks, said
 from tests.integration.toys import make_recipe, make_tokenizer
 
@@ -101,7 +109,41 @@ def test_processes_drop_different_units(model: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model, {"name": "rlora", "head_dropout": 0.5}, max_steps=1, save_every=1)
     train(2, recipe)
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
-    import torch
-
     first, second = (torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False) for rank in (0, 1))
     assert not first["cpu"].equal(second["cpu"])
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(model: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model, "rlora", max_steps=2000)
+
+    def strike(line: str, ranks: list[BaseProcess]) -> None:
+        if line.startswith("step 2 "):
+            assert ranks[1].pid is not None
+            os.kill(ranks[1].pid, signal.SIGTERM)
+
+    codes = run_ranks(2, ["train", str(recipe), "--set", "evaluate.before=false"], tmp_path, on_line=strike)
+    assert codes == [143, 143], said(tmp_path)[-3000:] + said(tmp_path, 1)[-3000:]
+    kept = last_checkpoint(tmp_path / "run")
+    assert kept is not None
+    assert f"{kept}; go on with --resume" in said(tmp_path)
+    assert 2 <= int(kept.name.rpartition("-")[2]) < 2000
+
+
+def test_numbers_that_go_bad_in_one_process_stop_all_and_name_its_examples(model: str, tmp_path: Path) -> None:
+    weights = load_file(Path(model) / "model.safetensors")
+    weights["model.embed_tokens.weight"][make_tokenizer().convert_tokens_to_ids("3")] = float("inf")
+    save_file(weights, Path(model) / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, model, "rlora", max_steps=20, batch_size=1)
+    codes = run_ranks(2, ["train", str(recipe), "--set", "evaluate.before=false"], tmp_path)
+    assert codes == [2, 2], said(tmp_path)[-3000:] + said(tmp_path, 1)[-3000:]
+    [message] = [line for line in said(tmp_path).splitlines() if "no longer finite" in line]
+    found = re.search(
+        r"at step (\d+) \(tasks: .*The examples with a bad loss: (.*)\. The run stopped; there is no", message
+    )
+    assert found is not None
+    examples = encode_tasks(load_recipe(recipe), make_tokenizer()).take(40, batch_size=2).dataset
+    three = make_tokenizer().convert_tokens_to_ids("3")
+    bad = [three in ids for ids in examples["input_ids"][:]]
+    first = bad.index(True) // 2  # the step, of two examples
+    assert int(found[1]) == first + 1
+    assert found[2].split(", ") == [examples[i]["id"] for i in (2 * first, 2 * first + 1) if bad[i]]
