@@ -15,6 +15,8 @@ import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from multiflora.errors import ConfigError, DataError
@@ -84,6 +86,8 @@ class HarnessModel(HFLM):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._can_slice = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._tail: int | None = None
+        # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
+        self._together = {"synced_gpus": True} if _is_spread(model) else {}
         self._ticker = self.cache_hook = _Ticker(on_progress)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -166,6 +170,7 @@ class HarnessModel(HFLM):
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
             do_sample=False,
+            **self._together,
             **settings,
         )
         return tokens
@@ -180,6 +185,13 @@ class HarnessModel(HFLM):
                 len(lengths),
                 room,
             )
+
+
+def _is_spread(model: Any) -> bool:
+    """Tell whether a model's parameters are spread over processes by FSDP."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )
 
 
 class RowStops(StoppingCriteria):
