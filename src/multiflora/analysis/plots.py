@@ -51,7 +51,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Ite
         import matplotlib as mpl
     except ImportError as error:
         raise EnvironmentProblem(
-            "Figures need matplotlib, which is not installed: pip install 'multiflora[compare]'."
+            "Figures need matplotlib, which is not installed: pip install 'multiflora[plot]'."
         ) from error
     from matplotlib.figure import Figure  # no pyplot: nothing global, nothing to close
 
