@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from multiflora.context import auxiliary_loss, task
     from multiflora.evaluate import evaluate
     from multiflora.export import to_lora
+    from multiflora.methods.alignlora import AlignLoraConfig
     from multiflora.methods.hydralora import HydraLoraConfig, suggest_num_heads
     from multiflora.methods.loramoe import LoraMoeConfig
+    from multiflora.methods.mixlora import MixLoraConfig
     from multiflora.methods.mlora import MLoraConfig
     from multiflora.methods.moelora import MoeLoraConfig
     from multiflora.methods.mtllora import MtlLoraConfig
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 
 # name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
 _LAZY = {
+    "AlignLoraConfig": "multiflora.methods.alignlora",
     "HydraLoraConfig": "multiflora.methods.hydralora",
     "LoraMoeConfig": "multiflora.methods.loramoe",
+    "MixLoraConfig": "multiflora.methods.mixlora",
     "MLoraConfig": "multiflora.methods.mlora",
     "MoeLoraConfig": "multiflora.methods.moelora",
     "MtlLoraConfig": "multiflora.methods.mtllora",
@@ -59,6 +63,7 @@ _LAZY = {
 
 __all__ = [
     "AdapterError",
+    "AlignLoraConfig",
     "ConfigError",
     "DataError",
     "EnvironmentProblem",
@@ -66,6 +71,7 @@ __all__ = [
     "HydraLoraConfig",
     "LoraMoeConfig",
     "MLoraConfig",
+    "MixLoraConfig",
     "MoeLoraConfig",
     "MtlLoraConfig",
     "MultiLoraConfig",

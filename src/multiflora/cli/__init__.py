@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from multiflora._version import __version__
 from multiflora.cli.analyze import analyze
+from multiflora.cli.bench import bench
 from multiflora.cli.border import Border
 from multiflora.cli.compare import compare
 from multiflora.cli.compose import compose
@@ -80,6 +81,7 @@ app.command(rich_help_panel="Ship it")(expand)
 app.command(rich_help_panel="Ship it")(compose)
 app.add_typer(tasks_app, rich_help_panel="What there is")
 app.add_typer(methods_app, rich_help_panel="What there is")
+app.command(rich_help_panel="What there is")(bench)
 
 
 def main() -> None:
