@@ -113,7 +113,7 @@ def test_a_shown_recipe_has_no_secret_and_no_folder_of_the_machine():
     assert shown.startswith("# paths outside this folder are shortened")
     assert "/srv" not in shown
     assert "/mnt" not in shown
-    assert "folder: .../a" in shown
+    assert "folder: '.../a'" in shown
     assert "./b.jsonl" in shown
     assert "Answer /yes or ../no:" in shown
     assert shown_recipe("model: small\n") == "model: small\n"
