@@ -16,7 +16,7 @@ from tests.made_comparison import write_comparison
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
-METHODS = "document.querySelector('#table-methods')"
+METHODS = "document.querySelector('#table-score')"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
 def test_a_table_comes_as_csv(browser: Browser, page: Path, tmp_path: Path) -> None:
     browser.open(page)
     text = browser.download(f"{METHODS}.querySelector('a[download]').click()", tmp_path)
-    assert text.encode() == (page.with_suffix("") / "table-methods.csv").read_bytes()
+    assert text.encode() == (page.with_suffix("") / "table-score.csv").read_bytes()
     rows = list(csv.DictReader(io.StringIO(text)))
     assert {row["method"] for row in rows} == {"lora", "multilora", "hydralora", "rlora"}
 
