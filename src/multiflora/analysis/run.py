@@ -91,7 +91,7 @@ def analyze(
 
 
 def measure_run(
-    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None
+    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None, with_conflict: bool = True
 ) -> dict[str, Any]:
     """Measure one run.
 
@@ -100,6 +100,7 @@ def measure_run(
         examples: Of each task, for routing and task conflict; 0: neither.
         against: Another run.
         label: What to call it; None: its method.
+        with_conflict: Take the tasks' gradients too, which costs more than all else.
     """
     loaded = load_target(run)
     if loaded.recipe is None:
@@ -124,7 +125,7 @@ def measure_run(
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
-    if batches and hasattr(model, "set_adapter"):
+    if with_conflict and batches and hasattr(model, "set_adapter"):
         model.set_adapter("default")  # loaded for inference, its weights would have no gradient
         measures["conflict"] = conflict(model, batches)
     return measures
@@ -154,7 +155,7 @@ def _notes(routed: Mapping[str, LayerRouting], method: str) -> list[str]:
 
 
 def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
-    """Measure every finished run of a comparison: spectra and heads of each seed, routing and conflict of the first."""
+    """Measure every finished run of a comparison: spectra, heads and routing of each seed, conflict of the first."""
     runs: list[dict[str, Any]] = []
     seen: set[str] = set()
     for cell in read_comparison(folder).cells():
@@ -163,7 +164,14 @@ def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
         first = cell["label"] not in seen
         seen.add(cell["label"])
         log.info("Measuring %s", cell["cell"])
-        measures = measure_run(folder / "runs" / cell["cell"], examples=examples if first else 0, label=cell["label"])
+        # the spectrum of routed heads needs the routers' gates, in every seed alike
+        routed = METHODS[cell["method"]].merges.startswith("no")
+        measures = measure_run(
+            folder / "runs" / cell["cell"],
+            examples=examples if first or routed else 0,
+            label=cell["label"],
+            with_conflict=first,
+        )
         runs.append({**measures, "cell": cell["cell"], "seed": cell["seed"]})
     if not runs:
         raise ConfigError(f"{folder} has no finished run with an update to analyse; finish the comparison first.")
