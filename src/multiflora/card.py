@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from multiflora.recipe import ModelSpec, Recipe
     from multiflora.tasks.spec import Source
 
-__all__ = ["model_card"]
+__all__ = ["base_name", "model_card"]
 
 
 def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -30,7 +30,7 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any
         run: What ``run.json`` holds.
     """
     method = METHODS[recipe.method.name]
-    base = _base_name(recipe.model)
+    base = base_name(recipe.model)
     parts = [
         _header(recipe),
         f"# {method.title} adapter of {base} for {_count(len(recipe.tasks), 'task')}",
@@ -60,7 +60,7 @@ def _header(recipe: Recipe) -> str:
     """The hub's metadata; a base that is only a folder here has no name there."""
     is_folder = recipe.model.name != "embedded" and Path(recipe.model.name).is_absolute()
     values = {
-        **({} if is_folder else {"base_model": _base_name(recipe.model)}),
+        **({} if is_folder else {"base_model": base_name(recipe.model)}),
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["multiflora", recipe.method.name],
@@ -68,7 +68,7 @@ def _header(recipe: Recipe) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
-def _base_name(model: ModelSpec) -> str:
+def base_name(model: ModelSpec) -> str:
     """The base model's public name; of a folder, its last part."""
     return (
         HUB_NAME
@@ -82,7 +82,7 @@ def _base_name(model: ModelSpec) -> str:
 def _loading(recipe: Recipe, dtype: str) -> str:
     """The lines that load the adapter, and what must be known to use it."""
     embedded = recipe.model.name == "embedded"
-    base = "embedded_model()" if embedded else json.dumps(_base_name(recipe.model), ensure_ascii=False)
+    base = "embedded_model()" if embedded else json.dumps(base_name(recipe.model), ensure_ascii=False)
     lines = [
         "import multiflora  # teaches peft the method" if METHODS[recipe.method.name].module else "import multiflora",
         *(["from multiflora.embedded import embedded_model"] if embedded else []),
@@ -219,7 +219,7 @@ def _harness(recipe: Recipe, dtype: str, device: str) -> str:
     """How to have lm-evaluation-harness alone score the adapter."""
     if _routes_by_task(recipe):
         return "To score it again: `multiflora evaluate .`"
-    base = "str(embedded_model())" if recipe.model.name == "embedded" else json.dumps(_base_name(recipe.model))
+    base = "str(embedded_model())" if recipe.model.name == "embedded" else json.dumps(base_name(recipe.model))
     names = json.dumps([task.name for task in recipe.tasks])
     return (
         "To score it again: `multiflora evaluate .`, or with lm-evaluation-harness alone, on the same questions:\n\n"

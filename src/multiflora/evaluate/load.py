@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from multiflora.adapter_folder import load_adapter
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.recipe import ModelSpec, Recipe, load_recipe
@@ -60,11 +61,9 @@ def load_base(spec: ModelSpec, *, bf16: Any) -> tuple[Any, Any]:
 
 def _with_adapter(base: Any, folder: Path) -> Any:
     """Put the run's adapter on its base model."""
-    import peft
-
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(
             f"{folder} has a recipe but no adapter (adapter_config.json is missing): its training did not finish. "
             f"Go on with `multiflora train {folder / 'recipe.yaml'} --resume`."
         )
-    return peft.PeftModel.from_pretrained(base, str(folder))
+    return load_adapter(base, folder)

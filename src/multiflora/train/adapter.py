@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
+from multiflora.train.processes import is_first_process
+from multiflora.train.sharded import adapter_tensors
 
 __all__ = ["adapter_config", "add_adapter", "save_adapter"]
 
@@ -75,7 +77,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the adapter as safetensors, read it back, and only then put it in place.
 
     So ``folder`` never holds half an adapter, and never one that lacks a tensor, as saving under sharded training has
-    produced elsewhere without a word.
+    produced elsewhere without a word. All processes call it, to hand in their parts; the first one writes.
 
     Args:
         model: A model with one adapter.
@@ -83,11 +85,15 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         AdapterError: What was read back is not what was saved.
     """
+    held = adapter_tensors(model)
+    if not is_first_process():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        model.save_pretrained(str(scratch), safe_serialization=True)
-        _compare(load_file(scratch / "adapter_model.safetensors"), get_peft_model_state_dict(model), folder)
+        model.save_pretrained(str(scratch), safe_serialization=True, state_dict=held)
+        saved = load_file(scratch / "adapter_model.safetensors")
+        _compare(saved, get_peft_model_state_dict(model, state_dict=held), folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (scratch / name).replace(folder / name)
     finally:
