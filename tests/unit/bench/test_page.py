@@ -21,8 +21,8 @@ def test_equal_results_give_equal_files(tmp_path):
 def test_it_tells_targets_misses_floor_and_profile(tmp_path):
     write_page(results(), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    assert "| R-LoRA step / peft LoRA, dropout 0.1 | ≤ 0.55 | 0.80 | 0.80 | 0.73 | missed |" in page
-    assert "In 1 of the 1 case that misses it, the floor alone is beyond the target." in page
+    assert "| R-LoRA step / peft LoRA, dropout 0.1 | ≤ 0.55 | 0.80 | 0.80 | 0.73 | missed (1 out of reach) |" in page
+    assert "Cases in which the floor alone is beyond the target: 1 of 1." in page
     assert "| `aten::mul` | 2.00 |  |" in page
     assert "Some Processor" in page
     assert "torch 2.13.0" in page
