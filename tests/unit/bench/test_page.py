@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from multiflora.bench.page import write_page
+from multiflora.bench.results import load
 
 from .made_results import machine, results
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_equal_results_give_equal_files(tmp_path):
@@ -59,3 +63,10 @@ def test_a_part_is_a_page_too(tmp_path):
 def test_it_says_which_clock_was_read(tmp_path, threads, words):
     write_page(results(machine=machine(threads=threads)), tmp_path / "performance.md")
     assert words in (tmp_path / "performance.md").read_text("utf-8")
+
+
+def test_the_page_in_docs_is_the_one_its_samples_make(tmp_path):
+    write_page(load(DOCS / "performance" / "results.json"), tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text("utf-8") == (DOCS / "performance.md").read_text("utf-8"), (
+        "multiflora bench --report docs/performance/results.json --page docs/performance.md"
+    )

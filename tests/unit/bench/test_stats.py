@@ -15,8 +15,8 @@ def test_spread_is_median_and_quartiles():
 def test_ratios_are_formed_within_rounds():
     # a load that comes in the third round hits both: the ratio does not see it
     assert ratio([1.0, 1.0, 10.0], [2.0, 2.0, 20.0]) == (0.5, 0.5, 0.5)
-    # of sorted samples the median ratio would be another
-    assert ratio([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]).value == 1.0
+    # of sorted samples every ratio would be 1
+    assert ratio([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx((1.0, 2 / 3, 2.0))
 
 
 def test_extra_ratio_takes_the_base_off_within_rounds():
@@ -26,9 +26,8 @@ def test_extra_ratio_takes_the_base_off_within_rounds():
 
 
 def test_extra_ratio_divides_medians_and_not_rounds():
-    # one round in which the opponent adds next to nothing must not decide
-    value = extra_ratio([3.0, 3.0, 3.0], [6.0, 6.0, 2.000001], [2.0, 2.0, 2.0]).value
-    assert value == pytest.approx(0.25)
+    # added: 1, 3 and 5 over 4, 2 and 6; the median of the rounds' own ratios would be 5/6
+    assert extra_ratio([3.0, 5.0, 7.0], [6.0, 4.0, 8.0], [2.0, 2.0, 2.0]).value == pytest.approx(0.75)
 
 
 def test_quartiles_of_a_ratio_hold_it_and_come_back():
