@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PrinterCallback
 
 from multiflora.context import find
@@ -15,6 +14,7 @@ from multiflora.data.prepare import Examples, TrainingData
 from multiflora.files import write_text
 from multiflora.recipe import Recipe
 from multiflora.train.arguments import steps_of, training_arguments
+from multiflora.train.baselines import schedules, training_settings
 from multiflora.train.output import CHECKPOINTS
 from multiflora.train.processes import is_first_process, num_processes
 from multiflora.train.progress import progress_bar
@@ -39,7 +39,7 @@ def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tu
 
 
 def fit(
-    model: PeftModel,
+    model: Any,
     tokenizer: Any,
     recipe: Recipe,
     examples: Examples,
@@ -50,7 +50,7 @@ def fit(
     """Train the adapter.
 
     Args:
-        model: The base model with its adapter; trained in place.
+        model: The base model with its adapter, or one to be trained whole; trained in place.
         tokenizer: The model's tokenizer.
         recipe: The recipe.
         examples: The tasks' examples and their mixture.
@@ -60,8 +60,9 @@ def fit(
         The data that were trained on, and the log: one mapping for each line.
     """
     folder = recipe.output / CHECKPOINTS if recipe.train.save_every else recipe.output
-    weights = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    weights = next((p for p in model.parameters() if not p.requires_grad), next(model.parameters())).dtype
     data, steps = order_examples(recipe, examples, num_processes())
+    schedule = schedules(model, recipe, steps)
     with progress_bar(quiet=quiet) as callbacks:
         trainer = MultitaskTrainer(
             model=model,
@@ -74,7 +75,8 @@ def fit(
             packing=recipe.train.packing,
             max_length=recipe.train.max_length,
             epoch_size=examples.mixture.epoch_size,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *schedule],
+            **training_settings(recipe),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if recipe.train.save_every and is_first_process():

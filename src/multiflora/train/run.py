@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.data.prepare import encode_tasks
 from multiflora.evaluate import Results, evaluate
+from multiflora.evaluate.load import load_target
 from multiflora.evaluate.table import results_table
 from multiflora.files import write_text
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
-from multiflora.train.adapter import adapter_config, add_adapter, save_adapter
+from multiflora.train.adapter import adapter_config, add_adapter, parameter_counts, save_adapter, start_of
 from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
-from multiflora.train.precision import weight_dtype
+from multiflora.train.precision import weights_of
 from multiflora.train.processes import is_first_process, own_device
 from multiflora.train.quiet import quiet_libraries
 
@@ -78,13 +80,14 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         examples = encode_tasks(recipe, tokenizer)
         for note in examples.notes:
             log.warning(note)
-        base = load_model(recipe.model, weight_dtype(recipe.model.dtype, recipe.train.bf16)).to(own_device())
+        base = load_model(recipe.model, weights_of(recipe)).to(own_device())
         if recipe.train.packing:
             require_separate_examples(base)
         with _timed(seconds, "evaluate_before"):
             before = _score(base, tokenizer, recipe, quiet=quiet) if recipe.evaluate.before else None
         model = add_adapter(base, recipe)
-        trainable, total = model.get_nb_trainable_parameters()
+        start = start_of(model)
+        trainable, total = parameter_counts(model)
         log.info(
             "%s trains %s of %s parameters (%.2f%%)",
             recipe.method.name,
@@ -96,8 +99,13 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
         if not is_first_process():  # one process scores and writes; the others' adapters are the same
             return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
-        save_adapter(model, recipe.output)
+        save_adapter(model, recipe.output, start=start)
+        if not isinstance(model, PeftModel):
+            tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
         write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
+        if start is not None:  # the base lacks what the adapter took from it: score what others will load
+            del model, base
+            model = load_target(recipe.output).model
         with _timed(seconds, "evaluate_after"):
             after = _score(model, tokenizer, recipe, folder=recipe.output, quiet=quiet)
         results = write_artifact(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 from multiflora.context import auxiliary_loss, find
 from multiflora.data.collate import Collator
-from multiflora.train.losses import loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.methods.baselines import tokens_in_front
+from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
+from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
 
 __all__ = ["MultitaskTrainer", "own_forward"]
 
@@ -60,6 +63,7 @@ class MultitaskTrainer(SFTTrainer):
         max_length: Longest folded row, in tokens.
         epoch_size: Examples in one epoch of the mixture; the log's ``epoch`` counts these. None: the whole
             data set.
+        loraplus_lr_ratio: LoRA+'s rate of B over that of A; None: one rate for all.
         callbacks: Further callbacks.
     """
 
@@ -77,6 +81,7 @@ class MultitaskTrainer(SFTTrainer):
         packing: bool = False,
         max_length: int = 1024,
         epoch_size: int | None = None,
+        loraplus_lr_ratio: float | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -99,6 +104,7 @@ class MultitaskTrainer(SFTTrainer):
         # transformers counts the labels of a step only for models that ask for the count
         self.model_accepts_loss_kwargs = True
         self.task_names = tuple(task_names)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.epoch_size = epoch_size or len(train_dataset)
         self.routing = find(model)
         # sums over the log window, on the device: nats and labelled tokens of each task, and all tokens that were read
@@ -121,7 +127,8 @@ class MultitaskTrainer(SFTTrainer):
             inputs["task_id"] = task_id
         positions, targets = predicted_positions(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with project_only(head, positions):
+        front = tokens_in_front(self.accelerator.unwrap_model(model))
+        with project_only(head, behind(positions, labels.shape[1], front)):
             outputs = model(**inputs, use_cache=False)
         losses = token_losses(outputs.logits, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
@@ -131,8 +138,12 @@ class MultitaskTrainer(SFTTrainer):
             # the latter
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
-            if self.routing is not None:
-                loss = loss + auxiliary_loss(model) / getattr(self, "current_gradient_accumulation_steps", 1)
+            own = (
+                auxiliary_loss(model)
+                if self.routing is not None
+                else orthogonality(self.accelerator.unwrap_model(model))
+            )
+            loss = loss + own / getattr(self, "current_gradient_accumulation_steps", 1)
             if task_id is not None:
                 rows = positions // labels.shape[1]
                 tasks = task_id.reshape(-1)[positions] if task_id.ndim == 2 else task_id[rows]
@@ -161,6 +172,25 @@ class MultitaskTrainer(SFTTrainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim > 1 and not any(word in name for word in _NOT_DECAYED)
         ]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser, with two rates for LoRA+."""
+        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+            own = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = loraplus_optimizer(self.model, *self.get_optimizer_cls_and_kwargs(self.args), **own)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint's weights, and what some of peft's methods need to go on from them."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_training(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights."""
+        if not restore_training(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """Keep the order of the data set: the mixture has shuffled it, reproducibly and resumably."""
