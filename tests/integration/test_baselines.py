@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from multiflora.recipe import Recipe, load_recipe
 from multiflora.train.adapter import add_adapter, start_of
 from multiflora.train.fit import fit, order_examples
 from multiflora.train.output import CHECKPOINTS
-from tests.cli.parts import COMMAND
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]
@@ -80,7 +78,9 @@ def test_a_run_is_learned_saved_loaded_and_scored(name: str, model_folder: str, 
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_what_was_saved_is_what_was_trained(name: str, tiny_llama: TinyLlama, model_folder: str, tmp_path: Path) -> None:
+def test_what_was_saved_is_what_was_trained(
+    name: str, tiny_llama: TinyLlama, model_folder: str, tmp_path: Path
+) -> None:
     recipe = recipe_for(tmp_path, name, model_folder)
     tokenizer = make_tokenizer()
     base = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -159,7 +159,11 @@ def plain_model(recipe: Recipe, base: Any) -> Any:
         "prefix": lambda: peft.PrefixTuningConfig(**tokens),
         "ptuning": lambda: peft.PromptEncoderConfig(**tokens, encoder_hidden_size=128),
     }
-    return base.requires_grad_(True) if recipe.method.name == "full" else get_peft_model(base, configs[recipe.method.name]())
+    return (
+        base.requires_grad_(True)
+        if recipe.method.name == "full"
+        else get_peft_model(base, configs[recipe.method.name]())
+    )
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -132,10 +132,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Keep of the log what the seed determines: the step, the losses and the learning rate."""
+    """Keep of the log what the seed determines: the step, the losses, the learning rate and the routers' figures."""
     kept = ("step", "epoch", "learning_rate", "grad_norm")
     return [
-        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] == "loss"}
+        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] in ("loss", "routing")}
         for line in history
         if "loss" in line
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from multiflora.data.collate import Collator
 from multiflora.methods.baselines import tokens_in_front
 from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
 from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.train.watch import RoutingWatch
 
 __all__ = ["MultitaskTrainer", "own_forward"]
 
@@ -50,8 +51,9 @@ class MultitaskTrainer(SFTTrainer):
     Differs from ``SFTTrainer`` in five points: the data come encoded and in the order to be trained in (see
     `multiflora.data.mixture`); the head of the model sees only positions with loss; the loss is the mean over
     the step's labelled tokens, whatever the padding, the packing or the gradient accumulation; an adapter's
-    auxiliary loss is added; and log lines carry ``loss/<task>`` and ``tokens_per_second``. Adapters that
-    route by task are told each row's or token's task.
+    auxiliary loss is added; and log lines carry ``loss/<task>``, ``tokens_per_second`` and, for methods with
+    gates, ``routing/…`` (see `multiflora.train.watch`). Adapters that route by task are told each row's or token's
+    task.
 
     Args:
         model: A causal language model, with an adapter or without.
@@ -107,6 +109,7 @@ class MultitaskTrainer(SFTTrainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.epoch_size = epoch_size or len(train_dataset)
         self.routing = find(model)
+        self._watch = None if self.routing is None else RoutingWatch(self.routing)
         # sums over the log window, on the device: nats and labelled tokens of each task, and all tokens that were read
         self._by_task: Tensor | None = None
         self._tokens_read: Tensor | None = None
@@ -128,7 +131,8 @@ class MultitaskTrainer(SFTTrainer):
         positions, targets = predicted_positions(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         front = tokens_in_front(self.accelerator.unwrap_model(model))
-        with project_only(head, behind(positions, labels.shape[1], front)):
+        listening = self._watch.listening() if self._watch is not None and self.model.training else nullcontext()
+        with listening, project_only(head, behind(positions, labels.shape[1], front)):
             outputs = model(**inputs, use_cache=False)
         losses = token_losses(outputs.logits, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
@@ -220,5 +224,9 @@ class MultitaskTrainer(SFTTrainer):
         if self._tokens_read is not None:
             tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
             figures["tokens_per_second"] = tokens / (time.perf_counter() - self._window_start)
+        if self._watch is not None:
+            figures |= self._watch.close(
+                lambda sums: self.accelerator.reduce(sums, "sum"), warn=self.is_world_process_zero()
+            )
         self._by_task = self._tokens_read = self._window_start = None
         return figures
