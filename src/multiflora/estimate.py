@@ -144,12 +144,15 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.base_model import load_tokenizer
     from multiflora.data.prepare import encode_tasks
     from multiflora.train.adapter import adapter_config
+    from multiflora.train.baselines import adalora_steps
     from multiflora.train.fit import order_examples
 
     adapter_config(recipe)  # the cheapest of the checks goes first
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
     examples = encode_tasks(recipe, tokenizer)
     data, steps = order_examples(recipe, examples)
+    if recipe.method.name == "adalora":
+        adalora_steps(recipe.method.settings, steps)  # the run would be refused where it is too short for them
     trainable, parameters = count_parameters(model)
     totals = {key: sum(row[key] for row in data.report.values()) for key in ("tokens", "loss_tokens")}
     activations = max(

@@ -22,7 +22,7 @@ from multiflora.errors import ConfigError
 from multiflora.evaluate.load import load_target
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, load_recipe
-from multiflora.train.adapter import add_adapter, start_of
+from multiflora.train.adapter import add_adapter, save_adapter, start_of
 from multiflora.train.fit import fit, order_examples
 from multiflora.train.output import CHECKPOINTS
 from tests.integration.toys import make_recipe, make_tokenizer
@@ -89,7 +89,6 @@ def test_what_was_saved_is_what_was_trained(
     start = start_of(model)
     fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True)
     trained = logits(model)
-    from multiflora.train.adapter import save_adapter
 
     save_adapter(model, recipe.output, start=start)
     tokenizer.save_pretrained(recipe.output)
@@ -190,6 +189,23 @@ def test_a_resumed_run_equals_one_that_never_stopped(name: str, model_folder: st
     (whole, whole_log), (resumed, resumed_log) = found
     assert torch.equal(whole, resumed)
     assert whole_log == resumed_log
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "ptuning"])
+def test_learned_prompts_generate_what_their_logits_say(name: str, model_folder: str, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, name, model_folder)
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), recipe).eval()
+    rows = [[5, 9, 11, 3, 7, 22], [41, 2, 17]]
+    expected = []
+    for row in rows:
+        for _ in range(4):
+            with torch.no_grad():
+                row = [*row, int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax())]
+        expected.append(row[-4:])
+    padded = torch.tensor([rows[0], [0, 0, 0, *rows[1]]])
+    words = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    made = model.generate(input_ids=padded, attention_mask=(padded != 0).long(), **words)
+    assert made[:, -4:].tolist() == expected
 
 
 def test_adalora_ends_with_the_mean_rank_it_was_given(model_folder: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
+from multiflora.train.baselines import adalora_steps
 
 __all__ = ["adapter_config", "add_adapter", "parameter_counts", "put_on", "save_adapter", "start_of"]
 
@@ -92,6 +93,8 @@ def adapter_config(recipe: Recipe) -> Any:
             "train.gradient_checkpointing is true, but prefix tuning works through the cache of keys and values, which "
             "checkpointing switches off. Set it to false."
         )
+    if name == "adalora" and train.max_steps is not None:
+        adalora_steps(recipe.method.settings, train.max_steps)
     return config
 
 

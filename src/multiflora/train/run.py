@@ -29,6 +29,7 @@ from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
 from multiflora.train.processes import is_first_process, own_device
 from multiflora.train.quiet import quiet_libraries
+from multiflora.train.trackers import require_trackers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,6 +73,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     refuse_secrets([recipe.to_yaml()], "The recipe")
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
+    require_trackers(recipe.train.report_to)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
