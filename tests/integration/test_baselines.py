@@ -20,6 +20,7 @@ from multiflora.data.collate import Collator
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import ConfigError
 from multiflora.evaluate.load import load_target
+from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, load_recipe
 from multiflora.train.adapter import add_adapter, save_adapter, start_of
@@ -35,7 +36,7 @@ TRAIN: dict[str, Any] = {"max_steps": 10, "batch_size": 8, "log_every": 1}
 RATES = {"full": 3e-3, "prompt": 0.1, "prefix": 0.1, "ia3": 0.05, "ptuning": 2e-2, "loraplus": 5e-3}
 SETTINGS: dict[str, dict[str, Any]] = {"adalora": {"tinit": 2, "tfinal": 3, "init_r": 4, "lora_alpha": 16}}
 STEPS = 6
-IDS = torch.tensor([[5, 9, 11, 3, 7, 22, 8], [41, 2, 17, 30, 6, 12, 19]])
+IDS = torch.tensor([[5, 9, 11, 3, 7, 22, 8], [39, 2, 17, 30, 6, 12, 19]])
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_run_is_learned_saved_loaded_and_scored(name: str, model_folder: str, 
 def test_what_was_saved_is_what_was_trained(
     name: str, tiny_llama: TinyLlama, model_folder: str, tmp_path: Path
 ) -> None:
-    recipe = recipe_for(tmp_path, name, model_folder)
+    recipe = recipe_for(tmp_path, name, model_folder, bf16=False)
     tokenizer = make_tokenizer()
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     untouched = logits(base)
@@ -167,7 +168,7 @@ def plain_model(recipe: Recipe, base: Any) -> Any:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_peft_s_own_numbers_are_reproduced(name: str, model_folder: str, tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, name, model_folder, max_steps=STEPS)
+    recipe = recipe_for(tmp_path, name, model_folder, max_steps=STEPS, bf16=False)
     tokenizer = make_tokenizer()
     model = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), recipe)
     _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True)
@@ -195,7 +196,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(name: str, model_folder: st
 def test_learned_prompts_generate_what_their_logits_say(name: str, model_folder: str, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, name, model_folder)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(model_folder), recipe).eval()
-    rows = [[5, 9, 11, 3, 7, 22], [41, 2, 17]]
+    rows = [[5, 9, 11, 3, 7, 22], [39, 2, 17]]
     expected = []
     for row in rows:
         for _ in range(4):
@@ -204,7 +205,12 @@ def test_learned_prompts_generate_what_their_logits_say(name: str, model_folder:
         expected.append(row[-4:])
     padded = torch.tensor([rows[0], [0, 0, 0, *rows[1]]])
     words = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    made = model.generate(input_ids=padded, attention_mask=(padded != 0).long(), **words)
+    mask = (padded != 0).long()
+    if name == "prefix":  # its tokens are no part of the rows
+        made = model.generate(input_ids=padded, attention_mask=mask, **words)
+    else:
+        made = generate_behind_prompt(model, padded, mask, **words)
+    assert made[:, : padded.shape[1]].tolist() == padded.tolist()
     assert made[:, -4:].tolist() == expected
 
 
@@ -223,7 +229,7 @@ def test_adalora_ends_with_the_mean_rank_it_was_given(model_folder: str, tmp_pat
     [
         ("prompt", {"packing": True}, r"train.packing is true, but prompt puts its virtual tokens before each row"),
         ("prefix", {"gradient_checkpointing": True}, r"prefix tuning works through the cache"),
-        ({"name": "adalora", "r": 4}, {}, r"method.r is not a setting of adalora; did you mean"),
+        ({"name": "adalora", "r": 4}, {}, r"method.r is not a setting of adalora"),
         ({"name": "adalora", "init_r": 4, "target_r": 4}, {}, r"1 <= target_r < init_r"),
         ({"name": "adalora", "tinit": 6, "tfinal": 6}, {}, r"the run has 10 steps"),
         ({"name": "pissa", "init_lora_weights": "gaussian"}, {}, r"pissa starts by a singular value decomposition"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from multiflora.errors import ConfigError, DataError
+from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 
 __all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
@@ -163,15 +164,20 @@ class HarnessModel(HFLM):
             sampled: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return sampled
         settings = {k: v for k, v in settings.items() if k not in {"do_sample", "temperature"}}
-        tokens: Tensor = self.model.generate(
-            input_ids=context,
-            max_length=max_length,
-            stopping_criteria=StoppingCriteriaList([RowStops(stop, self.tokenizer, context.shape[1])]),
-            pad_token_id=self.tokenizer.pad_token_id,
-            use_cache=True,
-            do_sample=False,
-            **settings,
-        )
+        # where the input is given as embeddings, what is generated begins at 0
+        begin = 0 if self._front else context.shape[1]
+        settings |= {
+            "stopping_criteria": StoppingCriteriaList([RowStops(stop, self.tokenizer, begin)]),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "use_cache": True,
+            "do_sample": False,
+        }
+        if self._front:
+            mask = settings.pop("attention_mask")
+            room = max_length - context.shape[1]
+            with torch.no_grad():
+                return generate_behind_prompt(self.model, context, mask, max_new_tokens=room, **settings)
+        tokens: Tensor = self.model.generate(input_ids=context, max_length=max_length, **settings)
         return tokens
 
     def _tell_of_cuts(self, lengths: Sequence[int], room: int) -> None:

@@ -19,7 +19,15 @@ from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
 from multiflora.train.baselines import adalora_steps
 
-__all__ = ["adapter_config", "add_adapter", "parameter_counts", "put_on", "save_adapter", "start_of"]
+__all__ = [
+    "adapter_config",
+    "add_adapter",
+    "is_saved_otherwise",
+    "parameter_counts",
+    "put_on",
+    "save_adapter",
+    "start_of",
+]
 
 
 def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) -> Any:
@@ -118,6 +126,16 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 def _starts_by_svd(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", "")).startswith("pissa")
+
+
+def is_saved_otherwise(model: Any) -> bool:
+    """Whether an adapter is saved in another form than it was trained in, so that both agree up to rounding only.
+
+    PiSSA's base lacks what the adapter took from it; AdaLoRA's pruned directions are kept as zeros while it trains.
+    """
+    return isinstance(model, PeftModel) and (
+        _starts_by_svd(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
+    )
 
 
 def start_of(model: Any) -> dict[str, torch.Tensor] | None:

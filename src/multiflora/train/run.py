@@ -22,7 +22,14 @@ from multiflora.evaluate.table import results_table
 from multiflora.files import write_text
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
-from multiflora.train.adapter import adapter_config, add_adapter, parameter_counts, save_adapter, start_of
+from multiflora.train.adapter import (
+    adapter_config,
+    add_adapter,
+    is_saved_otherwise,
+    parameter_counts,
+    save_adapter,
+    start_of,
+)
 from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
@@ -105,7 +112,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
         write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
-        if start is not None:  # the base lacks what the adapter took from it: score what others will load
+        if is_saved_otherwise(model):  # score what others will load
             del model, base
             model = load_target(recipe.output).model
         with _timed(seconds, "evaluate_after"):

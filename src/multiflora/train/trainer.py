@@ -179,11 +179,11 @@ class MultitaskTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser, with two rates for LoRA+."""
-        if self.optimizer is None and self.loraplus_lr_ratio is not None:
+        made: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]  # set by transformers
+        if made is None and self.loraplus_lr_ratio is not None:
             own = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
             self.optimizer = loraplus_optimizer(self.model, *self.get_optimizer_cls_and_kwargs(self.args), **own)
-        made: torch.optim.Optimizer = super().create_optimizer(model)
-        return made
+        return super().create_optimizer(model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a checkpoint's weights, and what some of peft's methods need to go on from them."""
