@@ -49,7 +49,8 @@ format: $(DEV) ## mend what ruff can mend
 types: $(DEV) ## mypy --strict
 	$(BIN)/mypy
 
-docs: $(DEV) ## run every code block of the README and the docs
+docs: $(DEV) ## build the site into build/site, check its links, and run every code block of the README and the pages
+	$(TEST_ENV) $(BIN)/python -m sphinx -q -E -W --keep-going docs build/site
 	$(TEST_ENV) $(BIN)/python -m pytest tests/docs
 
 docs-contract: $(DEV) ## run the contract and write its table into docs/contract.md

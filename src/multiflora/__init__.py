@@ -27,19 +27,24 @@ if TYPE_CHECKING:
     from multiflora.context import auxiliary_loss, task
     from multiflora.evaluate import evaluate
     from multiflora.export import to_lora
+    from multiflora.methods.alignlora import AlignLoraConfig
     from multiflora.methods.hydralora import HydraLoraConfig, suggest_num_heads
     from multiflora.methods.loramoe import LoraMoeConfig
+    from multiflora.methods.mixlora import MixLoraConfig
     from multiflora.methods.mlora import MLoraConfig
     from multiflora.methods.moelora import MoeLoraConfig
     from multiflora.methods.mtllora import MtlLoraConfig
     from multiflora.methods.multilora import MultiLoraConfig
     from multiflora.methods.rlora import RLoraConfig
+    from multiflora.report import report
     from multiflora.train import train
 
 # name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
 _LAZY = {
+    "AlignLoraConfig": "multiflora.methods.alignlora",
     "HydraLoraConfig": "multiflora.methods.hydralora",
     "LoraMoeConfig": "multiflora.methods.loramoe",
+    "MixLoraConfig": "multiflora.methods.mixlora",
     "MLoraConfig": "multiflora.methods.mlora",
     "MoeLoraConfig": "multiflora.methods.moelora",
     "MtlLoraConfig": "multiflora.methods.mtllora",
@@ -52,11 +57,13 @@ _LAZY = {
     "evaluate": "multiflora.evaluate",
     "compare": "multiflora.compare",
     "analyze": "multiflora.analysis",
+    "report": "multiflora.report",
     "to_lora": "multiflora.export",
 }
 
 __all__ = [
     "AdapterError",
+    "AlignLoraConfig",
     "ConfigError",
     "DataError",
     "EnvironmentProblem",
@@ -64,6 +71,7 @@ __all__ = [
     "HydraLoraConfig",
     "LoraMoeConfig",
     "MLoraConfig",
+    "MixLoraConfig",
     "MoeLoraConfig",
     "MtlLoraConfig",
     "MultiLoraConfig",
@@ -74,6 +82,7 @@ __all__ = [
     "auxiliary_loss",
     "compare",
     "evaluate",
+    "report",
     "suggest_num_heads",
     "task",
     "to_lora",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from multiflora.recipe import ModelSpec, Recipe
     from multiflora.tasks.spec import Source
 
-__all__ = ["model_card"]
+__all__ = ["base_name", "model_card"]
 
 
 def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -31,7 +31,7 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any
     """
     method = METHODS[recipe.method.name]
     what = f"{method.title} of" if _is_whole(recipe) else f"{method.title} adapter of"
-    base = _base_name(recipe.model)
+    base = base_name(recipe.model)
     parts = [
         _header(recipe),
         f"# {what} {base} for {_count(len(recipe.tasks), 'task')}",
@@ -61,7 +61,7 @@ def _header(recipe: Recipe) -> str:
     """The hub's metadata; a base that is only a folder here has no name there."""
     is_folder = recipe.model.name != "embedded" and Path(recipe.model.name).is_absolute()
     values = {
-        **({} if is_folder else {"base_model": _base_name(recipe.model)}),
+        **({} if is_folder else {"base_model": base_name(recipe.model)}),
         "library_name": "transformers" if _is_whole(recipe) else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["multiflora", recipe.method.name],
@@ -74,7 +74,7 @@ def _is_whole(recipe: Recipe) -> bool:
     return METHODS[recipe.method.name].trains == "weights"
 
 
-def _base_name(model: ModelSpec) -> str:
+def base_name(model: ModelSpec) -> str:
     """The base model's public name; of a folder, its last part."""
     return (
         HUB_NAME
@@ -96,7 +96,7 @@ def _loading(recipe: Recipe, dtype: str) -> str:
             "```" + _prompts_note(recipe)
         )
     embedded = recipe.model.name == "embedded"
-    base = "embedded_model()" if embedded else json.dumps(_base_name(recipe.model), ensure_ascii=False)
+    base = "embedded_model()" if embedded else json.dumps(base_name(recipe.model), ensure_ascii=False)
     lines = [
         "import multiflora  # teaches peft the method" if METHODS[recipe.method.name].module else "import multiflora",
         *(["from multiflora.embedded import embedded_model"] if embedded else []),
@@ -236,7 +236,7 @@ def _harness(recipe: Recipe, dtype: str, device: str) -> str:
     if _routes_by_task(recipe):
         return "To score it again: `multiflora evaluate .`"
     embedded = recipe.model.name == "embedded" and not _is_whole(recipe)
-    base = "str(embedded_model())" if embedded else json.dumps(_base_name(recipe.model))
+    base = "str(embedded_model())" if embedded else json.dumps(base_name(recipe.model))
     place = '"pretrained": "."' if _is_whole(recipe) else f'"pretrained": {base}, "peft": "."'
     names = json.dumps([task.name for task in recipe.tasks])
     return (

@@ -33,11 +33,13 @@ class Routing:
         default: Task of every row, or of each, while no ``task_id`` comes with the batch (see :func:`task`).
         losses: What each layer adds to the loss, collected since the last forward pass began.
         recorder: Called with every gate, or None.
+        layers: How many layers carry each adapter.
         loop: Compute head by head (:func:`multiflora.ops.loop`) instead of packed.
     """
 
     def __init__(self) -> None:
         self.configs: dict[str, Any] = {}
+        self.layers: dict[str, int] = {}
         self.default: TaskName | Sequence[TaskName] | None = None
         self.recorder: Recorder | None = None
         self.loop = False

@@ -8,7 +8,9 @@ __all__ = [
     "DataError",
     "EnvironmentProblem",
     "ExportError",
+    "Interrupted",
     "MultifloraError",
+    "TrainingError",
 ]
 
 
@@ -30,6 +32,14 @@ class AdapterError(MultifloraError, ValueError):
 
 class ExportError(MultifloraError, ValueError):
     """A merge or conversion that would not be exact, or that failed its own check."""
+
+
+class TrainingError(MultifloraError, RuntimeError):
+    """A training that cannot go on: its loss or its gradients are no longer finite."""
+
+
+class Interrupted(MultifloraError, RuntimeError):  # noqa: N818  # nothing is wrong; the run was asked to stop
+    """A run that was asked to stop and has saved a checkpoint to go on from."""
 
 
 class EnvironmentProblem(MultifloraError, RuntimeError):  # noqa: N818  # "EnvironmentError" is Python's own

@@ -3,6 +3,9 @@
 Three departures from PyYAML's defaults, each for a mistake that costs a run:
 ``1e-4`` is a number (YAML 1.1 reads a string), ``yes`` and ``no`` stay words (they are the labels of half the tasks),
 and a key given twice in one mapping is refused (the first would be lost in silence).
+
+YAML is data: no tag makes an object, and a file is measured before it is built. A kilobyte of aliases can stand for a
+billion values, and a megabyte of brackets is deeper than Python's stack.
 """
 
 from __future__ import annotations
@@ -16,7 +19,16 @@ import yaml
 
 from multiflora.errors import ConfigError
 
-__all__ = ["dump_yaml", "parse_yaml", "read_yaml"]
+__all__ = ["LONGEST", "dump_yaml", "parse_yaml", "read_yaml"]
+
+LONGEST = 4_000_000
+"""Characters of the longest YAML text that is read."""
+DEEPEST = 50
+"""Mappings and lists within one another."""
+MOST = 200_000
+"""Values in one text, with every alias counted as what it stands for."""
+LARGEST = 10**300
+"""Whole numbers reach up to here, either way: Python writes longer ones with effort, or not at all."""
 
 
 # libyaml where PyYAML was built with it: the catalog of tasks is read on every `multiflora tasks`
@@ -29,12 +41,27 @@ class _Loader(_Fast):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = []
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *defaults`, which the base class unfolds
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
             seen.append(key)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Turn what PyYAML lets through as Python's own errors (2026-99-99, !!int x) into errors with a place."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            written = str(getattr(node, "value", ""))[:40]
+            raise yaml.MarkedYAMLError(
+                None, None, f"{written!r} is no {node.tag.rpartition(':')[2]} ({error})", node.start_mark
+            ) from error
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise yaml.MarkedYAMLError(None, None, "the number has more than 300 digits", node.start_mark)
+        return value
 
 
 _FLOAT = re.compile(
@@ -92,7 +119,12 @@ def parse_yaml(text: str, where: str) -> Any:
         >>> parse_yaml("{learning_rate: 1e-4, choices: [yes, no]}", "example")
         {'learning_rate': 0.0001, 'choices': ['yes', 'no']}
     """
+    if len(text) > LONGEST:
+        raise ConfigError(
+            f"{where} is longer than {LONGEST:,} characters; expected a recipe or a task. Check the file."
+        )
     try:
+        _measure(text, where)
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -101,14 +133,45 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(
             f"{where}{line}: not valid YAML: {told}. Check the indentation, the colons and the quotes there."
         ) from error
-    except yaml.YAMLError as error:  # characters YAML does not allow: no mark to point at
+    except (yaml.YAMLError, UnicodeEncodeError) as error:  # characters YAML does not allow: no mark to point at
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _measure(text: str, where: str) -> None:
+    """Refuse what would be too deep or too large once built; looks at one event after the other and builds nothing."""
+    sizes: list[tuple[str | None, int]] = [(None, 0)]  # of each collection that is open: its anchor, its values so far
+    anchored: dict[str | None, int] = {}
+    for event in yaml.parse(text, Loader=_Fast):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            sizes.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = sizes.pop()
+            anchored[anchor] = size
+        elif isinstance(event, yaml.ScalarEvent):
+            anchored[event.anchor] = size = 1
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in sizes):
+                raise ConfigError(f"{where}{_at(event)}: *{event.anchor} stands within itself; write it out.")
+            size = anchored.get(event.anchor, 1)
+        outer, before = sizes[-1]
+        sizes[-1] = (outer, before + size)
+        if len(sizes) > DEEPEST or sizes[-1][1] > MOST:
+            raise ConfigError(
+                f"{where}{_at(event)}: more than {DEEPEST} lists and mappings stand within one another, or values and "
+                f"aliases come to more than {MOST:,}; no recipe or task needs that. Check the file."
+            )
+
+
+def _at(event: yaml.Event) -> str:
+    return f", line {event.start_mark.line + 1}" if event.start_mark else ""
 
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file; a missing or undecodable file and bad YAML are ConfigErrors that name it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(LONGEST + 1)  # never more: a path may lead to /dev/zero
     except FileNotFoundError as error:
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         there = f"the YAML files there: {', '.join(beside)}" if beside else "there is no YAML file there"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.parts import save_model, write_task
+from cli.parts import save_model
+from pages import HUB_NAME, lay_out
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COMMIT = "0" * 40
 
 
@@ -24,20 +24,23 @@ def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.fixture
-def desk(tmp_path: Path, hub_cache: Path) -> Iterator[dict[str, str]]:
-    """A folder with a reader's files, and the environment to run the reader's commands in."""
-    write_task(tmp_path, "reviews")
-    write_task(tmp_path, "questions")
-    rows = "".join(f'{{"text": "{i} lamps are dark", "label": {i % 2}}}\n' for i in range(24))
-    (tmp_path / "tickets.jsonl").write_text(rows, "utf-8")
-    before = Path.cwd()
-    os.chdir(tmp_path)
-    yield os.environ | {
+@pytest.fixture(scope="session")
+def environment(hub_cache: Path) -> dict[str, str]:
+    """What a reader's commands run in."""
+    return os.environ | {
         "HF_HUB_CACHE": str(hub_cache),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "COLUMNS": "80",
     }
+
+
+@pytest.fixture
+def desk(tmp_path: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A folder with a reader's files, and the environment to run the reader's commands in."""
+    lay_out(tmp_path)
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield environment
     os.chdir(before)

@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +18,7 @@ import multiflora
 from multiflora.artifact import write_artifact
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.evaluate import evaluate
+from multiflora.export.dense import merge
 from multiflora.recipe import Recipe, recipe_from
 
 COLOURS = [" blue", " red", " green"]
@@ -77,14 +80,19 @@ def recipe(base: Path, tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def run(recipe: Recipe, base: Path) -> Path:
+def run(recipe: Recipe) -> Path:
     """A run's folder, as training leaves it."""
+    return leave_run(
+        recipe, multiflora.RLoraConfig(r=4, num_heads=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def leave_run(recipe: Recipe, config: peft.PeftConfig) -> Path:
+    """Write what a training leaves, with an adapter whose every trainable number is random."""
     from multiflora.evaluate.load import load_base
 
     model, tokenizer = load_base(recipe.model, bf16="auto")
-    adapted = peft.get_peft_model(
-        model, multiflora.RLoraConfig(r=4, num_heads=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    adapted = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for weight in adapted.parameters():
         if weight.requires_grad:
@@ -118,6 +126,32 @@ def test_the_cards_own_lines_give_the_harness_the_same_scores(
     theirs = names["found"]["results"]
     for name in ("sky", "sums"):
         assert theirs[name][f"{ours[name]['metric']},none"] == ours[name]["score"]
+
+
+def test_a_merged_model_has_the_adapters_scores_in_the_harness(
+    base: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"name": "multilora", "r": 4, "num_modules": 2}
+    ours = leave_run(
+        recipe_from({**recipe.model_dump(), "method": method}),
+        multiflora.MultiLoraConfig(r=4, num_modules=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    adapted = json.loads((ours / "results.json").read_text())["adapted"]["tasks"]
+    untrained = evaluate(str(base), tasks=recipe.tasks, split="validation", batch_size=4, max_new_tokens=8)["tasks"]
+    assert any(adapted[name]["nll"] != untrained[name]["nll"] for name in adapted)  # there is something to merge
+    assert merge(ours, tmp_path / "dense").exact
+    monkeypatch.chdir(ours)
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "dense"), "dtype": "float32", "softmax_dtype": "float32"},
+        tasks=list(adapted),
+        task_manager=TaskManager(include_path="harness", include_defaults=False),
+        device="cpu",
+        batch_size=4,
+    )
+    assert {name: found["results"][name][f"{scores['metric']},none"] for name, scores in adapted.items()} == {
+        name: scores["score"] for name, scores in adapted.items()
+    }
 
 
 def test_the_cards_first_lines_load_the_adapter(run: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def test_every_exact_method_gives_the_same_logits_where_multiflora_cannot_be_imp
         plain = base(ids).logits
     wanted = {}
     for name in EXACT + BY_TASK:
-        # numbers moved by 0.002 change logits by some units, as a trained adapter does
-        model = adapted(name, base, by=0.002)
+        # so far from the start that logits change by about one, as a trained adapter's do; M-LoRA's heads start random
+        model = adapted(name, base, by=0.002 if name == "mlora" else 0.02)
         report = multiflora.to_lora(model, tmp_path / name)
         for made in report.adapters:
             with torch.no_grad(), multiflora.task(model, made.task or 0):

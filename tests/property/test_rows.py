@@ -21,7 +21,8 @@ def tiny(name):
     words = {"target_modules": "all-linear", "task_names": ["a", "b"], "lora_dropout": 0.0, "init_weights": False}
     if name in ("rlora", "mlora"):
         words["head_dropout"] = 0.0
-    return get_peft_model(LlamaForCausalLM(config), build_config(name, words))
+    # in float64: a dependence on other rows would be as large there, rounding is not
+    return get_peft_model(LlamaForCausalLM(config), build_config(name, words)).double()
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -40,7 +41,7 @@ def test_batch_mates_and_padding_change_nothing(name, side, training):
     for i, row in enumerate(rows):
         alone = model(row[None], task_id=TASKS[i : i + 1]).logits[0]
         batched = together[i, mask[i].bool()]
-        assert (batched - alone).norm() < 2e-6 * alone.norm()
+        assert (batched - alone).norm() < 1e-13 * alone.norm()
 
 
 @pytest.mark.parametrize("name", OURS)

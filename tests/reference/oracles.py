@@ -21,6 +21,14 @@ def stem(p: dict[str, Tensor], h: int, r: int) -> Tensor:
     return p["A"][h * r : (h + 1) * r]
 
 
+def routed(logits: Tensor, k: int | None) -> Tensor:
+    """The softmax over the k largest logits of one token, 0 for the others."""
+    order = sorted(range(len(logits)), key=lambda h: -float(logits[h]))
+    chosen = order[: len(order) if k is None else k]
+    total = sum(torch.exp(logits[h]) for h in chosen)
+    return torch.stack([torch.exp(logits[h]) / total if h in chosen else 0 * logits[h] for h in range(len(logits))])
+
+
 def multilora(p, x, xd, t, s, r, mask, config):
     """s · Σ_i g_i ⊙ (B_i A_i x)."""
     total = 0
@@ -31,7 +39,7 @@ def multilora(p, x, xd, t, s, r, mask, config):
 
 def rlora(p, x, xd, t, s, r, mask, config):
     """s · [ Σ_h softmax(R x)_h B_h (m_h ⊙ A x) − B̄⁰ A⁰ x ]."""
-    weights = torch.softmax(p["router"] @ x, 0)
+    weights = routed(p["router"] @ x, config.top_k)
     total = 0
     for h in range(config.num_heads):
         total = total + weights[h] * (head(p, h, r) @ (mask[h] * (p["A"] @ xd)))
@@ -53,7 +61,7 @@ def mlora(p, x, xd, t, s, r, mask, config):
 
 def hydralora(p, x, xd, t, s, r, mask, config):
     """s · Σ_h softmax(R x)_h B_h A x."""
-    weights = torch.softmax(p["router"] @ x, 0)
+    weights = routed(p["router"] @ x, config.top_k)
     total = 0
     for h in range(config.num_heads):
         total = total + weights[h] * (head(p, h, r) @ (p["A"] @ xd))
@@ -71,11 +79,21 @@ def moelora(p, x, xd, t, s, r, mask, config):
 
 def loramoe(p, x, xd, t, s, r, mask, config):
     """s · Σ_e softmax(R x)_e B_e A_e x."""
-    weights = torch.softmax(p["router"] @ x, 0)
+    weights = routed(p["router"] @ x, config.top_k)
     total = 0
     for e in range(config.num_experts):
         total = total + weights[e] * (head(p, e, r) @ (stem(p, e, r) @ xd))
     return s * total
+
+
+def mixlora(p, x, xd, t, s, r, mask, config):
+    """s · Σ_{e in top-k} softmax(top-k R x)_e B_e A_e x."""
+    return loramoe(p, x, xd, t, s, r, mask, config)
+
+
+def alignlora(p, x, xd, t, s, r, mask, config):
+    """s · B A x."""
+    return s * (p["B"] @ (p["A"] @ xd))
 
 
 def mtllora(p, x, xd, t, s, r, mask, config):

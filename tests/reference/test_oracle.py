@@ -26,11 +26,14 @@ CASES = {
         {"num_heads": 1},
         {"init_weights": "zero", "router_init": "kaiming", "r": 1},
         {"init_weights": "code", "router_init": "kaiming"},
+        {"init_weights": "zero", "router_init": "kaiming", "num_heads": 4, "top_k": 2},
     ],
     "mlora": [{}, {"reduce": "sum", "num_heads": 2}, {"init_weights": "zero", "num_heads": 1}],
-    "hydralora": [{"num_heads": 4}, {"num_heads": 1, "use_rslora": True}],
+    "hydralora": [{"num_heads": 4}, {"num_heads": 5, "top_k": 3}, {"num_heads": 1, "use_rslora": True}],
     "moelora": [{"num_experts": 4, "r": 8}, {"num_experts": 1, "r": 2}],
-    "loramoe": [{"num_experts": 3}, {"num_experts": 1}],
+    "loramoe": [{"num_experts": 3}, {"num_experts": 1}, {"num_experts": 4, "top_k": 2}],
+    "mixlora": [{}, {"num_experts": 3, "r": 1}],
+    "alignlora": [{}, {"r": 1, "use_rslora": True}],
     "mtllora": [{}, {"task_matrix": "diagonal", "r": 1}, {"num_heads": 1}],
 }
 ROWS = [(name, settings) for name in OURS for settings in CASES[name]]

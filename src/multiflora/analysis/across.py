@@ -12,7 +12,7 @@ from multiflora.analysis.drawings import mean_energy, run_drawings
 from multiflora.analysis.plots import Drawing, bars, lines
 from multiflora.compare.statistics import Interval, t_interval
 
-__all__ = ["across_drawings", "findings", "means"]
+__all__ = ["findings", "means", "own_drawings", "shared_drawings"]
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -71,8 +71,8 @@ def _number(interval: Interval) -> str:
     return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
 
 
-def across_drawings(runs: Runs) -> list[Drawing]:
-    """Draw all methods beside each other, and for each what only one run can have: routing, conflict, heads."""
+def shared_drawings(runs: Runs) -> list[Drawing]:
+    """Draw all methods beside each other."""
     drawn = [_energy(runs)]
     for key, name, title, reading in (
         (
@@ -97,12 +97,23 @@ def across_drawings(runs: Runs) -> list[Drawing]:
         by_label = means(runs, key)
         if by_label:
             drawn.append(_dots(by_label, name, title, reading))
-    seen: set[str] = set()
-    for run in runs:
-        if run["label"] not in seen:
-            seen.add(run["label"])
-            drawn += [_of(run["label"], d) for d in run_drawings(run) if d.name.startswith(("routing", "task", "head"))]
     return drawn
+
+
+def own_drawings(runs: Runs) -> dict[str, list[Drawing]]:
+    """Draw what only one run can have, of each method's first: its layers, its routing, its heads, the tasks' conflict.
+
+    Returns:
+        Label -> its figures.
+    """
+    first: dict[str, Mapping[str, Any]] = {}
+    for run in runs:
+        first.setdefault(run["label"], run)
+    shown = ("spectrum-layers", "routing", "task", "head")
+    return {
+        label: [_of(label, drawing) for drawing in run_drawings(run) if drawing.name.startswith(shown)]
+        for label, run in first.items()
+    }
 
 
 def _of(label: str, drawing: Drawing) -> Drawing:

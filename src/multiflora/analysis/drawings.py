@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from multiflora.analysis.plots import Drawing, curves, heat_map, lines, points
+from multiflora.analysis.plots import Drawing, curves, heat_map, heat_maps, lines, points
 
 __all__ = ["mean_energy", "mean_spectrum", "run_drawings"]
 
@@ -80,7 +80,10 @@ def _spectra(layers: Layers) -> Iterator[Drawing]:
         + ", ".join(f"{module} {values[0]:.2f}" for module, values in energy.items())
         + ".",
     )
+    yield _by_layer_and_direction(modules)
     for key, title, reading in (
+        ("top_share", "Share of the first direction by layer", "1: the whole update goes one way; low: many share it."),
+        ("entropy", "Entropy of the spectrum by layer", "1: all directions are equally strong; 0: one is alone."),
         ("stable_rank", "Stable rank by layer", "Higher means a less dominant first direction; the rank is its limit."),
         ("norm", "Size of the update by layer", "Where training has changed the weights most (Frobenius norm)."),
     ):
@@ -95,6 +98,32 @@ def _spectra(layers: Layers) -> Iterator[Drawing]:
             y=key.replace("_", " "),
             alt=f"{title}. Means: " + ", ".join(f"{m} {v:.3g}" for m, v in means_of.items()) + ".",
         )
+
+
+def _by_layer_and_direction(modules: Mapping[str, Sequence[Mapping[str, Any]]]) -> Drawing:
+    """Every singular value over the largest of its layer: a panel for each module, a row for each layer."""
+    panels, weakest = {}, {}
+    for module, own in modules.items():
+        length = min(len(layer["singular"]) for layer in own)
+        panels[module] = [
+            [value / layer["singular"][0] if layer["singular"][0] > 0 else 0.0 for value in layer["singular"][:length]]
+            for layer in own
+        ]
+        weakest[module] = fmean(row[-1] for row in panels[module])
+    return heat_maps(
+        "spectrum-layers",
+        "Singular values by layer and module",
+        "Each row is a layer (the first on top), each column a direction, each shade a singular value over the layer's "
+        "largest: bright to the right means that many directions share the work.",
+        panels,
+        x="direction",
+        y="layer",
+        low=0.0,
+        high=1.0,
+        alt="Last singular value over the largest, mean over layers: "
+        + ", ".join(f"{module} {value:.2g}" for module, value in weakest.items())
+        + ".",
+    )
 
 
 def _similarity(found: Mapping[str, Any]) -> Iterator[Drawing]:
@@ -116,6 +145,17 @@ def _similarity(found: Mapping[str, Any]) -> Iterator[Drawing]:
         high=1.0,
         alt=f"Subspace similarity, mean over {found['layers']} layers: {phi[0][0]:.2f} for the first direction, "
         f"{phi[-1][-1]:.2f} for the first {len(phi)}.",
+    )
+    modules = _modules(found["by_layer"])
+    means = {module: fmean(layer["phi"] for layer in own) for module, own in modules.items()}
+    yield curves(
+        "similarity-layers",
+        "Similarity of the update's directions by layer",
+        f"How much of the first {len(phi)} directions both updates have in common, layer by layer.",
+        {module: ([e["layer"] for e in own], [e["phi"] for e in own]) for module, own in modules.items()},
+        x="layer",
+        y=f"φ({len(phi)}, {len(phi)})",
+        alt=f"φ({len(phi)}, {len(phi)}) by layer. Means: " + ", ".join(f"{m} {v:.2f}" for m, v in means.items()) + ".",
     )
 
 
@@ -193,6 +233,8 @@ def _routing(layers: Layers, tasks: Sequence[str]) -> Iterator[Drawing]:
             + "; ".join(f"{tasks[t]} " + ", ".join(f"{v:.2f}" for v in row) for t, row in enumerate(table))
             + ".",
         )
+    if len({len(layer["load"]) for layer in layers.values()}) == 1:
+        yield _load_by_layer(layers)
     names = list(layers)
     dead = sum(len(layer["dead"]) for layer in layers.values())
     values = [layers[name]["entropy"] for name in names]
@@ -205,6 +247,25 @@ def _routing(layers: Layers, tasks: Sequence[str]) -> Iterator[Drawing]:
         y="entropy / log(heads)",
         alt=f"Gate entropy over {len(values)} layers: mean {fmean(values):.2f}, from {min(values):.2f} to "
         f"{max(values):.2f}; {dead} dead heads.",
+    )
+
+
+def _load_by_layer(layers: Layers) -> Drawing:
+    """The load of each head in each layer, where a dead one shows."""
+    dead = [f"head {h} of {name}" for name, layer in layers.items() for h in layer["dead"]]
+    listed = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+    return heat_map(
+        "routing-layers",
+        "Load of each head by layer",
+        "Mean gate over tokens, one row for each adapted layer, in the order of the model: a dark cell is a head that "
+        "hardly any token uses.",
+        [layer["load"] for layer in layers.values()],
+        rows=[str(k + 1) for k in range(len(layers))],
+        columns=[f"head {h}" for h in range(len(next(iter(layers.values()))["load"]))],
+        y="adapted layer",
+        low=0.0,
+        written=False,
+        alt=f"Mean load of each head in {len(layers)} layers. Dead: {listed or 'none'}.",
     )
 
 

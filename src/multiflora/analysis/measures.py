@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,22 +40,29 @@ def spectra(updates: Mapping[str, Update]) -> dict[str, dict[str, Any]]:
 
 
 def similarity(ours: Mapping[str, Update], other: Mapping[str, Update]) -> dict[str, Any]:
-    """φ(i, j) between the updates of two adapters, mean over the layers both have; see `subspace_similarity`."""
-    common = [name for name in ours if name in other]
-    total, chance = torch.zeros(_DIRECTIONS, _DIRECTIONS, dtype=torch.float64), 0.0
-    counted = 0
-    for name in common:
-        (u, s, _), (v, t, _) = decompose(ours[name]), decompose(other[name])
-        u, v = u[:, s > 0][:, :_DIRECTIONS], v[:, t > 0][:, :_DIRECTIONS]
-        if u.shape[1] == v.shape[1] == _DIRECTIONS:
-            total += subspace_similarity(u, v)
-            chance += chance_similarity(_DIRECTIONS, _DIRECTIONS, len(u))
-            counted += 1
-    return {
-        "layers": counted,
-        "phi": (total / counted).tolist() if counted else [],
-        "chance": chance / counted if counted else None,
-    }
+    """φ(i, j) between the updates of two adapters, over the layers both have; see `subspace_similarity`.
+
+    As many directions are compared as every layer has in both, at most 8. ``phi`` is the mean over layers,
+    ``by_layer`` has each one's φ of all these directions.
+    """
+    left = {}
+    for name in ours:
+        if name in other:
+            (u, s, _), (v, t, _) = decompose(ours[name]), decompose(other[name])
+            u, v = u[:, s > 0][:, :_DIRECTIONS], v[:, t > 0][:, :_DIRECTIONS]
+            if u.shape[1] and v.shape[1]:  # an update that is zero has no direction
+                left[name] = (u, v)
+    if not left:
+        return {"layers": 0, "phi": [], "chance": None, "by_layer": {}}
+    count = min(vectors.shape[1] for pair in left.values() for vectors in pair)
+    found = {name: subspace_similarity(u[:, :count], v[:, :count]) for name, (u, v) in left.items()}
+    chance = fmean(chance_similarity(count, count, len(u)) for u, _ in left.values())
+    by_layer = {}
+    for name, phi in found.items():
+        number, module = place_of_layer(name)
+        by_layer[name] = {"layer": number, "module": module, "phi": float(phi[-1, -1])}
+    mean = torch.stack(list(found.values())).mean(0)
+    return {"layers": len(found), "phi": mean.tolist(), "chance": chance, "by_layer": by_layer}
 
 
 def heads(model: Any) -> dict[str, Any]:

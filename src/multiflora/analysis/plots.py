@@ -19,12 +19,13 @@ from multiflora.files import saving, write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Drawing", "bars", "curves", "heat_map", "lines", "points", "save_drawing"]
+__all__ = ["Drawing", "bars", "curves", "heat_map", "heat_maps", "lines", "points", "save_drawing"]
 
 # distinguishable in common colour blindness, on white and on near-black (Okabe and Ito 2008, black left out)
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
 _STYLES = ("-", "--", "-.", ":")
 _INK = "#010203"  # a black no figure uses otherwise
+_WIDTH = 4.8  # inches: at the width of a phone, 10 points are still 10 pixels
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Drawing:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure with one pair of axes."""
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A figure with one pair of axes, or a grid of them."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -64,13 +65,16 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots()
+        yield figure, figure.subplots(rows, columns)
 
 
 def _drawing(figure: Any, name: str, title: str, reading: str, alt: str) -> Drawing:
     import matplotlib as mpl
 
     vector, raster = io.StringIO(), io.BytesIO()
+    # laid out once for both files: it is most of the work
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     # a salt of its own keeps ids of figures on one page apart, and the same figure the same
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -112,15 +116,15 @@ def curves(
     log: bool = False,
 ) -> Drawing:
     """Lines through points: label -> (x values, y values)."""
-    with _figure(6.4, 3.4) as (figure, axes):
+    with _figure(_WIDTH, 3.1) as (figure, axes):
         for k, (label, (xs, ys)) in enumerate(series.items()):
-            axes.plot(xs, ys, color=_COLOURS[k % 8], linestyle=_STYLES[k // 8 % 4], label=label, linewidth=1.6)
+            axes.plot(xs, ys, color=_COLOURS[k % 8], linestyle=_STYLES[k // 8 % 4], label=_plain(label), linewidth=1.6)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log:
             axes.set_yscale("log")
-        if len(series) > 1:
-            _legend(axes)
+        axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
+        _legend(figure, list(series))
         return _drawing(figure, name, title, reading, alt)
 
 
@@ -150,15 +154,22 @@ def bars(
     x: str,
     alt: str,
     ends: Mapping[str, tuple[float, float]] | None = None,
+    before: Mapping[str, float] | None = None,
     zero: bool = True,
 ) -> Drawing:
-    """One dot for each label with its interval, one below the other; a line at 0 where that means something."""
-    with _figure(6.4, 0.9 + 0.34 * len(values)) as (figure, axes):
+    """One dot for each label with its interval, one below the other; a line at 0 where that means something.
+
+    ``before`` puts a hollow dot where the label was before.
+    """
+    with _figure(_WIDTH, 0.8 + 0.3 * len(values)) as (figure, axes):
         for k, (label, value) in enumerate(values.items()):
             if ends and label in ends:
                 axes.plot(ends[label], (k, k), color=_COLOURS[0], linewidth=2)
+            if before and label in before:
+                axes.plot((before[label], value), (k, k), color=_COLOURS[0], linewidth=0.8, linestyle=":")
+                axes.plot([before[label]], [k], "o", color=_COLOURS[1], markerfacecolor="none", markersize=6)
             axes.plot([value], [k], "o", color=_COLOURS[0], markersize=6)
-        axes.set_yticks(range(len(values)), list(values))
+        axes.set_yticks(range(len(values)), [_plain(label) for label in values])
         axes.invert_yaxis()
         axes.margins(y=0.12)
         if zero:
@@ -183,13 +194,14 @@ def heat_map(
     high: float | None = None,
     diverging: bool = False,
     written: bool | None = None,
+    digits: int = 2,
 ) -> Drawing:
     """A table of shades; numbers stand in it where there are few."""
     import numpy as np
 
     shades = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
     small = len(rows) * len(columns) <= 80 if written is None else written
-    with _figure(min(1.8 + 0.62 * len(columns), 7.2), min(1.2 + 0.36 * len(rows), 7.0)) as (figure, axes):
+    with _figure(_WIDTH, min(1.3 + 0.34 * len(rows), 5.0)) as (figure, axes):
         image = axes.imshow(shades, aspect="auto", cmap="RdBu" if diverging else "viridis", vmin=low, vmax=high)
         axes.spines[:].set_visible(False)
         _ticks(axes, rows, columns)
@@ -203,7 +215,40 @@ def heat_map(
                         ink = "black" if image.norm(value) > 0.5 and not diverging else "white"
                         if diverging:
                             ink = "white" if abs(float(image.norm(value)) - 0.5) > 0.3 else "black"
-                        axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+                        axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=8)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def heat_maps(
+    name: str,
+    title: str,
+    reading: str,
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    alt: str,
+    low: float,
+    high: float,
+) -> Drawing:
+    """Tables of shades beside each other, on one scale: title -> rows of numbers, the first row on top."""
+    import numpy as np
+
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    with _figure(_WIDTH, 0.9 + 1.3 * down, down, across) as (figure, axes):
+        every = axes.flat if hasattr(axes, "flat") else [axes]
+        image = None
+        for place, (label, values) in zip(every, panels.items(), strict=False):
+            image = place.imshow(np.array(values), aspect="auto", cmap="viridis", vmin=low, vmax=high)
+            place.set_title(_plain(label), fontsize=9)
+            place.tick_params(labelsize=8)
+            place.set_xticks([0, len(values[0]) - 1], ["1", str(len(values[0]))])
+        for place in list(every)[len(panels) :]:
+            place.set_axis_off()
+        figure.supxlabel(x, fontsize=10)
+        figure.supylabel(y, fontsize=10)
+        figure.colorbar(image, ax=axes, shrink=0.8)
         return _drawing(figure, name, title, reading, alt)
 
 
@@ -211,7 +256,7 @@ def points(
     name: str, title: str, reading: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, alt: str
 ) -> Drawing:
     """Points in the plane, coloured by group; the axes mean nothing."""
-    with _figure(5.4, 4.4) as (figure, axes):
+    with _figure(_WIDTH, 3.9) as (figure, axes):
         for k, (label, own) in enumerate(groups.items()):
             axes.scatter(
                 [p[0] for p in own],
@@ -219,26 +264,33 @@ def points(
                 s=16,
                 color=_COLOURS[k % 8],
                 marker="osD^v<>"[k // 8 % 7],
-                label=label,
+                label=_plain(label),
             )
         axes.set_xticks([])
         axes.set_yticks([])
-        if len(groups) > 1:
-            _legend(axes)
+        _legend(figure, list(groups))
         return _drawing(figure, name, title, reading, alt)
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+def _plain(name: str) -> str:
+    """A name as it is: to matplotlib a dollar would begin a formula, and an underscore in front hides from a legend."""
+    return name.replace("$", r"\$") if not name.startswith("_") else f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
+
+
+def _legend(figure: Any, labels: Sequence[str]) -> None:
+    """Name what has been drawn, below the axes, in as many columns as fit."""
+    if len(labels) > 1:
+        columns = max(1, min(len(labels), 5, 52 // (max(map(len, labels)) + 6)))
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, columnspacing=1.2)
 
 
 def _ticks(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Names where there is room, else every n-th."""
     every = max(1, len(columns) // 16)
-    axes.set_xticks(range(0, len(columns), every), list(columns)[::every])
+    axes.set_xticks(range(0, len(columns), every), [_plain(name) for name in columns][::every])
     if max((len(c) for c in columns), default=0) > 4:
         axes.tick_params(axis="x", rotation=35)
         for label in axes.get_xticklabels():
             label.set_ha("right")
     every = max(1, len(rows) // 20)
-    axes.set_yticks(range(0, len(rows), every), list(rows)[::every])
+    axes.set_yticks(range(0, len(rows), every), [_plain(name) for name in rows][::every])

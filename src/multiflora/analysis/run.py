@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from multiflora.analysis.across import across_drawings, findings
+from multiflora.analysis.across import findings, own_drawings, shared_drawings
 from multiflora.analysis.drawings import run_drawings
+from multiflora.analysis.files import FOLDER, has_update
 from multiflora.analysis.measures import batches_of, conflict, heads, routing, similarity, spectra
 from multiflora.analysis.plots import Drawing, save_drawing
 from multiflora.analysis.routing import LayerRouting
 from multiflora.analysis.updates import Update, adapter_updates, dense_updates
-from multiflora.compare.budget import has_rank
+from multiflora.compare.saved import COMPARISON, read_comparison
 from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
@@ -28,9 +28,6 @@ from multiflora.train.precision import weights_of
 __all__ = ["Analysis", "analyze", "measure_run"]
 
 log = logging.getLogger(__name__)
-
-FOLDER = "analysis"
-"""Where an analysis is written, within the run or comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +68,16 @@ def analyze(
     """
     source = Path(target).expanduser()
     place = Path(folder).expanduser() if folder is not None else source / FOLDER
-    if (source / "comparison.yaml").is_file():
+    if (source / COMPARISON).is_file():
         if against is not None:
             raise ConfigError(
                 f"{source} is a comparison, whose runs are compared with one another; leave out --against."
             )
         measures: dict[str, Any] = _measure_comparison(source, examples)
-        found, drawings = findings(measures["runs"]), across_drawings(measures["runs"]) if draw else []
+        found, drawings = findings(measures["runs"]), []
+        if draw:
+            own = own_drawings(measures["runs"])
+            drawings = [*shared_drawings(measures["runs"]), *(d for drawn in own.values() for d in drawn)]
     else:
         measures = measure_run(source, examples=examples, against=None if against is None else Path(against))
         found, drawings = [], run_drawings(measures) if draw else []
@@ -154,29 +154,16 @@ def _notes(routed: Mapping[str, LayerRouting], method: str) -> list[str]:
 
 def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
     """Measure every finished run of a comparison: spectra and heads of each seed, routing and conflict of the first."""
-    cells = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
-    current = set(_planned_cells(folder))
     runs: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for cell in sorted(cells, key=lambda cell: (cell["label"], cell["number"])):
-        if cell["kind"] != "seed" or cell["cell"] not in current or not _has_update(cell["method"]):
+    for cell in read_comparison(folder).cells():
+        if not has_update(cell["method"]):
             continue
         first = cell["label"] not in seen
         seen.add(cell["label"])
         log.info("Measuring %s", cell["cell"])
         measures = measure_run(folder / "runs" / cell["cell"], examples=examples if first else 0, label=cell["label"])
-        runs.append({**measures, "seed": cell["seed"]})
+        runs.append({**measures, "cell": cell["cell"], "seed": cell["seed"]})
     if not runs:
         raise ConfigError(f"{folder} has no finished run with an update to analyse; finish the comparison first.")
     return {"runs": runs}
-
-
-def _has_update(method: str) -> bool:
-    """Whether a method adds something to weight matrices."""
-    return method == "full" or has_rank(method)
-
-
-def _planned_cells(folder: Path) -> Sequence[str]:
-    """Names of the cells that the comparison's last summary is made of."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
-    return list(summary["cells"])

@@ -81,7 +81,7 @@ def _updates(model: Any, gates: Mapping[str, Tensor]) -> Iterator[tuple[str, Upd
 
 
 def _of_branches(layer: BranchLinear, adapter: str, gate: Tensor | None) -> Update:
-    config, method = layer.configs[adapter], layer.method
+    config, method = layer.configs[adapter], layer.method_of(adapter)
     heads = method.heads(config)
     if not method.needs_task():
         if gate is None:
@@ -139,6 +139,6 @@ def heads_of(model: Any) -> dict[str, Tensor]:
         if isinstance(layer, BranchLinear):
             for adapter in layer.active_adapters:
                 if adapter in layer.configs:
-                    heads = layer.method.heads(layer.configs[adapter])
+                    heads = layer.method_of(adapter).heads(layer.configs[adapter])
                     found[name] = torch.stack(head_views(layer.parts(adapter)["B"].detach().cpu(), heads))
     return found

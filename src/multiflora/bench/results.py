@@ -8,14 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from multiflora.errors import DataError
+from multiflora.files import saving, write_text
 
 __all__ = [
     "Clock",
     "LayerCase",
     "Machine",
+    "MemoryCase",
+    "Profile",
     "Results",
     "Samples",
     "SharedCase",
@@ -26,8 +29,12 @@ __all__ = [
 ]
 
 Clock = Literal["wall", "cpu"]
-Samples = dict[str, dict[str, dict[Clock, list[float]]]]
+Seconds = Annotated[float, AfterValidator(lambda value: round(value, 7))]
+"""To a tenth of a microsecond: finer than any clock, and a file of hundreds of kilobytes less."""
+Samples = dict[str, dict[str, dict[Clock, list[Seconds]]]]
 """Seconds by competitor, phase and clock; the i-th samples of all competitors are of the same round."""
+Profile = dict[str, dict[str, Seconds]]
+"""Seconds of one run by competitor and operator, what an operator calls not counted in; the largest only."""
 
 
 class _Frozen(BaseModel):
@@ -37,6 +44,7 @@ class _Frozen(BaseModel):
 class Machine(_Frozen):
     """Where the numbers were taken."""
 
+    kind: Literal["cpu", "cuda"]
     device: str
     """The processor's or the GPU's name."""
     cores: int
@@ -76,6 +84,7 @@ class LayerCase(_Frozen):
     """What the packed op's six products have to compute, forward and backward."""
     bytes: float = 0.0
     """What they have to move."""
+    profile: Profile = {}
 
     @property
     def name(self) -> str:
@@ -84,6 +93,39 @@ class LayerCase(_Frozen):
             f"{self.model} {self.layer} {self.d_in}→{self.d_out}, {self.tokens} tokens, {self.dtype}, "
             f"dropout {self.dropout:g}, {self.heads} heads of rank {self.rank}"
         )
+
+
+class MemoryCase(_Frozen):
+    """What a layer keeps for its backward pass, for two numbers of tokens: what grows with them and what does not."""
+
+    model: str
+    layer: str
+    d_in: int
+    d_out: int
+    dtype: str
+    dropout: float
+    heads: int
+    rank: int
+    tokens: tuple[int, int]
+    kept_bytes: dict[str, tuple[int, int]]
+    """By competitor, beyond the layer's input and all weights."""
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return (
+            f"{self.model} {self.layer} {self.d_in}→{self.d_out}, {self.dtype}, dropout {self.dropout:g}, "
+            f"{self.heads} heads of rank {self.rank}"
+        )
+
+    def per_token(self, competitor: str) -> float:
+        """Bytes a token."""
+        (few, many), (less, more) = self.tokens, self.kept_bytes[competitor]
+        return (more - less) / (many - few)
+
+    def constant(self, competitor: str) -> float:
+        """Bytes that do not grow with the tokens: copies of adapter weights, joined or cast."""
+        return self.kept_bytes[competitor][0] - self.tokens[0] * self.per_token(competitor)
 
 
 class StepCase(_Frozen):
@@ -99,8 +141,13 @@ class StepCase(_Frozen):
     parameters: dict[str, int]
     """Trainable parameters of each competitor."""
     seconds: Samples
-    """Phases forward, backward and update."""
+    """Phases forward, backward and update. "products" is the practical floor: R-LoRA's products of all layers alone."""
     peak_bytes: dict[str, int] = {}
+    flops: float = 0.0
+    """What R-LoRA's packed products have to compute in all layers, forward and backward."""
+    bytes: float = 0.0
+    """What they have to move."""
+    profile: Profile = {}
 
     @property
     def name(self) -> str:
@@ -109,15 +156,27 @@ class StepCase(_Frozen):
 
 
 class TrainingCase(_Frozen):
-    """`multiflora train` and plain trl side by side on the same tasks, weights and adapter size."""
+    """`multiflora train` and plain trl side by side on the same examples, weights and adapter size."""
 
     model: str
     tasks: tuple[str, ...]
+    steps: int
     batch_size: int
     dtype: str
+    dropout: float
     parameters: dict[str, int]
-    tokens_per_second: dict[str, list[float]]
-    """Tokens read a second (without padding), one number a run."""
+    tokens: int
+    """Tokens that each of the two reads in one run, padding not counted."""
+    seconds: Samples
+    """Competitors "multiflora" and "trl"; phase train."""
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return (
+            f"{self.model} on {', '.join(self.tasks)}, {self.steps} steps of {self.batch_size} examples, {self.dtype}, "
+            f"dropout {self.dropout:g}"
+        )
 
 
 class SharedCase(_Frozen):
@@ -130,6 +189,11 @@ class SharedCase(_Frozen):
     seconds: Samples
     """Competitors "apart" and "together"; phases forward and backward."""
 
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return f"{self.model} {self.layers}, {self.tokens} tokens, {self.dtype}"
+
 
 class Results(_Frozen):
     """One run of the benchmark."""
@@ -139,16 +203,27 @@ class Results(_Frozen):
     machine: Machine
     layers: tuple[LayerCase, ...] = ()
     heads: tuple[LayerCase, ...] = ()
-    """Competitors are "frozen" and "N heads", all of one total rank."""
-    steps: tuple[StepCase, ...] = ()
-    training: Annotated[tuple[TrainingCase, ...], Field(default=())]
+    """Competitors are "frozen", "packed N" and "loop N" for N heads, all of one total rank."""
+    memory: tuple[MemoryCase, ...] = ()
     shared: tuple[SharedCase, ...] = ()
+    steps: tuple[StepCase, ...] = ()
+    training: tuple[TrainingCase, ...] = ()
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that ratios are read from: of one thread on a processor, its own time; else the wall's."""
+        return "cpu" if self.machine.threads == 1 and self.machine.kind == "cpu" else "wall"
 
 
 def save(results: Results, path: Path) -> None:
-    """Write the results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Write the results as JSON, whole or not at all.
+
+    Raises:
+        EnvironmentProblem: The system refuses.
+    """
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, results.model_dump_json() + "\n")
 
 
 def load(path: Path) -> Results:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Estimate", "extra_ratio", "median", "ratio", "spread"]
+from multiflora.bench.results import Clock, Samples
+
+__all__ = ["Estimate", "extra_ratio", "median", "over_floor", "ratio", "spread", "total"]
 
 _RESAMPLES = 1000
 
@@ -30,6 +32,16 @@ class Estimate(NamedTuple):
 def median(samples: Sequence[float]) -> float:
     """The median of the samples."""
     return float(np.median(np.asarray(samples)))
+
+
+def total(seconds: Samples, competitor: str, clock: Clock) -> list[float]:
+    """A competitor's seconds in each round, all phases together.
+
+    Example:
+        >>> total({"packed": {"forward": {"cpu": [1.0]}, "backward": {"cpu": [2.0]}}}, "packed", "cpu")
+        [3.0]
+    """
+    return [sum(phases) for phases in zip(*(by[clock] for by in seconds[competitor].values()), strict=True)]
 
 
 def spread(samples: Sequence[float]) -> Estimate:
@@ -70,6 +82,22 @@ def extra_ratio(ours: Sequence[float], other: Sequence[float], base: Sequence[fl
     """
     mine, theirs = np.asarray(ours) - np.asarray(base), np.asarray(other) - np.asarray(base)
     return _resampled(lambda rows: float(np.median(mine[rows]) / np.median(theirs[rows])), len(mine))
+
+
+def over_floor(ours: Sequence[float], base: Sequence[float], floor: Sequence[float]) -> Estimate:
+    r"""How many floors the time added to a base is: :math:`\operatorname{med}(t_o - t_b) / \operatorname{med}(t_f)`.
+
+    Args:
+        ours: Samples of ours, one a round, in seconds.
+        base: Those of the frozen layer alone.
+        floor: Those of the products that ours cannot do without.
+
+    Example:
+        >>> over_floor([5.0, 5.0], [2.0, 2.0], [1.5, 1.5]).value
+        2.0
+    """
+    mine, least = np.asarray(ours) - np.asarray(base), np.asarray(floor)
+    return _resampled(lambda rows: float(np.median(mine[rows]) / np.median(least[rows])), len(mine))
 
 
 def _resampled(statistic: Callable[[np.ndarray], float], rounds: int) -> Estimate:

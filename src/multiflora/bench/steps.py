@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multiflora.bench.floor import Products, products, run_products
 from multiflora.bench.memory import peak_bytes
+from multiflora.bench.profile import profile
 from multiflora.bench.results import StepCase
 from multiflora.bench.shapes import SMOLLM2
 from multiflora.bench.timing import Phases, interleave, samples, stopwatch
@@ -22,9 +25,9 @@ HEADS, RANK = 5, 8
 """Of R-LoRA; MultiLoRA has three modules of the same rank."""
 MODULES = 3
 
-STEP_COMPETITORS = ("frozen", "packed", "peft", "multilora", "peft 3r")
+STEP_COMPETITORS = ("frozen", "packed", "peft", "multilora", "peft 3r", "products")
 """Forward and input-gradient backward of the frozen model; R-LoRA; peft's LoRA with as many parameters; MultiLoRA with
-three modules; peft's LoRA of three times the rank. Adapters are on all linear layers."""
+three modules; peft's LoRA of three times the rank; R-LoRA's products alone. Adapters are on all linear layers."""
 
 
 def smollm2(dtype: torch.dtype, device: torch.device, **changes: Any) -> nn.Module:
@@ -68,13 +71,32 @@ def _adapt(model: nn.Module, config: Any) -> nn.Module:
 
 def matched_rank(model: nn.Module, parameters: int) -> int:
     """The rank at which a plain LoRA on all linear layers but the head has about so many parameters."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    widths = sum(
-        module.in_features + module.out_features
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
+    widths = sum((d_in + d_out) * count for (d_in, d_out), count in linear_shapes(model).items())
     return max(1, round(parameters / widths))
+
+
+def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
+    """How many linear layers of each shape (d_in, d_out) a model has, its head left out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
+    return Counter((layer.in_features, layer.out_features) for layer in layers)
+
+
+def all_products(work: Mapping[Products, int], dtype: torch.dtype, device: torch.device) -> Callable[[], Phases]:
+    """The products of every layer of a model alone, layers of one shape on the same buffers."""
+    runs = {run_products(item, dtype, device): count for item, count in work.items()}
+
+    def run() -> Phases:
+        total: Phases = {}
+        for one, count in runs.items():
+            for _ in range(count):
+                for phase, clocks in one().items():
+                    spent = total.setdefault(phase, dict.fromkeys(clocks, 0.0))
+                    for clock, seconds in clocks.items():
+                        spent[clock] += seconds
+        return total
+
+    return run
 
 
 def step(model: nn.Module, ids: Tensor, labels: int, *, autocast: bool) -> Callable[[], Phases]:
@@ -149,11 +171,17 @@ def measure_step(
     size = sum(parameter.numel() for parameter in packed.parameters() if parameter.requires_grad)
     configs = _configs(dropout, matched_rank(model, size))
     models = {"frozen": model, "packed": packed}
-    models |= {name: _adapt(model, configs[name]) for name in names if name not in models}
+    models |= {name: _adapt(model, configs[name]) for name in names if name in configs and name not in models}
+    work = {products(rows * length, *shape, HEADS, RANK): count for shape, count in linear_shapes(model).items()}
     ids = torch.randint(0, int(SMOLLM2["vocab_size"]), (rows, length), device=device)
     half = dtype != torch.float32
-    runs = {name: step(models[name], ids, labels, autocast=half and name.startswith("peft")) for name in names}
-    timed = interleave(runs, rounds, after_round=after_round)
+    steps = {
+        name: step(models[name], ids, labels, autocast=half and name.startswith("peft"))
+        for name in names
+        if name in models
+    }
+    floor = {"products": all_products(work, dtype, device)} if "products" in names else {}
+    timed = interleave({**steps, **floor}, rounds, after_round=after_round)
     return StepCase(
         model="SmolLM2-135M",
         rows=rows,
@@ -163,8 +191,11 @@ def measure_step(
         dropout=dropout,
         parameters={
             name: sum(parameter.numel() for parameter in models[name].parameters() if parameter.requires_grad)
-            for name in names
+            for name in steps
         },
         seconds=samples(timed),
-        peak_bytes={name: peak_bytes(run, device) for name, run in runs.items()} if memory else {},
+        peak_bytes={name: peak_bytes(run, device) for name, run in steps.items()} if memory else {},
+        flops=sum(item.flops() * count for item, count in work.items()),
+        bytes=sum(item.bytes(dtype.itemsize) * count for item, count in work.items()),
+        profile={name: profile(steps[name], device) for name in ("frozen", "packed") if name in steps},
     )

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from multiflora._version import __version__
 from multiflora.cli.analyze import analyze
+from multiflora.cli.bench import bench
 from multiflora.cli.border import Border
 from multiflora.cli.compare import compare
 from multiflora.cli.compose import compose
@@ -22,6 +23,7 @@ from multiflora.cli.expand import expand
 from multiflora.cli.init import init
 from multiflora.cli.merge import merge
 from multiflora.cli.methods import methods_app
+from multiflora.cli.report import report
 from multiflora.cli.screen import stdout
 from multiflora.cli.serve import serve
 from multiflora.cli.tasks import tasks_app
@@ -71,6 +73,7 @@ app.command(rich_help_panel="The main job")(train)
 app.command(rich_help_panel="The main job")(evaluate)
 app.command(rich_help_panel="Which method earned its parameters")(compare)
 app.command(rich_help_panel="Which method earned its parameters")(analyze)
+app.command(rich_help_panel="Which method earned its parameters")(report)
 app.command(rich_help_panel="Ship it")(convert)
 app.command(rich_help_panel="Ship it")(merge)
 app.command(rich_help_panel="Ship it")(serve)
@@ -78,6 +81,7 @@ app.command(rich_help_panel="Ship it")(expand)
 app.command(rich_help_panel="Ship it")(compose)
 app.add_typer(tasks_app, rich_help_panel="What there is")
 app.add_typer(methods_app, rich_help_panel="What there is")
+app.command(rich_help_panel="What there is")(bench)
 
 
 def main() -> None:

@@ -11,15 +11,18 @@ import typer
 from rich.text import Text
 
 from multiflora.cli.screen import stderr
-from multiflora.errors import MultifloraError
+from multiflora.errors import Interrupted, MultifloraError
 
-__all__ = ["BAD_INPUT", "STOPPED", "Border", "explain"]
+__all__ = ["BAD_INPUT", "STOPPED", "TERMINATED", "Border", "explain"]
 
 BAD_INPUT = 2
 """Exit code for everything the user can mend; the same as for a mistyped option."""
 
 STOPPED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+TERMINATED = 143
+"""Exit code after SIGTERM, where a checkpoint could be saved: 128 + SIGTERM."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -40,6 +43,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         >>> explain(ZeroDivisionError()) is None
         True
     """
+    if isinstance(error, Interrupted):
+        return str(error), TERMINATED
     if isinstance(error, MultifloraError):
         return str(error), BAD_INPUT
     if isinstance(error, KeyboardInterrupt):

@@ -15,7 +15,7 @@ from multiflora.compare.resources import latency, peak_memory, reset_peak_memory
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.files import write_json
-from multiflora.train.output import last_checkpoint
+from multiflora.train.checkpoint import last_checkpoint
 
 __all__ = ["read_cell", "run_cell"]
 

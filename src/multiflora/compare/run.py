@@ -22,6 +22,7 @@ from multiflora.compare.plan import (
     trial_cell,
 )
 from multiflora.compare.results import Summary
+from multiflora.compare.saved import COMPARISON, SUMMARY
 from multiflora.compare.search import best_rate, loss_of, propose
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
@@ -70,7 +71,9 @@ def compare(
     with _alone(folder):
         planned = plan_of(comparison)
         _tell_of_misses(comparison, planned)
-        write_text(folder / "comparison.yaml", comparison.to_yaml(folder))
+        # until it is made anew: a summary that is there speaks of the whole comparison, never of an earlier version
+        (folder / SUMMARY).unlink(missing_ok=True)
+        write_text(folder / COMPARISON, comparison.to_yaml(folder))
         progress = _Progress(comparison, planned, quiet=quiet)
         devices = device_count(comparison.compare.devices)
         rates, trials = _search(comparison, planned, folder, devices, progress)
@@ -80,7 +83,7 @@ def compare(
             cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
         found = _finish(cells, folder, devices, progress)
         summary = summarise(comparison, planned, list(found.values()), trials)
-        write_json(folder / "summary.json", summary.to_dict())
+        write_json(folder / SUMMARY, summary.to_dict())
         return summary
 
 

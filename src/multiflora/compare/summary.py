@@ -39,6 +39,7 @@ class _Cells:
 
     base: Cell
     by_label: Mapping[str, Sequence[Cell]]
+    seeds: tuple[int, ...]
     trained: Sequence[str]
     extra: Sequence[str]
 
@@ -74,18 +75,22 @@ def summarise(
 ) -> Summary:
     """Sum up finished cells.
 
+    Where some are missing, it speaks of the methods that have finished the seed that most have finished, with all seeds
+    that these have in common: everything stays paired.
+
     Args:
         comparison: The comparison.
         planned: Its competitors.
-        cells: One of the untrained model, and one for each method and seed.
+        cells: One of the untrained model, and one for each method and seed, as far as they are finished.
         trials: The search for learning rates.
 
     Raises:
         DataError: Cells were scored on different rows, so they cannot be paired.
     """
-    spec = comparison.compare
-    reference = spec.reference()
-    found = _arranged(comparison, planned, cells)
+    reference = comparison.compare.reference()
+    found, budget = _arranged(comparison, planned, cells), _budget(comparison, planned)
+    baseline = next(item for item in planned if item.label == reference)
+    planned = [item for item in planned if item.label in found.by_label]
     fit = [item.label for item in planned if not found.diverged(item.label)]
     families = {
         key: {label: found.outcomes(label, tasks, key) for label in fit}
@@ -98,15 +103,17 @@ def summarise(
         for task in found.trained
         if reference in fit
     }
-    rows = tuple(_row(item, planned, found, measures, by_task, reference) for item in planned)
+    rows = tuple(_row(item, baseline, found, measures, by_task) for item in planned)
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
     return Summary(
-        answer=answer(reference, {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows}),
+        answer=answer(reference, {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows})
+        if reference in found.by_label
+        else f"{reference}, the baseline, has no finished training yet, so nothing can be compared with it.",
         rows=rows,
         reference=reference,
-        seeds=spec.seeds,
-        budget=_budget(comparison, planned),
+        seeds=found.seeds,
+        budget=budget,
         metrics={task: found.metric(task) for task in every},
         counts={task: scores[task]["n"] for task in every},
         extra=tuple(found.extra),
@@ -114,24 +121,26 @@ def summarise(
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
         trials=trials or {},
         device=found.base["device"],
-        cells=sorted(cell["cell"] for cell in cells),
+        cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
     )
 
 
 def _arranged(comparison: Comparison, planned: Sequence[Competitor], cells: Sequence[Cell]) -> _Cells:
-    """Sort cells by method and seed, and check that they can be paired."""
+    """Sort cells by method and seed, leave out what cannot be paired, and check that the rest can."""
     _same_rows(cells)
-    seeds = comparison.compare.seeds
-    by_label = {
-        item.label: sorted(
-            (cell for cell in cells if cell["kind"] == "seed" and cell["label"] == item.label),
-            key=lambda cell: seeds.index(cell["seed"]),
-        )
-        for item in planned
-    }
+    every: dict[str, dict[int, Cell]] = {item.label: {} for item in planned}
+    for cell in cells:
+        if cell["kind"] == "seed" and cell["label"] in every:
+            every[cell["label"]][cell["seed"]] = cell
+    order = comparison.compare.seeds
+    # max keeps the first of equals
+    most = max(order, key=lambda seed: sum(seed in own for own in every.values()))
+    kept = {label: own for label, own in every.items() if most in own}
+    seeds = tuple(seed for seed in order if all(seed in own for own in kept.values()))
     return _Cells(
         base=next(cell for cell in cells if cell["kind"] == "base"),
-        by_label=by_label,
+        by_label={label: [own[seed] for seed in seeds] for label, own in kept.items()},
+        seeds=seeds,
         trained=[task.name for task in comparison.recipe.tasks],
         extra=[task.name for task in comparison.recipe.evaluate.extra_tasks],
     )
@@ -139,17 +148,17 @@ def _arranged(comparison: Comparison, planned: Sequence[Competitor], cells: Sequ
 
 def _row(
     item: Competitor,
-    planned: Sequence[Competitor],
+    baseline: Competitor,
     found: _Cells,
     measures: Mapping[str, Mapping[str, Measure]],
     by_task: Mapping[str, Mapping[str, Difference]],
-    reference: str,
 ) -> Row:
     """One method's row of the table."""
     own, diverged = found.by_label[item.label], found.diverged(item.label)
     measured = {key: measures.get(key, {}).get(item.label) for key in ("score", "nll")}
-    ratio = item.parameters / next(other.parameters for other in planned if other.label == reference)
-    said = sentence(item.label, reference, _claims(measured), ratio, len(own))
+    said = sentence(
+        item.label, baseline.label, _claims(measured), item.parameters / baseline.parameters, len(found.seeds)
+    )
     if diverged:
         said = f"{item.label} diverged in {diverged} of {len(own)} trainings; lower its learning rate."
     every = {} if diverged else found.outcomes(item.label, (*found.trained, *found.extra), "score")

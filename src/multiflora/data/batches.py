@@ -25,7 +25,8 @@ def group_by_length(
 
     Within each window of ``window`` batches, examples are sorted by length, cut into batches, and the batches
     shuffled: tasks of different length stay mixed from step to step, which sorting longer stretches would
-    undo.
+    undo. With the batch of a whole optimiser step, what a step learns from does not depend on how many processes or
+    forward passes share it.
 
     Args:
         lengths: Length of each example in the order of the plan, in tokens.

@@ -40,17 +40,19 @@ def pad_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> di
         examples: Each with ``input_ids``, ``labels`` and ``task_id``.
         pad_token_id: Fills ``input_ids``.
     Returns:
-        ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``task_id`` (B,) and ``row_length`` (B,) in
-        tokens.
+        ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``task_id`` (B,), ``row_length`` (B,) in tokens, and
+        ``example`` (B,) where the examples are numbered.
     """
     lengths = torch.tensor([len(e["input_ids"]) for e in examples])
     width = int(lengths.max())
+    numbers = [int(e["example"]) for e in examples if "example" in e]
     return {
         "input_ids": _stack([e["input_ids"] for e in examples], width, pad_token_id),
         "labels": _stack([e["labels"] for e in examples], width, IGNORED),
         "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
         "task_id": torch.tensor([int(e["task_id"]) for e in examples]),
         "row_length": lengths,
+        **({"example": torch.tensor(numbers)} if numbers else {}),
     }
 
 
@@ -66,14 +68,16 @@ def fold_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int, max_
         pad_token_id: Fills ``input_ids``.
         max_length: Longest row, in tokens.
     Returns:
-        ``input_ids``, ``labels``, ``position_ids``, ``task_id`` (R, T) and ``row_length`` (R,), in tokens.
+        ``input_ids``, ``labels``, ``position_ids``, ``task_id`` (R, T), ``row_length`` (R,), in tokens, and
+        ``example`` (R, T) where the examples are numbered.
     """
     lengths = [len(e["input_ids"]) for e in examples]
     rows = fold(lengths, max(max_length, *lengths))
     row_length = torch.tensor([sum(lengths[i] for i in row) for row in rows])
     width = int(row_length.max())
     fill = [[*range(width - int(length))] for length in row_length]
-    tasks = [[int(examples[i]["task_id"]) for i in row for _ in range(lengths[i])] for row in rows]
+    tasks = [_of_tokens(examples, row, "task_id") for row in rows]
+    numbers = [_of_tokens(examples, row, "example") for row in rows if "example" in examples[0]]
     return {
         "input_ids": _stack([_join(examples, row, "input_ids") for row in rows], width, pad_token_id),
         # a first token is not predicted, least of all from the example before it
@@ -85,12 +89,18 @@ def fold_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int, max_
         ),
         "task_id": torch.tensor([of + [of[-1]] * len(rest) for of, rest in zip(tasks, fill, strict=True)]),
         "row_length": row_length,
+        **({"example": _stack(numbers, width, -1)} if numbers else {}),
     }
 
 
 def _join(examples: Sequence[Mapping[str, Any]], row: Sequence[int], column: str) -> list[int]:
     """Concatenate one column of a row's examples."""
     return [x for i in row for x in examples[i][column]]
+
+
+def _of_tokens(examples: Sequence[Mapping[str, Any]], row: Sequence[int], column: str) -> list[int]:
+    """Repeat the number that each of a row's examples has in one column for all of its tokens."""
+    return [int(examples[i][column]) for i in row for _ in examples[i]["input_ids"]]
 
 
 def _stack(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:

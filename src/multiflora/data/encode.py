@@ -25,7 +25,7 @@ class EncodedTask:
     task: str
     """Name of the task."""
     dataset: Dataset
-    """Columns ``input_ids``, ``labels``, ``task_id``; ``length`` and ``loss_tokens``, in tokens."""
+    """Columns ``input_ids``, ``labels``, ``task_id``; ``length`` and ``loss_tokens``, in tokens; ``id`` of the row."""
     num_too_long: int
     """Examples left out because they are longer than ``max_length``."""
     longest: int
@@ -96,7 +96,7 @@ def encode(
     encoded = rows.map(
         _encode_rows,
         batched=True,
-        remove_columns=rows.column_names,
+        remove_columns=[column for column in rows.column_names if column != "id"],
         fn_kwargs={"tokenizer": tokenizer, "task": task, "task_id": task_id, "chat_template": chat_template},
         load_from_cache_file=False,
         desc=f"tokens of {task}",

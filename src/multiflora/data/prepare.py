@@ -9,14 +9,14 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from multiflora.data.batches import group_by_length
-from multiflora.data.encode import EncodedTask, encode
+from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.tasks import load_split
 
 if TYPE_CHECKING:
     from multiflora.recipe import Recipe
 
-__all__ = ["Examples", "TrainingData", "encode_tasks", "mix"]
+__all__ = ["Examples", "TrainingData", "encode_tasks", "fill_up", "mix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Examples:
     """All training examples of a recipe's tasks, each once."""
 
     store: Dataset
-    """Encoded examples, task after task."""
+    """Encoded examples, task after task, each with its own number as ``example`` and its row's name as ``id``."""
     mixture: Mixture
     """How they are drawn."""
     rows: dict[str, Dataset]
@@ -47,7 +47,7 @@ class Examples:
 
         Args:
             number: How many.
-            batch_size: Examples of a forward pass, to lay those of like length side by side; None: leave the order.
+            batch_size: Examples of an optimiser step, to lay those of like length side by side; None: leave the order.
         """
         plan = self.mixture.plan(number)
         lengths, loss_tokens = _column(self.store, "length"), _column(self.store, "loss_tokens")
@@ -55,6 +55,24 @@ class Examples:
         if batch_size is not None:
             plan = plan[group_by_length(lengths[plan], batch_size, seed=self.mixture.seed)]
         return TrainingData(dataset=self.store.select(plan), report=report)
+
+
+def fill_up(dataset: Dataset, multiple: int) -> Dataset:
+    """Append rows without loss until the length is a multiple of ``multiple``.
+
+    Several processes must take equally many batches of each step. Repeating examples in the last one, as data loaders
+    do, would train on them twice; these rows are read and teach nothing.
+
+    Args:
+        dataset: Encoded examples.
+        multiple: Examples of an optimiser step, of all processes together.
+    """
+    missing = -len(dataset) % multiple
+    if not missing:
+        return dataset
+    shortest = dataset[int(_column(dataset, "length").argmin())]
+    row = {**shortest, "labels": [IGNORED] * shortest["length"], "loss_tokens": 0}
+    return concatenate_datasets([dataset, Dataset.from_list([row] * missing, features=dataset.features)])
 
 
 def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
@@ -79,8 +97,9 @@ def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
         )
         for number, task in enumerate(recipe.tasks)
     ]
+    store = concatenate_datasets([task.dataset for task in encoded])
     return Examples(
-        store=concatenate_datasets([task.dataset for task in encoded]),
+        store=store.add_column("example", np.arange(len(store))),
         mixture=mix(recipe, encoded),
         rows=rows,
         notes=tuple(note for task in encoded if (note := task.note())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from multiflora.adapter_folder import load_adapter
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS
@@ -75,10 +76,8 @@ def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[Any, A
 
 def _with_adapter(base: Any, folder: Path) -> Any:
     """Put the run's adapter on its base model."""
-    import peft
-
     _require(folder, "adapter_config.json", "adapter")
-    return peft.PeftModel.from_pretrained(base, str(folder))
+    return load_adapter(base, folder)
 
 
 def _require(folder: Path, file: str, what: str) -> None:

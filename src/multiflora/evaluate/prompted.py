@@ -30,7 +30,7 @@ def generate_behind_prompt(model: Any, context: Tensor, mask: Tensor, **settings
     prompt = model.get_prompt(batch_size=len(context)).to(words.dtype)
     ones = mask.new_ones(prompt.shape[:2])
     # a stable order by kind: padding, prompt, text
-    order = torch.cat([ones, 2 * mask], 1).argsort(1, stable=True)
+    order = torch.cat([ones, 2 * mask], 1).argsort(dim=1, stable=True)
     both = torch.cat([prompt, words], 1).gather(1, order.unsqueeze(-1).expand(-1, -1, words.shape[-1]))
     made: Tensor = base.generate(
         inputs_embeds=both, attention_mask=torch.cat([ones, mask], 1).gather(1, order), **settings

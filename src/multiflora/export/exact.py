@@ -46,14 +46,14 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
     between = None
     if method.between is not None:
         between = method.between.matrices(wide)[task].expand(len(x), -1, -1)
+    frozen = method.frozen_term(config, wide) or (None, None)
     looped = ops.loop(
         torch.zeros(len(x), B.shape[0]),
         x,
         wide["A"],
         gate.to(torch.float32).expand(len(x), heads),
         method.gate.fold(config, wide, wide["B"]),
-        wide.get("A0"),
-        wide.get("B0"),
+        *frozen,
         num_heads=heads,
         rank=layer.rank,
         scale=layer.scale,

@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from multiflora.adapter_folder import WEIGHTS, check_adapter
+from multiflora.adapter_tensors import CONFIG, ROOT, rank_and_alpha
 from multiflora.errors import ExportError
-from multiflora.export.tensors import TensorFile, write_tensors
+from multiflora.export.tensors import write_tensors
 from multiflora.files import saving
+from multiflora.tensor_file import TensorFile
 
 __all__ = ["CONFIG", "KEPT", "ROOT", "WEIGHTS", "Pair", "PlainLora", "read_config", "read_lora", "write_lora"]
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-ROOT = "base_model.model."
-"""What peft puts before the name of every module."""
 
 KEPT = (
     "base_model_name_or_path",
@@ -67,7 +65,7 @@ class PlainLora:
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[Pair]:
         """Every layer's pair, one after the other."""
-        with TensorFile(self.folder / WEIGHTS) as file:
+        with TensorFile(self.folder / WEIGHTS, ExportError) as file:
             for name, scale in self.layers.items():
                 A, B = (file[f"{ROOT}{name}.lora_{part}.weight"].to(dtype) for part in "AB")
                 if A.shape[0] != B.shape[1]:
@@ -79,24 +77,17 @@ class PlainLora:
 
     def extras(self) -> dict[str, Tensor]:
         """The tensors outside the pairs, by their full names."""
-        with TensorFile(self.folder / WEIGHTS) as file:
+        with TensorFile(self.folder / WEIGHTS, ExportError) as file:
             return {name: file[name] for name in self.others}
 
 
 def read_config(folder: Path) -> Any:
-    """An adapter's config, of whatever method.
+    """An adapter's config, of whatever method, once its files are known to be whole.
 
     Raises:
-        ExportError: There is none, or it cannot be read.
+        ExportError: There is none, or a file is damaged; see `multiflora.adapter_folder.check_adapter`.
     """
-    from peft import PeftConfig
-
-    if not (folder / CONFIG).is_file():
-        raise ExportError(f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to.")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / CONFIG} cannot be read: {error}. Save the adapter again.") from error
+    return check_adapter(folder, ExportError)
 
 
 def read_lora(folder: Path) -> PlainLora:
@@ -117,7 +108,7 @@ def read_lora(folder: Path) -> PlainLora:
     ]
     if unlike:
         raise ExportError(f"{folder} was trained with {', '.join(unlike)}, which is more than a plain LoRA: B A alone.")
-    with TensorFile(folder / WEIGHTS) as file:
+    with TensorFile(folder / WEIGHTS, ExportError) as file:
         ends = (".lora_A.weight", ".lora_B.weight")
         names = [key.removeprefix(ROOT).removesuffix(ends[0]) for key in file.names if key.endswith(ends[0])]
         others = [key for key in file.names if not key.endswith(ends)]
@@ -134,10 +125,7 @@ def read_lora(folder: Path) -> PlainLora:
 
 def _scale(config: Any, name: str) -> float:
     """The factor of a layer: alpha/r or alpha/√r, with the patterns of the config."""
-    from peft.utils.other import get_pattern_key
-
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    r, alpha = rank_and_alpha(config, name)
     return float(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
 
 

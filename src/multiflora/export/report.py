@@ -131,9 +131,11 @@ class Report:
 
     def layer_table(self, adapter: AdapterReport) -> Table:
         """One line for each layer of an adapter."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("layer", "rank", "update error", "output error", "energy lost")
+        # a layer's name is of use only whole
+        name = Column("layer", no_wrap=True, overflow="fold")
+        table = Table(name, "rank", "update error", "output error", "energy lost")
         for layer in adapter.layers:
             table.add_row(
                 layer.name,

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from multiflora.adapter_tensors import OFFSET, method_of, rank_and_alpha
 from multiflora.errors import ExportError
 from multiflora.export.plain import ROOT, WEIGHTS, read_config
-from multiflora.export.tensors import TensorFile
 from multiflora.methods import METHODS
+from multiflora.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from multiflora.methods.base import Method
 
 __all__ = ["Layer", "SavedAdapter", "method_of", "open_adapter", "rank_and_alpha"]
-
-OFFSET = ("A0", "B0")
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class SavedAdapter:
         """Every adapted layer, read when it is asked for.
 
         Raises:
-            ExportError: A tensor is missing, empty or of another shape than the config says.
+            ExportError: A tensor has gone since the adapter was opened.
         """
-        with TensorFile(self.folder / WEIGHTS) as file:
+        with TensorFile(self.folder / WEIGHTS, ExportError) as file:
             held = set(file.names)
             for name in self.names:
                 yield self._layer(file, held, name)
@@ -64,29 +62,12 @@ class SavedAdapter:
         wanted = (*self.method.parameter_names(), *(OFFSET if self.method.offset(self.config) else ()))
         parts = {part: file[stem + part] for part in wanted}
         r, alpha = rank_and_alpha(self.config, name)
-        shapes = self.method.shapes(self.config, r, parts["A"].shape[-1], parts["B"].shape[0])
-        for part, shape in shapes.items():
-            if tuple(parts[part].shape) != shape:
-                raise ExportError(
-                    f"{file.path}: tensor {stem}{part} has shape {tuple(parts[part].shape)}, but the config asks for "
-                    f"{shape}. Weights and adapter_config.json do not belong together, or only a shard was saved."
-                )
         return Layer(name, parts, self.method.rank(self.config, r), self.method.scaling(self.config, r, alpha))
 
     def extras(self) -> dict[str, Tensor]:
         """The tensors outside the branches, by their full names."""
-        with TensorFile(self.folder / WEIGHTS) as file:
+        with TensorFile(self.folder / WEIGHTS, ExportError) as file:
             return {name: file[name] for name in self.others}
-
-
-def method_of(config: Any) -> Method | None:
-    """Our method behind a peft config, or None for others' configs."""
-    name = getattr(config, "method_name", "")
-    card = METHODS.get(name)
-    if card is None or card.module is None:
-        return None
-    method: Method = import_module(card.module).METHOD
-    return method
 
 
 def _prefix(method: Method) -> str:
@@ -108,28 +89,9 @@ def open_adapter(folder: Path) -> SavedAdapter:
             f"{folder} holds an adapter of kind {getattr(config.peft_type, 'value', config.peft_type)}; expected one "
             f"of {', '.join(name for name, card in METHODS.items() if card.module)}."
         )
-    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
-        raise ExportError(
-            f"{folder} holds adapter_model.bin, which can carry code; expected {WEIGHTS}. Load it with peft and save "
-            "it with safe_serialization=True."
-        )
     mark = "." + _prefix(method)
-    with TensorFile(folder / WEIGHTS) as file:
+    with TensorFile(folder / WEIGHTS, ExportError) as file:
         ours = [name for name in file.names if mark in name]
         layers = dict.fromkeys(name.rpartition(mark)[0].removeprefix(ROOT) for name in ours)
         others = tuple(name for name in file.names if mark not in name)
-    if not layers:
-        raise ExportError(
-            f"{folder / WEIGHTS} holds no tensor of {method.name} (expected names with {mark}); nothing was saved, or "
-            "only a shard. Save the adapter again."
-        )
     return SavedAdapter(folder, config, method, tuple(layers), others)
-
-
-def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
-    """r and alpha of a layer, with the patterns of the config."""
-    from peft.utils.other import get_pattern_key
-
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
-    return int(r), float(alpha)

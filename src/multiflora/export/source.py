@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from multiflora.adapter_folder import load_adapter
 from multiflora.errors import ExportError
 from multiflora.export.plain import CONFIG, read_config
 
@@ -102,9 +103,7 @@ def load_tokenizer_of(folder: Path, name: str) -> Any:
 
 def load_adapted(folder: Path, name: str) -> Any:
     """Load the base model and put the adapter on it."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_base(name), str(folder)).eval()
+    return load_adapter(load_base(name), folder).eval()
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors files that are read with care and written for good: every fault names the file and the tensor.
+"""Safetensors files that are written for good: every fault names the file and the tensor.
 
 A file is written beside its place, read back, compared bit for bit and only then moved there. So a name never holds
 half a file, and an empty shard, as saving under sharded training has produced elsewhere without a word, is an error.
@@ -13,77 +13,17 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from multiflora.errors import ExportError
 from multiflora.files import saving
+from multiflora.tensor_file import TensorFile
 
-__all__ = ["TensorFile", "check_same", "check_shards", "write_tensors"]
-
-
-class TensorFile:
-    """A safetensors file, open for reading one tensor at a time; nothing is held in memory.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ExportError: The file is missing, or cut off, or no safetensors file.
-
-    Example:
-        >>> with TensorFile(Path("run/adapter_model.safetensors")) as file:  # doctest: +SKIP
-        ...     first = file[file.names[0]]
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_file():
-            raise ExportError(f"{path} is missing; expected a safetensors file there. Save the adapter or model again.")
-        try:
-            self._file: Any = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            raise ExportError(
-                f"{path} cannot be read ({error}); it is cut off or damaged ({path.stat().st_size:,} bytes). "
-                "Copy or save it again."
-            ) from error
-        held: Any = self._file
-        self.names: list[str] = sorted(held.keys())
-
-    def __enter__(self) -> TensorFile:
-        """Open already."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file."""
-        self._file.__exit__(kind, error, trace)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor.
-
-        Raises:
-            ExportError: It is not there, or holds nothing: a shard was saved instead of the whole.
-        """
-        if name not in self.names:
-            raise ExportError(f"{self.path} has no tensor {name}; it is incomplete. Save the adapter or model again.")
-        if 0 in self.shape(name):
-            raise ExportError(
-                f"{self.path}: tensor {name} is empty (shape {self.shape(name)}); a shard was saved instead of the "
-                "whole. Save again from a process that holds all weights."
-            )
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
+__all__ = ["check_same", "check_shards", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -147,7 +87,7 @@ def check_same(path: Path, tensors: Mapping[str, Tensor], shown_as: Path | None 
         ExportError: A tensor is missing, too many, or differs.
     """
     shown = shown_as or path
-    with TensorFile(path) as file:
+    with TensorFile(path, ExportError) as file:
         strange = sorted(set(file.names) ^ set(tensors))
         if strange:
             raise ExportError(
@@ -190,7 +130,7 @@ def check_shards(folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
         files = ["model.safetensors"]
     left = dict(tensors)
     for name in files:
-        with TensorFile(folder / name) as file:
+        with TensorFile(folder / name, ExportError) as file:
             if not file.names:
                 raise ExportError(f"{folder / name} holds no tensor at all; the model was not saved. Save it again.")
             for key in file.names:

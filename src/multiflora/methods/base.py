@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,28 @@ from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from multiflora.context import Routing
     from multiflora.methods.config import AdapterConfig
 
 Parts = Mapping[str, Tensor]
 Start = Callable[[Any, Tensor, Tensor, int, "torch.Generator | None"], None]
+Merges = Literal["exactly", "per task", "no"]
+
+
+class Seen(NamedTuple):
+    """What one layer made of a batch in training: all that a method's loss may read."""
+
+    stems: Tensor
+    """s A x of each token, (T, K r)."""
+    gate: Tensor | None
+    """Weight of each head, (T, H); None where all weigh 1."""
+    logits: Tensor | None
+    """The router's, (T, H), or None where there is no router."""
+    routing: Routing
+    layers: int
+    """How many layers carry the adapter: for losses that are a mean over them."""
 
 
 def _no(config: Any) -> bool:
@@ -79,14 +96,34 @@ class Method:
     head_dropout: Callable[[Any], float] = lambda config: 0.0
     """Dropout on each head's input."""
     between: Between | None = None
-    loss: Callable[[Any, Tensor, Tensor, Routing], Tensor | None] | None = None
-    """(config, gate (T, H), logits (T, H), routing) -> what to add to the loss, or None."""
+    loss: Callable[[Any, Seen], Tensor | None] | None = None
+    """(config, what the layer saw) -> what to add to the loss, or None."""
+    loss_reads_task: Callable[[Any], bool] = _no
+    """Whether the loss needs the row's task, where the output does not."""
+    moving: Callable[[Any, Parts], tuple[Tensor, Tensor]] | None = None
+    """(config, parts) -> A⁰ and B⁰ of a frozen term that follows the trained weights, in place of the stored offset."""
+    callbacks: Callable[[Any], list[TrainerCallback]] = lambda config: []
+    """What a training loop has to do besides steps, see `multiflora.training_callbacks`."""
     why_not_mergeable: str | None = None
     """One sentence, for methods whose update is not a matrix."""
+    chosen: Callable[[Any], Method] | None = None
+    """For a method that is spelled out in its config: (config) -> the method that it spells."""
+    chosen_names: tuple[str, ...] = ()
+    """Names of all trainable tensors that any of those may have."""
+
+    def of(self, config: Any) -> Method:
+        """The description that holds for a config: this one, unless the config spells it out."""
+        return self if self.chosen is None else self.chosen(config)
 
     def needs_task(self) -> bool:
         """Whether an output cannot be computed without the row's task."""
         return self.gate.reads == "task" or self.between is not None
+
+    def merges(self) -> Merges:
+        """Whether the update is one matrix, one for each task, or none."""
+        if self.why_not_mergeable is not None:
+            return "no"
+        return "per task" if self.needs_task() else "exactly"
 
     def scaling(self, config: Any, r: int, alpha: float) -> float:
         r"""The factor s: :math:`\alpha/r`, or :math:`\alpha/\sqrt r` with ``use_rslora``; r as in the config."""
@@ -106,6 +143,8 @@ class Method:
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable tensors, whatever the config."""
+        if self.chosen is not None:
+            return self.chosen_names
         return ("A", "B", *self.gate.names, *(("task_matrix",) if self.between is not None else ()))
 
     def fill(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
@@ -116,11 +155,26 @@ class Method:
             self.between.start(parts["task_matrix"])
 
     def mean_head(self, config: Any, parts: Parts) -> Tensor:
-        r""":math:`\bar B^0`, (d_out, r): the heads blended as a gate that prefers none would blend them."""
+        r""":math:`\bar B^0`: the heads blended as a gate that prefers none would blend them.
+
+        (d_out, r) for a shared stem; with a stem for each head they stay side by side, (d_out, H r).
+        """
         heads = self.heads(config)
         B = self.gate.fold(config, parts, parts["B"].detach())
-        total = torch.stack(head_views(B, heads)).sum(0)
+        total = torch.stack(head_views(B, heads)).sum(0) if self.shared_stem else B
         return total if self.gate.reads == "nothing" else total / heads
+
+    def frozen_term(self, config: Any, parts: Parts) -> tuple[Tensor, Tensor] | None:
+        r""":math:`A^0`, (k, d_in), and :math:`\bar B^0`, (d_out, k), of the frozen term -s B̄⁰A⁰x; None without one."""
+        if self.moving is not None:
+            return self.moving(config, parts)
+        return (parts["A0"], parts["B0"]) if "A0" in parts else None
+
+    def frozen_rank(self, config: Any, r: int) -> int:
+        """k of the frozen term; 0 without one."""
+        rank = self.rank(config, r)
+        stored = (1 if self.shared_stem else self.heads(config)) * rank if self.offset(config) else 0
+        return stored + (0 if self.moving is None else rank)
 
     def factors(
         self, config: Any, parts: Parts, gate: Tensor, scale: float, task: int | None = None
@@ -145,8 +199,9 @@ class Method:
         columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
         if self.between is not None:
             columns = columns @ self.between.matrices(wide)[task]
-        if "A0" in wide:
-            A, columns = torch.cat((A, wide["A0"])), torch.cat((columns, -scale * wide["B0"]), 1)
+        frozen = self.frozen_term(config, wide)
+        if frozen is not None:
+            A, columns = torch.cat((A, frozen[0])), torch.cat((columns, -scale * frozen[1]), 1)
         return A, columns
 
     def static_gate(self, config: Any, parts: Parts, task: int | None) -> Tensor:

@@ -92,10 +92,16 @@ class ScaleGate(Gate):
 
 @dataclass(frozen=True)
 class TokenRouter(Gate):
-    r"""A linear router on the layer's input: :math:`g = \operatorname{softmax}(R x)`, in float32 at least."""
+    r"""A linear router on the layer's input: :math:`g = \operatorname{softmax}(R x)`, in float32 at least.
+
+    With ``top_k`` the softmax goes over the k largest logits of each token and all other heads weigh 0, as in MixLoRA
+    (arXiv 2404.15159, eq. 4). All heads are computed all the same: packed, they cost two small products, and picking
+    rows apart for each token would cost more than it saves.
+    """
 
     reads: Reads = "token"
     zero: Callable[[Any], bool] = lambda config: False
+    top_k: Callable[[Any], int | None] = lambda config: config.top_k
     names = ("router",)
 
     def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
@@ -110,7 +116,11 @@ class TokenRouter(Gate):
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert logits is not None
         # over the first axis of the transpose, because tokens lie innermost in memory (see multiflora.ops.packed)
-        return torch.softmax(logits.t(), 0, dtype=torch.promote_types(logits.dtype, torch.float32)).t()
+        rows, k = logits.t(), self.top_k(config)
+        if k is not None:
+            left_out = torch.ones_like(rows, dtype=torch.bool).scatter(0, rows.topk(k, 0).indices, False)
+            rows = rows.masked_fill(left_out, -torch.inf)
+        return torch.softmax(rows, 0, dtype=torch.promote_types(logits.dtype, torch.float32)).t()
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from multiflora.errors import DataError
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least, not_negative, one_of
+from multiflora.methods.config import AdapterConfig, at_least, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
-from multiflora.methods.rlora import z_loss
+from multiflora.methods.router import RouterConfig, router_loss
 
 
 @dataclass
-class HydraLoraConfig(AdapterConfig):
+class HydraLoraConfig(RouterConfig):
     """HydraLoRA (arXiv 2404.19245): shared A, ``num_heads`` heads, a router on the token.
 
     Defaults: r, alpha and dropout of the published script, 3 heads of the paper.
@@ -41,14 +41,12 @@ class HydraLoraConfig(AdapterConfig):
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stem, in [0, 1)."})
     num_heads: int = field(default=3, metadata={"help": "How many heads B (N); see suggest_num_heads."})
-    router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
 
     def problems(self) -> list[str]:
         """See the base class."""
         return [
             *super().problems(),
             *at_least(self, 1, "num_heads"),
-            *not_negative(self, "router_z_loss"),
             *one_of(self, "init_weights", (True, False)),
         ]
 
@@ -86,7 +84,7 @@ def suggest_num_heads(texts: Sequence[str], *, most: int = 10, seed: int = 0) ->
     return int((line - inertia).argmax()) + 1
 
 
-def start(config: HydraLoraConfig, A: Tensor, B: Tensor, heads: int, generator: torch.Generator | None) -> None:
+def start(config: AdapterConfig, A: Tensor, B: Tensor, heads: int, generator: torch.Generator | None) -> None:
     """LoRA's start, or everything random for tests."""
     if config.init_weights:
         stem_and_zero_heads(config, A, B, heads, generator)
@@ -101,7 +99,7 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(),
     start=start,
-    loss=z_loss,
+    loss=router_loss,
     why_not_mergeable=(
         "A HydraLoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from multiflora import ops
 from multiflora.context import Routing, missing
 from multiflora.errors import AdapterError, ExportError
-from multiflora.methods.base import Method, class_of
+from multiflora.methods.base import Method, Seen, class_of
 from multiflora.methods.config import AdapterConfig
 from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
 
@@ -53,6 +53,10 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._merged_tasks: dict[str, int | None] = {}
 
+    def method_of(self, adapter_name: str) -> Method:
+        """What the adapter is: the class's method, or what the adapter's config spells out."""
+        return self.method.of(self.configs[adapter_name])
+
     def _attribute(self, part: str) -> str:
         return f"{prefix(self.method.name)}{part}"
 
@@ -69,7 +73,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
         """Add an adapter: make its tensors, fill them, put them beside the base weight."""
-        method = self.method
+        method = self.method.of(config)
         self.configs[adapter_name] = config
         self.ranks[adapter_name] = r
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
@@ -179,9 +183,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         of: int | None = None,
     ) -> Tensor:
         """The packed sum for x, (T, d_in): into y, or with the base product taken along."""
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method
-        tasks = self._tasks(config, lead, x.device, rows, of)
-        router, A0 = parts.get("router"), parts.get("A0")
+        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
+        tasks = self._tasks(adapter_name, lead, x.device, rows, of)
+        router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
         scale, p = self.scaling[adapter_name], config.lora_dropout if self.training else 0.0
         dropout = (p, ops.draw_seed()) if p > 0 else (0.0, 0)
         own, u, logits, u0 = ops.stems(x, parts["A"], router, A0, base, scale=scale, dropout=dropout)
@@ -189,11 +193,12 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             y = own
         # inside the op tokens come last, everywhere else first
         logits = None if logits is None else logits.t()
+        stems = u
         if method.between is not None:
             matrices = method.between.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
-        self._report(config, gate, logits, tasks)
+        self._report(adapter_name, stems, gate, logits, tasks)
         assert y is not None
         return ops.heads(
             y,
@@ -201,7 +206,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             u0,
             None if gate is None else gate.t(),
             method.gate.fold(config, parts, parts["B"]),
-            parts.get("B0"),
+            B0,
             in_place=base is not None,
             **self._sizes(adapter_name),
         )
@@ -210,8 +215,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self, x: Tensor, lead: torch.Size, adapter_name: str, y: Tensor, rows: Tensor | None, of: int | None
     ) -> Tensor:
         """The same, head by head."""
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method
-        tasks = self._tasks(config, lead, x.device, rows, of)
+        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
+        tasks = self._tasks(adapter_name, lead, x.device, rows, of)
         p = config.lora_dropout if self.training else 0.0
         dropped = (
             x if p == 0 else x * ops.dropout_mask(tuple(x.shape), p, ops.draw_seed(), device=x.device, dtype=x.dtype)
@@ -219,18 +224,19 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         router = parts.get("router")
         logits = None if router is None else F.linear(x, router.to(x.dtype))
         gate = method.gate.weights(config, parts, logits, tasks)
-        self._report(config, gate, logits, tasks)
+        scale = self.scaling[adapter_name]
+        self._report(adapter_name, (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t(), gate, logits, tasks)
         between = None if method.between is None else method.between.matrices(parts)[tasks]
         B = method.gate.fold(config, parts, parts["B"])
         sizes = self._sizes(adapter_name)
-        scale = self.scaling[adapter_name]
         y = ops.loop(y, dropped, parts["A"], gate, B, None, None, between=between, scale=scale, **sizes)
-        if "A0" in parts:
-            y = y - (F.linear(F.linear(x, parts["A0"].to(x.dtype)), parts["B0"].to(x.dtype)) * scale).to(y.dtype)
+        frozen = method.frozen_term(config, parts)
+        if frozen is not None:
+            y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
         return y
 
     def _sizes(self, adapter_name: str) -> dict[str, Any]:
-        config, method = self.configs[adapter_name], self.method
+        config, method = self.configs[adapter_name], self.method_of(adapter_name)
         p = method.head_dropout(config) if self.training else 0.0
         return {
             "num_heads": method.heads(config),
@@ -240,14 +246,15 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def _tasks(
         self,
-        config: AdapterConfig,
+        adapter_name: str,
         lead: torch.Size,
         device: torch.device,
         rows: Tensor | None,
         of: int | None,
     ) -> Tensor | None:
         """The task of each token, (T,); None for methods that can do without."""
-        if not (self.method.needs_task() or self.routing.recorder is not None):
+        config, method = self.configs[adapter_name], self.method_of(adapter_name)
+        if not (method.needs_task() or self.routing.recorder is not None):
             return None
         if rows is None:
             tasks = self.routing.tasks(config, lead, device)
@@ -256,24 +263,26 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             assert of is not None
             whole = self.routing.tasks(config, torch.Size([of, *lead[1:]]), device)
             tasks = None if whole is None else whole.view(of, -1)[rows].reshape(-1)
-        if tasks is None and self.method.needs_task():
+        if tasks is None and method.needs_task():
             raise missing(config)
         return tasks
 
-    def _report(self, config: AdapterConfig, gate: Tensor | None, logits: Tensor | None, tasks: Tensor | None) -> None:
-        if gate is None:
-            return
-        if self.training and self.method.loss is not None and logits is not None:
-            loss = self.method.loss(config, gate, logits, self.routing)
+    def _report(
+        self, adapter_name: str, stems: Tensor, gate: Tensor | None, logits: Tensor | None, tasks: Tensor | None
+    ) -> None:
+        method, routing = self.method_of(adapter_name), self.routing
+        if self.training and method.loss is not None:
+            seen = Seen(stems.t(), gate, logits, routing, routing.layers.get(adapter_name, 1))
+            loss = method.loss(self.configs[adapter_name], seen)
             if loss is not None:
-                self.routing.losses.append(loss)
-        if self.routing.recorder is not None:
-            self.routing.recorder(self.name, gate.detach(), tasks)
+                routing.losses.append(loss)
+        if gate is not None and routing.recorder is not None:
+            routing.recorder(self.name, gate.detach(), tasks)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
     def _task_to_merge(self, adapter_name: str) -> int | None:
-        return self.routing.single(self.configs[adapter_name]) if self.method.needs_task() else None
+        return self.routing.single(self.configs[adapter_name]) if self.method_of(adapter_name).needs_task() else None
 
     def factors(self, adapter_name: str, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
         """The adapter's update here as a plain LoRA, A' (k, d_in) and B' (d_out, k); see ``Method.factors``.
@@ -283,10 +292,10 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             gate: Weight of each head, (H,); None asks the method, which must not read the input.
             task: Index of the task, for methods gated by task.
         """
-        config, parts = self.configs[adapter_name], self.parts(adapter_name)
+        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
         if gate is None:
-            gate = self.method.static_gate(config, parts, task)
-        return self.method.factors(config, parts, gate, self.scaling[adapter_name], task)
+            gate = method.static_gate(config, parts, task)
+        return method.factors(config, parts, gate, self.scaling[adapter_name], task)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW in the layout of the base weight, float32 at least.
@@ -302,7 +311,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is one matrix (peft asks before ``convert_to_lora``)."""
-        return self.method.why_not_mergeable is None and not self.method.needs_task()
+        return self.method_of(adapter_name).merges() == "exactly"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' ΔW to the base weight; ``safe_merge`` checks that the result is finite first."""

@@ -57,7 +57,7 @@ class RoutingCounter:
         self.routing = routing
         self.num_tasks = num_tasks
         # layer -> a row for each task and a last one for tokens of none: loads, entropy and number of tokens, summed
-        self._sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
 
     def __call__(self, layer: str, gate: Tensor, tasks: Tensor | None) -> None:
         """Take a layer's gate, (T, H), and the task of each token, (T,)."""
@@ -74,7 +74,7 @@ class RoutingCounter:
         else:
             sums = torch.zeros(self.num_tasks + 1, rows.shape[1], device=rows.device)
             sums.index_add_(0, tasks.to(rows.device), rows)
-        self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
+        self.sums[layer] = self.sums[layer] + sums if layer in self.sums else sums
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, LayerRouting]:
         """Layer -> its routing over all tokens since the last call; the count starts anew.
@@ -82,16 +82,16 @@ class RoutingCounter:
         Args:
             reduce: Adds up a tensor over several processes, which have seen the same layers.
         """
-        if not self._sums:
+        if not self.sums:
             return {}
-        device = next(iter(self._sums.values())).device
+        device = next(iter(self.sums.values())).device
         # one tensor for all layers, so that the device is waited for once
-        flat = torch.cat([sums.reshape(-1).to(device) for sums in self._sums.values()])
+        flat = torch.cat([sums.reshape(-1).to(device) for sums in self.sums.values()])
         numbers = iter((flat if reduce is None else reduce(flat)).tolist())
         found = {}
-        for layer, sums in self._sums.items():
+        for layer, sums in self.sums.items():
             found[layer] = _of([[next(numbers) for _ in range(sums.shape[1])] for _ in range(sums.shape[0])])
-        self._sums = {}
+        self.sums = {}
         return found
 
 

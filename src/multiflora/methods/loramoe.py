@@ -10,21 +10,21 @@ others: :math:`\mathrm{CV}^2(Q \odot I)`, see ``losses.localized_balance``. It n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
-from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least, not_negative, one_of, probability
+from multiflora.methods.base import Method, Seen
+from multiflora.methods.config import at_least, not_negative, one_of, probability
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import localized_balance, per_row
-from multiflora.methods.rlora import z_loss
+from multiflora.methods.router import RouterConfig, router_loss
 
 
 @dataclass
-class LoraMoeConfig(AdapterConfig):
+class LoraMoeConfig(RouterConfig):
     """LoRAMoE (arXiv 2312.09979): ``num_experts`` LoRAs behind a dense router.
 
     Defaults: the published script's (r 4, alpha 32, dropout 0.05, 8 experts, balance off).
@@ -37,6 +37,7 @@ class LoraMoeConfig(AdapterConfig):
     """
 
     method_name: ClassVar[str] = "loramoe"
+    heads_setting: ClassVar[str] = "num_experts"
 
     r: int = field(default=4, metadata={"help": "Rank of each expert."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
@@ -50,14 +51,13 @@ class LoraMoeConfig(AdapterConfig):
         default=None,
         metadata={"help": "Names of the tasks of world knowledge; needed by the balance loss with δ > 0."},
     )
-    router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
 
     def problems(self) -> list[str]:
         """See the base class."""
         found = [
             *super().problems(),
             *at_least(self, 1, "num_experts"),
-            *not_negative(self, "balance_weight", "router_z_loss"),
+            *not_negative(self, "balance_weight"),
             *probability(self, "balance_delta"),
             *one_of(self, "init_weights", (True, False)),
         ]
@@ -72,10 +72,10 @@ class LoraMoeConfig(AdapterConfig):
         return found
 
 
-def loss(config: LoraMoeConfig, gate: Tensor, logits: Tensor, routing: Any) -> Tensor | None:
-    """Localized balance loss plus router z-loss, each with its weight."""
-    total = z_loss(config, gate, logits, routing)
-    if config.balance_weight:
+def loss(config: LoraMoeConfig, seen: Seen) -> Tensor | None:
+    """Localized balance loss plus the router's own, each with its weight."""
+    total, gate, routing = router_loss(config, seen), seen.gate, seen.routing
+    if config.balance_weight and gate is not None:
         load = per_row(gate, routing.rows(gate.shape[0]), routing.keep(gate.shape[0]))
         knowledge = torch.zeros(load.shape[0], dtype=torch.bool, device=load.device)
         if config.balance_delta:

@@ -1,4 +1,4 @@
-"""What routers add to the loss. Pure functions; the layer collects their values, ``auxiliary_loss`` sums them."""
+"""What methods add to the loss. Pure functions; the layer collects their values, ``auxiliary_loss`` sums them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,63 @@ def router_z(logits: Tensor, keep: Tensor | None) -> Tensor:
         return squared.mean()
     weight = keep.to(squared.dtype)
     return (squared * weight).sum() / weight.sum().clamp(min=1)
+
+
+def load_balance(logits: Tensor, gate: Tensor, keep: Tensor | None) -> Tensor:
+    r"""The load-balance loss of sparse routers, :math:`N \sum_h F_h P_h` (arXiv 2101.03961, eq. 4-6; MixLoRA's eq. 5).
+
+    F is each head's share of the choices (k for each token) and P the mean of the *dense* softmax, through which alone
+    the gradient flows. It is 1 where all heads are chosen equally often, and more where they are not. For k above 1
+    the shares count all k choices; MixLoRA prints the first alone, its code counts all.
+
+    Args:
+        logits: The router's, (T, H).
+        gate: Weight of each head, 0 where it was not chosen, (T, H).
+        keep: 1 for real tokens and 0 for padding, (T,), or None.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    chosen = (gate > 0).to(wide)
+    shares, probabilities = chosen / chosen.sum(1, keepdim=True), torch.softmax(logits, 1, dtype=wide)
+    if keep is None:
+        F, P = shares.mean(0), probabilities.mean(0)
+    else:
+        weight = keep.to(wide).unsqueeze(1)
+        tokens = weight.sum().clamp(min=1)
+        F, P = (shares * weight).sum(0) / tokens, (probabilities * weight).sum(0) / tokens
+    return logits.shape[1] * (F * P).sum()
+
+
+def alignment(stems: Tensor, tasks: Tensor, num_tasks: int, keep: Tensor | None) -> Tensor:
+    r"""Align-LoRA's loss on one layer: the mean symmetric KL divergence between tasks (arXiv 2508.05078).
+
+    Each task's A x in the batch is taken for a Gaussian with independent coordinates,
+    :math:`\mathcal N(\mu_t, \operatorname{diag} v_t)`. In the symmetric divergence the logarithms cancel:
+
+    .. math::
+        \tfrac12\left(D_{ij} + D_{ji}\right) = \tfrac14 \sum_d \left[ \frac{v_i}{v_j} + \frac{v_j}{v_i} - 2
+        + (\mu_i - \mu_j)^2 \left(\frac1{v_i} + \frac1{v_j}\right) \right]_d
+
+    It does not change when A x is scaled. Tasks with fewer than two tokens in the batch take no part; with fewer than
+    two tasks the loss is 0.
+
+    Args:
+        stems: A x of each token, (T, r).
+        tasks: Task of each token, (T,).
+        num_tasks: How many tasks there are.
+        keep: 1 for real tokens and 0 for padding, (T,), or None.
+    """
+    x = stems.to(torch.promote_types(stems.dtype, torch.float32))
+    member = torch.nn.functional.one_hot(tasks, num_tasks).to(x.dtype)
+    if keep is not None:
+        member = member * keep.to(x.dtype).unsqueeze(1)
+    count = member.sum(0).unsqueeze(1)
+    mean = member.t() @ x / count.clamp(min=1)
+    # 1e-8: what the published code adds, against a coordinate that a task never moves
+    variance = member.t() @ (x - mean[tasks]).square() / (count - 1).clamp(min=1) + 1e-8
+    i, j = torch.triu_indices(num_tasks, num_tasks, 1, device=x.device)
+    ratio = variance[i] / variance[j]
+    apart = (mean[i] - mean[j]).square() * (1 / variance[i] + 1 / variance[j])
+    divergence = (ratio + 1 / ratio - 2 + apart).sum(1) / 4
+    there = (count > 1).squeeze(1)
+    pairs = (there[i] & there[j]).to(x.dtype)
+    return (divergence * pairs).sum() / pairs.sum().clamp(min=1)

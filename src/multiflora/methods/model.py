@@ -42,10 +42,11 @@ class BranchModel(BaseTuner):
         """Refuse what cannot work: called by peft before it looks at a single layer."""
         config = peft_config
         adapter_name = next(name for name, other in self.peft_config.items() if other is config)
-        if self.method.needs_task() and config.num_tasks is None:
+        method = self.method.of(config)
+        if (method.needs_task() or method.loss_reads_task(config)) and config.num_tasks is None:
             raise AdapterError(
-                f"{type(config).__name__}: num_tasks is None; a method gated by task must know how many there are. "
-                "Set num_tasks=N or task_names=[...]."
+                f"{type(config).__name__}: num_tasks is None; a method gated by task, or with a loss between tasks, "
+                "must know how many there are. Set num_tasks=N or task_names=[...]."
             )
         _maybe_include_all_linear_layers(config, model)
         targets = list(self._targets(config, model))
@@ -122,6 +123,10 @@ class BranchModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         routing = find(model)
+        if routing is not None:
+            routing.layers[adapter_name] = sum(
+                isinstance(layer, BranchLinear) and adapter_name in layer.configs for layer in model.modules()
+            )
         hooked = any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values())
         if routing is not None and not hooked:
             self._hook = model.register_forward_pre_hook(routing.begin, with_kwargs=True)
@@ -132,14 +137,13 @@ class BranchModel(BaseTuner):
         routing = find(self.model)
         if routing is not None:
             routing.configs.pop(adapter_name, None)
+            routing.layers.pop(adapter_name, None)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
         """Refuse before the first layer is touched: a half-merged model would be worse than none."""
         super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        if self.method.why_not_mergeable is not None:
-            raise ExportError(self.method.why_not_mergeable)
         for layer in self.model.modules():
             if not isinstance(layer, BranchLinear):
                 continue
@@ -151,7 +155,8 @@ class BranchModel(BaseTuner):
                 )
             for name in layer.active_adapters:
                 if name in layer.configs:
-                    self.method.static_gate(layer.configs[name], layer.parts(name), layer._task_to_merge(name))
+                    task = layer._task_to_merge(name)
+                    layer.method_of(name).static_gate(layer.configs[name], layer.parts(name), task)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, above, at_least, not_negative, one_of, probability
+from multiflora.methods.config import AdapterConfig, above, at_least, one_of, probability
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
-from multiflora.methods.losses import router_z
+from multiflora.methods.router import RouterConfig, router_loss
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RandomHeadsConfig(AdapterConfig):
 
 
 @dataclass
-class RLoraConfig(RandomHeadsConfig):
+class RLoraConfig(RandomHeadsConfig, RouterConfig):
     """R-LoRA (arXiv 2502.15455): shared A, ``num_heads`` random heads, a router on the token, dropout per head.
 
     Defaults: r and alpha of the published script, 3 heads and dropout 0.2 of the second version, gamma 64.
@@ -77,19 +77,19 @@ class RLoraConfig(RandomHeadsConfig):
         default="zero",
         metadata={"help": "'zero': all heads weigh the same at first, step 0 is the base; 'kaiming': as the code."},
     )
-    router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
 
     def problems(self) -> list[str]:
         """See the base class."""
-        found = [
-            *super().problems(),
-            *one_of(self, "router_init", ("zero", "kaiming")),
-            *not_negative(self, "router_z_loss"),
-        ]
+        found = [*super().problems(), *one_of(self, "router_init", ("zero", "kaiming"))]
         if self.init_weights == "zero" and self.router_init == "zero" and self.head_dropout == 0 and self.num_heads > 1:
             found.append(
                 "init_weights='zero' with router_init='zero' and head_dropout=0 keeps all heads identical for ever; "
                 "use router_init='kaiming', random heads (init_weights='paper') or head_dropout above 0."
+            )
+        if self.top_k is not None and (has_offset(self) or self.router_init == "zero"):
+            found.append(
+                "top_k leaves heads out from the first step, so the mean of all heads would not take the random start "
+                "off; and a router at zero prefers none. Set init_weights='zero' and router_init='kaiming' with it."
             )
         return found
 
@@ -119,11 +119,6 @@ def has_offset(config: Any) -> bool:
     return config.init_weights not in (False, "zero")
 
 
-def z_loss(config: Any, gate: Tensor, logits: Tensor, routing: Any) -> Tensor | None:
-    """The router z-loss with its weight, or None when it is off."""
-    return config.router_z_loss * router_z(logits, routing.keep(logits.shape[0])) if config.router_z_loss else None
-
-
 METHOD = Method(
     name="rlora",
     config=RLoraConfig,
@@ -132,7 +127,7 @@ METHOD = Method(
     start=start,
     offset=has_offset,
     head_dropout=lambda config: config.head_dropout,
-    loss=z_loss,
+    loss=router_loss,
     why_not_mergeable=(
         "An R-LoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from multiflora.adapter_folder import load_adapter
+from multiflora.adapter_tensors import method_of
 from multiflora.context import configs_of
 from multiflora.errors import AdapterError, ConfigError
-from multiflora.export.saved import method_of
 
 __all__ = ["Served", "load_served", "name_adapters", "share_weights"]
 
@@ -88,18 +89,12 @@ def load_served(base: Any, name: str, adapters: Mapping[str, Path]) -> dict[str,
         ConfigError: An adapter has the base's name.
         AdapterError: An adapter does not fit the base model.
     """
-    from peft import PeftModel
-
     if name in adapters:
         raise ConfigError(f"The base model and an adapter are both called {name!r}; rename the adapter: OTHER=FOLDER.")
     served = {name: Served(name, base)}
     for adapter, folder in adapters.items():
         tree = share_weights(base)
-        try:
-            model = PeftModel.from_pretrained(tree, str(folder)).eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-            raise AdapterError(f"The adapter in {folder} does not fit the base model {name}: {why}") from error
+        model = load_adapter(tree, folder).eval()
         served[adapter] = Served(adapter, model, *_tasks(model))
     return served
 

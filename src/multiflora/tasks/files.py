@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from multiflora.errors import DataError
+from multiflora.machine import memory_available, size_words
 from multiflora.tasks.spec import SPLITS, FilesSource, Split
 
-__all__ = ["SUFFIXES", "Row", "read_rows", "split_files"]
+__all__ = ["LONGEST_LINE", "SUFFIXES", "Row", "check_size", "read_rows", "split_files"]
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands (``train.jsonl, line 7``) and its columns."""
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+LONGEST_LINE = 64 * 2**20
+"""Characters of the longest line; a file without line ends is not read into memory to find that out."""
+BATCH = 256
+"""Rows of a Parquet file that are held unpacked at a time."""
 
 
 def split_files(source: FilesSource) -> dict[Split, tuple[Path, ...]]:
@@ -78,6 +84,33 @@ def _why_missing(path: Path, what: str) -> str:
     return f"does not exist; {path.parent} holds {there}."
 
 
+def check_size(paths: Iterable[Path]) -> None:
+    """Refuse files that cannot fit into memory, before they are read.
+
+    Raises:
+        DataError: Their rows need more than the machine has.
+    """
+    files = list(paths)
+    needed, there = sum(_size(path) for path in files), memory_available()
+    if needed > there:
+        named = ", ".join(path.name for path in files[:3]) + (" and more" if len(files) > 3 else "")
+        raise DataError(
+            f"{named} in {files[0].parent}: the rows need at least {size_words(needed)}, and {size_words(there)} of "
+            "memory are free. Take fewer rows, or a machine with more memory."
+        )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, unpacked."""
+    try:
+        if path.suffix != ".parquet":
+            return path.stat().st_size
+        meta = _parquet_file(path).metadata
+        return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """Read one file row by row, told apart by its suffix.
 
@@ -92,24 +125,40 @@ def read_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
+        why = error.strerror or error
+        raise DataError(f"{path} cannot be read: {why}. Check the path and your rights to it.") from error
+
+
+def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """The lines of a text file, none of which may fill the memory."""
+    with path.open(encoding="utf-8-sig", newline=newline) as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}, line {number} has more than {LONGEST_LINE:,} characters; expected one row on every line. "
+                    "Check that the file is what its name says."
+                )
+            yield line
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                shown = line.strip() if len(line) < 80 else f"{line.strip()[:77]}..."
-                raise DataError(
-                    f"{where}: not valid JSON: {error.msg} at column {error.colno}: {shown} "
-                    "Expected one JSON object on every line."
-                ) from error
-            yield where, _object(row, where)
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            shown = line.strip() if len(line) < 80 else f"{line.strip()[:77]}..."
+            raise DataError(
+                f"{where}: not valid JSON: {error.msg} at column {error.colno}: {shown} "
+                "Expected one JSON object on every line."
+            ) from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(_beyond(where, error)) from error
+        yield where, _object(row, where)
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -118,11 +167,22 @@ def _json(path: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         hint = " One object a line is JSONL: name the file .jsonl." if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
+    except UnicodeDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise DataError(_beyond(str(path), error)) from error
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects.")
     for number, row in enumerate(rows, start=1):
         where = f"{path}, item {number}"
         yield where, _object(row, where)
+
+
+def _beyond(where: str, error: Exception) -> str:
+    """JSON that is valid and that Python does not read."""
+    if isinstance(error, RecursionError):
+        return f"{where}: lists and objects stand too deep within one another. Expected a flat object of columns."
+    return f"{where}: a number has too many digits for Python to read ({error}). Write it as text."
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:
@@ -134,32 +194,43 @@ def _object(row: Any, where: str) -> Mapping[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                # csv marks a long row by the key None and a short one by the value None
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{where} does not have the {len(reader.fieldnames or ())} values of the header "
-                        f"({', '.join(reader.fieldnames or ())}). Put values with separators or line ends in quotes."
-                    )
-                yield where, row
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
+    reader = csv.DictReader(_lines(path, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            # csv marks a long row by the key None and a short one by the value None
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{where} does not have the {len(reader.fieldnames or ())} values of the header "
+                    f"({', '.join(reader.fieldnames or ())}). Put values with separators or line ends in quotes."
+                )
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet_file(path: Path) -> Any:
     import pyarrow as pa  # type: ignore[import-untyped]  # comes with datasets; only those who read Parquet wait for it
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        table = pq.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches():
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} is not a Parquet file: {_one_line(error)}") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+
+    table, number = _parquet_file(path), 0
+    try:
+        for batch in table.iter_batches(batch_size=BATCH):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}, after row {number}: the Parquet file is damaged: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

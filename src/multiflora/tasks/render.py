@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Undefined
@@ -10,7 +10,7 @@ from jinja2 import Undefined
 from multiflora.errors import DataError
 from multiflora.suggest import nearest
 from multiflora.tasks.example import Example, Message
-from multiflora.tasks.jinja import Failure, NullPrintedError, columns_of, expression, template, variables
+from multiflora.tasks.jinja import Failure, NullPrintedError, columns_of, expression, template
 from multiflora.tasks.spec import TaskSpec
 
 __all__ = ["evaluated", "keeps", "render"]
@@ -60,21 +60,20 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
             "Leave such rows out with 'keep', e.g. keep: output | trim."
         )
     turns = (*messages, Message("assistant", completion.strip())) if messages else ()
+    _check_text((row_id, prompt, completion, *choices, str(answer), *(turn.content for turn in turns)), spec, where)
     return Example(spec.name, row_id, prompt, completion, choices, answer, turns)
 
 
 def evaluated(source: str, row: Mapping[str, Any], what: str, where: str) -> Any:
     """Evaluate a Jinja expression on a row; a mistake is a DataError that names the columns there are."""
-    value = _guarded(lambda: expression(source)(**variables(row)), source, row, what, where, is_expression=True)
+    value = _guarded(lambda: expression(source, row), source, row, what, where, is_expression=True)
     if isinstance(value, Undefined):
         raise DataError(_missing(source, row, what, where, "it has no value", is_expression=True))
     return value
 
 
 def _text(source: str, row: Mapping[str, Any], what: str, where: str) -> str:
-    return str(
-        _guarded(lambda: template(source).render(**variables(row)), source, row, what, where, is_expression=False)
-    )
+    return str(_guarded(lambda: template(source, row), source, row, what, where, is_expression=False))
 
 
 def _guarded(
@@ -195,6 +194,17 @@ def _messages(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[Messa
             f"{where}: the {what} are {'empty' if not found else 'opened by the assistant'}; expected a user first."
         )
     return tuple(found)
+
+
+def _check_text(texts: Iterable[str], spec: TaskSpec, where: str) -> None:
+    """Refuse halves of characters (``\\ud800``), which JSON can spell and no tokenizer can read."""
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: a text of task {spec.name} holds {error.object[error.start]!r}, half of a character, which is "
+            "no Unicode text. Write the row again from its source, or leave it out with 'keep'."
+        ) from error
 
 
 def _plain(messages: Sequence[Message]) -> str:

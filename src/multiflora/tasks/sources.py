@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import DataError
-from multiflora.tasks.files import read_rows, split_files
+from multiflora.tasks.files import check_size, read_rows, split_files
 from multiflora.tasks.generator import generator_rows, split_range
 from multiflora.tasks.spec import SPLITS, FilesSource, GeneratorSource, HubSource, Split, TaskSpec
 
@@ -48,6 +48,7 @@ def read_source(spec: TaskSpec, splits: Sequence[Split]) -> dict[Split, list[Row
     source = spec.source
     if isinstance(source, FilesSource):
         files = split_files(source)
+        check_size(path for split in splits for path in files[split])
         return {split: _from_files(files[split], split) for split in splits}
     if isinstance(source, GeneratorSource):
         return {split: _from_generator(source, split) for split in splits}

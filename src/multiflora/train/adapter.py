@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
 from multiflora.train.baselines import adalora_steps
+from multiflora.train.processes import is_first_process
+from multiflora.train.sharded import adapter_tensors
 
 __all__ = [
     "adapter_config",
@@ -157,7 +158,8 @@ def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] 
     """Save the adapter as safetensors, read it back, and only then put it in place.
 
     So ``folder`` never holds half an adapter, and never one that lacks a tensor, as saving under sharded training has
-    produced elsewhere without a word. A fully fine-tuned model is saved whole, in the same way.
+    produced elsewhere without a word. All processes call it, to hand in their parts; the first one writes. A fully
+    fine-tuned model is saved whole, in the same way.
 
     Args:
         model: A model with one adapter, or one without any that was trained whole.
@@ -166,26 +168,23 @@ def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] 
     Raises:
         AdapterError: What was read back is not what was saved.
     """
+    held = adapter_tensors(model)
+    if not is_first_process():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         if not isinstance(model, PeftModel):
-            model.save_pretrained(str(scratch))
-            _compare(_read_all(scratch), _untied(model), folder)
-        elif start is None:
-            model.save_pretrained(str(scratch), safe_serialization=True)
-            _compare(_read_all(scratch), get_peft_model_state_dict(model), folder)
+            model.save_pretrained(str(scratch), state_dict=held)
+            expected = held
         else:
-            held = get_peft_model_state_dict(model)
-            place = scratch / "start"
-            place.mkdir()
-            save_file(dict(start), place / "adapter_model.safetensors")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # what is being mended here
-                model.save_pretrained(
-                    str(scratch), safe_serialization=True, path_initial_model_for_weight_conversion=str(place)
-                )
-            _compare(_read_all(scratch), _difference(held, start), folder)
+            model.save_pretrained(str(scratch), safe_serialization=True, state_dict=held)
+            expected = get_peft_model_state_dict(model, state_dict=held)
+        if start is not None:
+            expected = _difference(expected, start)
+            save_file(expected, scratch / "adapter_model.safetensors")
+            _of_twice_the_rank(model.active_peft_config).save_pretrained(str(scratch))
+        _compare(_read_all(scratch), expected, folder)
         for path in scratch.glob("*.*"):
             if path.suffix in (".safetensors", ".json"):
                 path.replace(folder / path.name)
@@ -201,12 +200,6 @@ def _read_all(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _untied(model: Any) -> dict[str, torch.Tensor]:
-    """A model's tensors without those that are only another name of one, such as a head that is the embedding."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-
-
 def _difference(held: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r"""The factors of :math:`B A - B_0 A_0`: A over A0, and B beside -B0."""
     return {
@@ -215,6 +208,20 @@ def _difference(held: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tens
         else torch.cat([tensor.cpu(), -start[name]], 1)
         for name, tensor in held.items()
     }
+
+
+def _of_twice_the_rank(config: Any) -> Any:
+    """The config of a plain LoRA of twice the rank and the same scale s, for `_difference`."""
+    more = 2**0.5 if config.use_rslora else 2  # alpha over the root of the rank, or over the rank
+    return dataclasses.replace(
+        config,
+        init_lora_weights=True,
+        inference_mode=True,
+        r=2 * config.r,
+        lora_alpha=more * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={key: more * alpha for key, alpha in (config.alpha_pattern or {}).items()},
+    )
 
 
 def _compare(saved: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -70,7 +70,6 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
-        save_total_limit=2,
         report_to=list(settings.report_to) or "none",
         use_cpu=not torch.accelerator.is_available(),  # else autocast on a CPU is refused
         bf16=autocast and weights != torch.float16,

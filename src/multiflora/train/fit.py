@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import torch
 from transformers import PrinterCallback
 
 from multiflora.context import find
-from multiflora.data.prepare import Examples, TrainingData
-from multiflora.files import write_text
+from multiflora.data.prepare import Examples, TrainingData, fill_up
+from multiflora.errors import Interrupted
 from multiflora.recipe import Recipe
 from multiflora.train.arguments import steps_of, training_arguments
 from multiflora.train.baselines import schedules, training_settings
-from multiflora.train.output import CHECKPOINTS
-from multiflora.train.processes import is_first_process, num_processes
+from multiflora.train.checkpoint import CHECKPOINTS
+from multiflora.train.guard import Guard
+from multiflora.train.interrupt import stop_on_sigterm
+from multiflora.train.processes import is_first_process, num_processes, own_seed
 from multiflora.train.progress import progress_bar
+from multiflora.train.sharded import keep_root_whole
 from multiflora.train.trainer import MultitaskTrainer, own_forward
 
 __all__ = ["fit", "order_examples"]
@@ -34,8 +39,12 @@ def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tu
         processes: Devices that train side by side.
     """
     steps, number = steps_of(recipe, examples.mixture.epoch_size, processes)
-    batch_size = None if recipe.train.packing else recipe.train.batch_size
-    return examples.take(number, batch_size=batch_size), steps
+    return examples.take(number, batch_size=None if recipe.train.packing else _per_step(recipe, processes)), steps
+
+
+def _per_step(recipe: Recipe, processes: int) -> int:
+    """Examples of an optimiser step."""
+    return recipe.train.batch_size * recipe.train.gradient_accumulation * processes
 
 
 def fit(
@@ -58,32 +67,57 @@ def fit(
         quiet: Show no progress.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
+    Raises:
+        TrainingError: The loss or the gradients are no longer finite.
+        Interrupted: SIGTERM came; a checkpoint was saved.
     """
-    folder = recipe.output / CHECKPOINTS if recipe.train.save_every else recipe.output
+    folder = recipe.output / CHECKPOINTS
     weights = next((p for p in model.parameters() if not p.requires_grad), next(model.parameters())).dtype
-    data, steps = order_examples(recipe, examples, num_processes())
+    processes = num_processes()
+    data, steps = order_examples(recipe, examples, processes)
     schedule = schedules(model, recipe, steps)
-    with progress_bar(quiet=quiet) as callbacks:
+    rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
+    with progress_bar(quiet=quiet) as callbacks, stop_on_sigterm() as stop, _none_left_empty(folder):
+        guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
         trainer = MultitaskTrainer(
             model=model,
             args=training_arguments(
                 recipe, folder=folder, steps=steps, weights=weights, casts_itself=find(model) is not None
             ),
-            train_dataset=data.dataset,
+            train_dataset=rows,
             processing_class=tokenizer,
             task_names=examples.mixture.names,
             packing=recipe.train.packing,
             max_length=recipe.train.max_length,
             epoch_size=examples.mixture.epoch_size,
+            num_examples=len(data.dataset),
+            guard=guard,
+            recipe=recipe.to_yaml(folder),
             callbacks=[*callbacks, *schedule],
             **training_settings(recipe),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
-        if recipe.train.save_every and is_first_process():
-            write_text(folder / "recipe.yaml", recipe.to_yaml(folder))  # what `--resume` compares with
+        if not is_first_process():
+            torch.manual_seed(own_seed(recipe.seed))
         with own_forward(model):  # without autocast afterwards: scored in the arithmetic a loaded model will have
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if guard.stopped:
+        raise Interrupted(
+            f"The run was asked to stop (SIGTERM) and did so after step {trainer.state.global_step} of {steps}. Its "
+            f"checkpoint is {folder / f'checkpoint-{trainer.state.global_step}'}; go on with --resume."
+        )
+    keep_root_whole(model, trainer.model_wrapped)
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return data, trainer.state.log_history
+
+
+@contextmanager
+def _none_left_empty(folder: Path) -> Iterator[None]:
+    """Take the checkpoints' folder away again if there are none: transformers makes it in any case."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()

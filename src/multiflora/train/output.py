@@ -9,11 +9,10 @@ from pathlib import Path
 
 from multiflora.errors import ConfigError, EnvironmentProblem
 from multiflora.recipe import Recipe, load_recipe
+from multiflora.train.checkpoint import CHECKPOINTS, last_checkpoint, processes_of
+from multiflora.train.processes import num_processes
 
-__all__ = ["CHECKPOINTS", "disk_guard", "last_checkpoint", "open_output"]
-
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints within the output folder."""
+__all__ = ["disk_guard", "open_output"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors (Rust) gives the operating system's number in its text only, and torch.save (C++) none at all
@@ -29,7 +28,8 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
     Returns:
         The checkpoint to go on from; None for a new run.
     Raises:
-        ConfigError: The folder holds something already, or there is nothing to resume, or another recipe wrote it.
+        ConfigError: The folder holds something already, or there is nothing to resume, or another recipe or another
+            number of processes wrote it.
     """
     folder = recipe.output
     if not resume:
@@ -44,8 +44,8 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(
-            f"There is nothing to resume: {folder / CHECKPOINTS} has no checkpoint. Set train.save_every to a number "
-            "of steps before a run that may be interrupted, and start it without --resume."
+            f"There is nothing to resume: {folder / CHECKPOINTS} has no whole checkpoint. Set train.save_every to a "
+            "number of steps before a run that may be interrupted, and start it without --resume."
         )
     if (folder / "results.json").exists():
         raise ConfigError(
@@ -58,14 +58,13 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
             f"The checkpoints in {folder} come from another recipe: {keys} differ. Resume with that one "
             f"({folder / CHECKPOINTS / 'recipe.yaml'}), or choose another output folder."
         )
+    before, now = processes_of(checkpoint), num_processes()
+    if before != now:
+        raise ConfigError(
+            f"{checkpoint} was written by {before} processes, and this run has {now}: each one has its own random "
+            f"streams and its own share of every batch. Resume with {before} processes."
+        )
     return checkpoint
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    # the trainer's state is written last, so a checkpoint that has it is whole
-    found = [path.parent for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class disk_guard:  # noqa: N801  # used as a function is, `with disk_guard(folder):`

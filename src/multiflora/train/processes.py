@@ -6,7 +6,7 @@ import os
 
 import torch
 
-__all__ = ["is_first_process", "num_processes", "own_device"]
+__all__ = ["is_first_process", "is_sharded", "num_processes", "own_device", "own_seed"]
 
 
 def num_processes() -> int:
@@ -17,6 +17,21 @@ def num_processes() -> int:
 def is_first_process() -> bool:
     """Tell whether this process is the one that writes files and shows progress."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_sharded() -> bool:
+    """Tell whether parameters are to be spread over the processes (FSDP, ZeRO-3), by what ``accelerate launch`` set."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return num_processes() > 1 and (fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"))
+
+
+def own_seed(seed: int) -> int:
+    """Return the seed of this process's dropout: the run's own in the first, far from any run's in the others.
+
+    With one seed for all, every process would drop the same units, and a step would see one mask instead of many.
+    """
+    return seed + int(os.environ.get("RANK", "0")) * 2**32
 
 
 def own_device() -> torch.device:

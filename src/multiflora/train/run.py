@@ -34,7 +34,7 @@ from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
-from multiflora.train.processes import is_first_process, own_device
+from multiflora.train.processes import is_first_process, is_sharded, own_device
 from multiflora.train.quiet import quiet_libraries
 from multiflora.train.trackers import require_trackers
 
@@ -89,11 +89,15 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         examples = encode_tasks(recipe, tokenizer)
         for note in examples.notes:
             log.warning(note)
-        base = load_model(recipe.model, weights_of(recipe)).to(own_device())
+        base = load_model(recipe.model, weights_of(recipe))
+        if not is_sharded():  # else it may not fit; training spreads it
+            base.to(own_device())
         if recipe.train.packing:
             require_separate_examples(base)
-        with _timed(seconds, "evaluate_before"):
-            before = _score(base, tokenizer, recipe, quiet=quiet) if recipe.evaluate.before else None
+        before: Results | None = None
+        if recipe.evaluate.before and not is_sharded():
+            with _timed(seconds, "evaluate_before"):
+                before = _score(base, tokenizer, recipe, quiet=quiet)
         model = add_adapter(base, recipe)
         start = start_of(model)
         trainable, total = parameter_counts(model)
@@ -106,17 +110,25 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         )
         with _timed(seconds, "train"):
             data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
-        if not is_first_process():  # one process scores and writes; the others' adapters are the same
-            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
         save_adapter(model, recipe.output, start=start)
-        if not isinstance(model, PeftModel):
-            tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
-        write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
-        if is_saved_otherwise(model):  # score what others will load
+        if is_first_process():
+            write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
+            if not isinstance(model, PeftModel):
+                tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
+        if is_sharded() and recipe.evaluate.before and isinstance(model, PeftModel) and start is None:
+            # only now is the base model there; all processes must join in
+            with _timed(seconds, "evaluate_before"), model.disable_adapter():
+                before = _score(model, tokenizer, recipe, quiet=quiet)
+        if not is_first_process() and not is_sharded():  # one process scores; the others' adapters are the same
+            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
+        if is_saved_otherwise(model) and not is_sharded():  # score what others will load
             del model, base
             model = load_target(recipe.output).model
         with _timed(seconds, "evaluate_after"):
-            after = _score(model, tokenizer, recipe, folder=recipe.output, quiet=quiet)
+            place = recipe.output if is_first_process() else None
+            after = _score(model, tokenizer, recipe, folder=place, quiet=quiet)
+        if not is_first_process():
+            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
         results = write_artifact(
             recipe.output,
             recipe,

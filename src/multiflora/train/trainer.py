@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,8 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 from multiflora.context import auxiliary_loss, find
 from multiflora.data.collate import Collator
+from multiflora.files import write_text
 from multiflora.methods.baselines import tokens_in_front
+from multiflora.train.adapter import save_adapter
 from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
+from multiflora.train.checkpoint import Window, remove_older, seal
+from multiflora.train.guard import Guard
 from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
 from multiflora.train.watch import RoutingWatch
 
@@ -66,6 +71,9 @@ class MultitaskTrainer(SFTTrainer):
         epoch_size: Examples in one epoch of the mixture; the log's ``epoch`` counts these. None: the whole
             data set.
         loraplus_lr_ratio: LoRA+'s rate of B over that of A; None: one rate for all.
+        num_examples: Examples to be trained on; rows after them only fill the last step up. None: all.
+        guard: Told of every batch's losses; stops the run when they go bad or somebody asks it to stop.
+        recipe: Text of the recipe, laid beside the checkpoints for a resumed run to compare with.
         callbacks: Further callbacks.
     """
 
@@ -84,6 +92,9 @@ class MultitaskTrainer(SFTTrainer):
         max_length: int = 1024,
         epoch_size: int | None = None,
         loraplus_lr_ratio: float | None = None,
+        num_examples: int | None = None,
+        guard: Guard | None = None,
+        recipe: str | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -100,20 +111,26 @@ class MultitaskTrainer(SFTTrainer):
                 train_dataset=train_dataset,
                 processing_class=processing_class,
                 data_collator=collator,
-                callbacks=list(callbacks),
+                callbacks=[*callbacks, *([] if guard is None else [guard])],
                 **kwargs,
             )
         # transformers counts the labels of a step only for models that ask for the count
         self.model_accepts_loss_kwargs = True
         self.task_names = tuple(task_names)
+        self.num_examples = num_examples or len(train_dataset)
+        self.epoch_size = epoch_size or self.num_examples
+        self.guard = guard
+        self.recipe = recipe
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.epoch_size = epoch_size or len(train_dataset)
         self.routing = find(model)
         self._watch = None if self.routing is None else RoutingWatch(self.routing)
-        # sums over the log window, on the device: nats and labelled tokens of each task, and all tokens that were read
+        # sums over the log window, on the device: the steps' losses, nats and labelled tokens of each task, and all
+        # tokens that were read
+        self._loss: Tensor | None = None
         self._by_task: Tensor | None = None
         self._tokens_read: Tensor | None = None
         self._window_start: float | None = None
+        self._window_step = 0
 
     def compute_loss(
         self,
@@ -125,7 +142,7 @@ class MultitaskTrainer(SFTTrainer):
         """Return the batch's share of the step's token-weighted mean loss, with the adapter's auxiliary loss."""
         inputs = dict(inputs)
         labels, row_length = inputs.pop("labels"), inputs.pop("row_length", None)
-        task_id = inputs.pop("task_id", None)
+        task_id, example = inputs.pop("task_id", None), inputs.pop("example", None)
         if task_id is not None and self.routing is not None:
             inputs["task_id"] = task_id
         positions, targets = predicted_positions(labels)
@@ -149,24 +166,33 @@ class MultitaskTrainer(SFTTrainer):
             )
             loss = loss + own / getattr(self, "current_gradient_accumulation_steps", 1)
             if task_id is not None:
-                rows = positions // labels.shape[1]
-                tasks = task_id.reshape(-1)[positions] if task_id.ndim == 2 else task_id[rows]
-                self._count(losses.detach(), tasks, row_length)
+                self._count(losses.detach(), _of_positions(task_id, positions, labels.shape[1]), row_length)
+            if example is not None and self.guard is not None:
+                self.guard.numbers.add(losses, _of_positions(example, positions, labels.shape[1]))
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | None = None, **words: Any) -> Any:
+        """Train, from the start or on from a checkpoint of this trainer's, its log window included."""
+        if resume_from_checkpoint is not None:
+            self._take_window(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **words)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Start the clock of the log window, then take the step."""
         if self._window_start is None:
             self._window_start = time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
+        self._loss = loss if self._loss is None else self._loss + loss
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each task's mean loss and the tokens per second of the window that ends here."""
         if self.model.training:
-            logs.update(self._close_window())
+            figures = self._close_window()
+            # transformers' own mean forgets, in a resumed run, what came before the checkpoint
+            logs.update({name: value for name, value in figures.items() if name != "loss" or "loss" in logs})
             done = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-            self.state.epoch = min(done * self.args.world_size, len(self.train_dataset)) / self.epoch_size
+            self.state.epoch = min(done * self.args.world_size, self.num_examples) / self.epoch_size
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -179,11 +205,11 @@ class MultitaskTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser, with two rates for LoRA+."""
-        made: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]  # set by transformers
-        if made is None and self.loraplus_lr_ratio is not None:
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:  # type: ignore[has-type]  # transformers' own
             own = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
             self.optimizer = loraplus_optimizer(self.model, *self.get_optimizer_cls_and_kwargs(self.args), **own)
-        return super().create_optimizer(model)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a checkpoint's weights, and what some of peft's methods need to go on from them."""
@@ -202,7 +228,42 @@ class MultitaskTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep every column the collator reads, whatever the model's forward takes."""
-        self._signature_columns = ["input_ids", "labels", "task_id", "length"]
+        self._signature_columns = ["input_ids", "labels", "task_id", "length", "example"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save everything a resumed run needs, in all processes; the seal comes last."""
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        first = self.is_world_process_zero()
+        if first:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # the rest of one that was cut short
+            checkpoint.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        save_adapter(self.model, checkpoint)  # whole, however the parameters are spread
+        Window.save(checkpoint, self.args.process_index, self._window())
+        self.accelerator.wait_for_everyone()
+        if first:
+            if self.recipe is not None:
+                write_text(folder / "recipe.yaml", self.recipe)
+            seal(checkpoint, processes=self.args.world_size)
+            remove_older(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _window(self) -> dict[str, Tensor]:
+        """What the log has gathered since its last line."""
+        gathered = {"loss": self._loss, "by_task": self._by_task, "tokens_read": self._tokens_read}
+        known = {name: tensor for name, tensor in gathered.items() if tensor is not None}
+        routing = {} if self._watch is None else self._watch.state()
+        return known | routing | {"step": torch.tensor(self._window_step)}
+
+    def _take_window(self, checkpoint: Path) -> None:
+        """Go on with what the log had gathered when the checkpoint was saved."""
+        kept = Window.load(checkpoint, self.args.process_index, self.args.device)
+        self._loss, self._by_task, self._tokens_read = (kept.get(name) for name in ("loss", "by_task", "tokens_read"))
+        self._window_step = int(kept["step"])
+        if self._watch is not None:
+            self._watch.restore(kept)
 
     def _count(self, losses: Tensor, tasks: Tensor, row_length: Tensor | None) -> None:
         """Add a batch to the log window, without waiting for the device."""
@@ -213,7 +274,7 @@ class MultitaskTrainer(SFTTrainer):
 
     def _close_window(self) -> dict[str, float]:
         """Return the window's figures over all processes, and open the next one."""
-        if self._by_task is None or self._window_start is None:
+        if self._by_task is None or self._window_start is None or self._loss is None:
             return {}
         sums, counts = self.accelerator.reduce(self._by_task, "sum").tolist()
         figures = {
@@ -221,6 +282,8 @@ class MultitaskTrainer(SFTTrainer):
             for name, total, count in zip(self.task_names, sums, counts, strict=True)
             if count
         }
+        steps = self.state.global_step - self._window_step
+        figures["loss"] = self.accelerator.reduce(self._loss, "mean").item() / max(steps, 1)
         if self._tokens_read is not None:
             tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
             figures["tokens_per_second"] = tokens / (time.perf_counter() - self._window_start)
@@ -228,5 +291,11 @@ class MultitaskTrainer(SFTTrainer):
             figures |= self._watch.close(
                 lambda sums: self.accelerator.reduce(sums, "sum"), warn=self.is_world_process_zero()
             )
-        self._by_task = self._tokens_read = self._window_start = None
+        self._loss = self._by_task = self._tokens_read = self._window_start = None
+        self._window_step = self.state.global_step
         return figures
+
+
+def _of_positions(of: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Return what belongs to positions of a flattened batch, from numbers for each row, (B,), or token, (B, T)."""
+    return of.reshape(-1)[positions] if of.ndim == 2 else of[positions // length]

@@ -15,6 +15,8 @@ __all__ = ["RoutingWatch", "figures_of"]
 
 log = logging.getLogger(__name__)
 
+_STATE = "routing/"
+
 
 class RoutingWatch:
     """Counts the gates of a training, window by window.
@@ -39,6 +41,14 @@ class RoutingWatch:
             yield
         finally:
             self.routing.recorder = before
+
+    def state(self) -> dict[str, Tensor]:
+        """What the window has gathered, for a checkpoint: a tensor for each layer."""
+        return {_STATE + layer: sums for layer, sums in self._counter.sums.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; other tensors are passed over."""
+        self._counter.sums = {key[len(_STATE) :]: sums for key, sums in state.items() if key.startswith(_STATE)}
 
     def close(self, reduce: Callable[[Tensor], Tensor], *, warn: bool = True) -> dict[str, float]:
         """Return the window's figures (none for a method without gates), warn of heads that died, and begin anew.

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from multiflora import ExportError
-from multiflora.export.tensors import TensorFile, check_same, check_shards, write_tensors
+from multiflora.export.tensors import check_same, check_shards, write_tensors
+from multiflora.tensor_file import TensorFile
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((4,), -0.0, dtype=torch.bfloat16), "c": torch.tensor(3)}
 

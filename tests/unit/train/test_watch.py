@@ -65,8 +65,8 @@ def test_what_checkpointing_computes_again_is_not_counted_again() -> None:
     with watch.listening():
         loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
     loss.backward()
-    assert {float(sums[-1, -1]) for sums in watch._counter._sums.values()} == {8.0}
-    assert len(watch._counter._sums) == 4
+    assert {float(sums[-1, -1]) for sums in watch._counter.sums.values()} == {8.0}
+    assert len(watch._counter.sums) == 4
 
 
 def test_a_step_never_waits_for_the_device() -> None:

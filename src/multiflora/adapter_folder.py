@@ -1,0 +1,183 @@
+"""An adapter's folder, looked at before anything is built from it: it may come from anybody.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` must agree with each other, and with the base model where one
+is at hand, tensor by tensor. A rank of a billion, a missing head, a NaN or another method's file is refused by name,
+before memory is taken. Pickles are not read at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from multiflora.adapter_tensors import CONFIG, ROOT, misfits, tensor_problems
+from multiflora.errors import AdapterError, MultifloraError
+from multiflora.patterns import why_refused
+from multiflora.suggest import did_you_mean
+from multiflora.tensor_file import TensorFile
+
+__all__ = ["WEIGHTS", "check_adapter", "load_adapter"]
+
+WEIGHTS = "adapter_model.safetensors"
+
+LONGEST_CONFIG = 2_000_000
+"""Bytes of the longest adapter_config.json."""
+# settings that have peft import a module by its name, or copy the base model's layers over and over
+_NEVER = ("megatron_config", "layer_replication")
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+
+
+def check_adapter(folder: Path, error: type[MultifloraError] = AdapterError) -> Any:
+    """Check that a folder holds one whole adapter, and return its config; nothing is built, a tensor at a time is held.
+
+    Args:
+        folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        error: The kind of error to raise.
+
+    Returns:
+        The ``peft.PeftConfig``.
+
+    Raises:
+        MultifloraError: Of that kind; names the file, and the tensor or setting that is wrong.
+    """
+    config = _config(folder, error)
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise error(
+            f"{folder} holds adapter_model.bin, a pickle, which can carry code and is not read; expected {WEIGHTS}. "
+            "Ask for it in that form, or load it where you trust it and save it with safe_serialization=True."
+        )
+    with TensorFile(folder / WEIGHTS, error) as file:
+        for problem in tensor_problems(config, file):
+            raise error(f"{file.path}: {problem}")
+    return config
+
+
+def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
+    """Put a saved adapter on a base model, checked before and after.
+
+    Args:
+        base: The model in memory.
+        folder: The adapter's folder.
+        words: Passed on to ``peft.PeftModel.from_pretrained``.
+
+    Raises:
+        AdapterError: The folder's files are damaged or do not fit the base model; names file and tensor.
+    """
+    import peft
+
+    config = check_adapter(folder)
+    with TensorFile(folder / WEIGHTS) as file:
+        for problem in misfits(config, file, base):
+            raise AdapterError(f"{file.path}: {problem}")
+        names = set(file.names)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
+            model = peft.PeftModel.from_pretrained(base, str(folder), **words)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError) as fault:
+        if isinstance(fault, MultifloraError):
+            raise
+        raise AdapterError(f"The adapter in {folder} does not fit the base model: {_first_line(fault)}") from fault
+    wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    missing = sorted(wanted - names)
+    if missing:
+        raise AdapterError(
+            f"{folder / WEIGHTS} lacks {len(missing)} of the {len(wanted)} tensors of its adapter (first: "
+            f"{missing[0]}); it would be left at its random start. Save the adapter again."
+        )
+    # an embedding that grew is saved along under its own name; anything else has no place in the model
+    held = {re.sub(r"\.default(?=\.|$)", "", name) for name in model.state_dict()}
+    strange = sorted(name for name in names - wanted if name not in held and name.removeprefix(ROOT) not in held)
+    if strange:
+        raise AdapterError(
+            f"{folder / WEIGHTS} holds {strange[0]}, for which the model with this adapter has no place"
+            f"{f' (and {len(strange) - 1} more)' if len(strange) > 1 else ''}. It belongs to another adapter or model."
+        )
+    return model
+
+
+def _first_line(fault: BaseException) -> str:
+    return next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__).strip()[:300]
+
+
+# ---- the config -----------------------------------------------------------------------------------------------------
+
+
+def _config(folder: Path, error: type[MultifloraError]) -> Any:
+    """Read adapter_config.json as what it says it is."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    path = folder / CONFIG
+    if not path.is_file():
+        raise error(f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to.")
+    words = _json(path, error)
+    kind = words.get("peft_type")
+    known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind not in known:
+        raise error(
+            f"{path}: peft_type is {_shown(kind)}, which is not a kind of adapter; {did_you_mean(str(kind), known)}"
+        )
+    for problem in _config_problems(words):
+        raise error(f"{path}: {problem}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings of newer versions, which are left out
+            return peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as fault:
+        raise error(f"{path} cannot be read: {_first_line(fault)}. Save the adapter again.") from fault
+
+
+def _json(path: Path, error: type[MultifloraError]) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > LONGEST_CONFIG:
+            raise error(f"{path} has {size:,} bytes; expected the settings of an adapter. Save the adapter again.")
+        words = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as fault:
+        if isinstance(fault, MultifloraError):
+            raise
+        raise error(f"{path} cannot be read: {_first_line(fault)}. Save the adapter again.") from fault
+    if not isinstance(words, dict):
+        raise error(f"{path} holds a {type(words).__name__}; expected an object of settings. Save the adapter again.")
+    return words
+
+
+def _config_problems(words: Mapping[str, Any]) -> Iterator[str]:
+    """What must not stand in a config, whatever the method."""
+    for key in _NEVER:
+        if words.get(key):
+            yield f"{key} is set, which is not loaded from a file: it has peft import code, or copy layers. Remove it."
+    for key in ("r", "lora_alpha"):
+        value = words.get(key)
+        if value is not None and not _positive(value):
+            yield f"{key} is {_shown(value)}; expected a number above 0."
+    if isinstance(words.get("r"), float):
+        yield f"r is {_shown(words['r'])}; expected a whole number."
+    if not (words["peft_type"] == "LORA" or words["peft_type"].startswith("MF_")):
+        return
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = words.get(key) or {}
+        values = pattern.values() if isinstance(pattern, dict) else [None]
+        if not all(_positive(v) and (key == "alpha_pattern" or isinstance(v, int)) for v in values):
+            yield f"{key} is {_shown(pattern)}; expected names of modules with a number above 0 each."
+    for key in _PATTERNS:
+        value = words.get(key)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []:
+            why = why_refused(pattern) if isinstance(pattern, str) else "it is no text"
+            if why:
+                yield f"{key} holds {_shown(pattern)}: {why}."
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

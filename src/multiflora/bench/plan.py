@@ -1,0 +1,195 @@
+"""What a benchmark runs: its cases in order, for each preset. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+from multiflora.bench.shapes import SHAPES, Shape
+
+__all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Job", "Preset", "Section", "plan"]
+
+Section = Literal["layer", "heads", "memory", "shared", "step", "train"]
+SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train")
+
+Preset = Literal["quick", "standard", "full"]
+PRESETS: tuple[Preset, ...] = ("quick", "standard", "full")
+"""Two minutes, twelve minutes and an hour on one core of a server."""
+
+TASKS = ("sst2", "trec", "agnews", "commonsenseqa")
+"""Folders of four tasks with short answers."""
+GENERATED_TASKS = ("rg_calendar_arithmetic", "rg_chain_sum", "rg_needle_haystack", "rg_number_filtering")
+"""Stand in for them where there is no such folder: they need no file and no hub."""
+
+_BY_NAME = {(shape.model, shape.layer): shape for shape in SHAPES}
+_SMOLLM2, _QWEN, _LLAMA = "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"
+_LAYERS = ("q_proj", "up_proj", "down_proj")
+_DROPOUTS = (0.1, 0.0)
+_PLAIN = ("frozen", "packed", "peft", "loop")
+
+
+class Job(NamedTuple):
+    """One case to measure."""
+
+    section: Section
+    settings: dict[str, Any]
+    """Keyword arguments of the section's measure; a dtype by its name."""
+    identity: dict[str, Any]
+    """Fields of the result by which it is known again."""
+    cost: float
+    """Seconds it may take, roughly: for the progress bar."""
+
+    @property
+    def ticks(self) -> int:
+        """How often it reports progress."""
+        warm_up = {"step": 1, "train": 1, "memory": 0}.get(self.section, 2)
+        return int(self.settings.get("rounds", 0)) + warm_up
+
+
+def plan(
+    preset: Preset,
+    *,
+    kind: Literal["cpu", "cuda"],
+    compiler: bool,
+    tasks: tuple[str, ...],
+    only: Collection[Section] = (),
+) -> list[Job]:
+    """The jobs of a preset, the cheap sections first.
+
+    Args:
+        preset: How much.
+        kind: A GPU gets long inputs; a processor gets few tokens of the large models.
+        compiler: Whether ``torch.compile`` of the loop can take part.
+        tasks: What `multiflora train` trains on.
+        only: These sections; empty: all.
+
+    Example:
+        >>> [job.section for job in plan("quick", kind="cpu", compiler=False, tasks=TASKS, only=["memory"])]
+        ['memory', 'memory']
+    """
+    jobs = [
+        *_memory(),
+        *_heads(preset, kind),
+        *_shared(preset),
+        *_layers(preset, kind, compiler),
+        *_steps(preset, kind),
+        *_training(preset, tasks),
+    ]
+    return [job for job in jobs if not only or job.section in only]
+
+
+def _layers(preset: Preset, kind: str, compiler: bool) -> list[Job]:
+    if kind == "cuda":
+        rounds = {"quick": 10, "standard": 30, "full": 60}[preset]
+        shapes = [shape for shape in SHAPES if shape.model == _LLAMA or preset == "full"]
+        return [
+            _layer(shape, 8192, "bfloat16", dropout, rounds, compiled=compiler)
+            for shape in shapes
+            for dropout in _DROPOUTS
+        ]
+    up, q = _BY_NAME[_SMOLLM2, "up_proj"], _BY_NAME[_LLAMA, "q_proj"]
+    if preset == "quick":
+        qwen = _BY_NAME[_QWEN, "up_proj"]
+        return [_layer(shape, 256, "bfloat16", dropout, 7) for shape in (up, qwen) for dropout in _DROPOUTS]
+    if preset == "full":
+        return [
+            _layer(shape, 1024, dtype, dropout, 21, compiled=compiler)
+            for shape in SHAPES
+            for dtype in ("float32", "bfloat16")
+            for dropout in _DROPOUTS
+        ]
+    few = [
+        *((_BY_NAME[_SMOLLM2, layer], 512, dtype, 15) for layer in _LAYERS for dtype in ("float32", "bfloat16")),
+        *((_BY_NAME[_QWEN, layer], 512, "bfloat16", 11) for layer in _LAYERS),
+        (_BY_NAME[_QWEN, "up_proj"], 512, "float32", 7),
+        *((_BY_NAME[_LLAMA, layer], 256, "bfloat16", 7) for layer in _LAYERS),
+        (q, 256, "float32", 7),
+    ]
+    # compiling takes longer than measuring: one layer tells how the compiler does
+    return [
+        _layer(shape, tokens, dtype, dropout, rounds, compiled=compiler and shape == up and dtype == "bfloat16")
+        for shape, tokens, dtype, rounds in few
+        for dropout in _DROPOUTS
+    ]
+
+
+def _layer(shape: Shape, tokens: int, dtype: str, dropout: float, rounds: int, *, compiled: bool = False) -> Job:
+    names = (*_PLAIN, "compiled loop") if compiled else _PLAIN
+    settings = {"tokens": tokens, "dtype": dtype, "dropout": dropout}
+    return Job(
+        "layer",
+        {"shape": shape, **settings, "rounds": rounds, "names": names},
+        {**shape._asdict(), **settings},
+        # a frozen layer and its input gradient, five times over, with memory and profile on top; compiling
+        5 * (rounds + 6) * _seconds(shape, tokens, dtype) + 40 * compiled,
+    )
+
+
+def _seconds(shape: Shape, tokens: int, dtype: str) -> float:
+    return 1e-3 + 4 * tokens * shape.d_in * shape.d_out / (8e10 if dtype == "float32" else 1.8e11)
+
+
+def _heads(preset: Preset, kind: str) -> list[Job]:
+    names = {
+        "quick": [(_SMOLLM2, "up_proj")],
+        "standard": [(_SMOLLM2, "up_proj"), (_QWEN, "up_proj")],
+        "full": list(_BY_NAME),
+    }[preset]
+    rounds = {"quick": 9, "standard": 15, "full": 21}[preset]
+    tokens = 8192 if kind == "cuda" else 256 if preset == "quick" else 512
+    jobs = []
+    for name in names:
+        for dropout in _DROPOUTS:
+            settings = {"tokens": tokens, "dtype": "bfloat16", "dropout": dropout}
+            cost = 8 * (rounds + 2) * _seconds(_BY_NAME[name], tokens, "bfloat16")
+            shape = _BY_NAME[name]
+            jobs.append(
+                Job("heads", {"shape": shape, **settings, "rounds": rounds}, {**shape._asdict(), **settings}, cost)
+            )
+    return jobs
+
+
+def _memory() -> list[Job]:
+    shape = _BY_NAME["Llama-2-7B", "up_proj"]
+    jobs = []
+    for dtype in ("float32", "bfloat16"):
+        settings = {"tokens": (64, 192), "dtype": dtype, "dropout": 0.1}
+        jobs.append(Job("memory", {"shape": shape, **settings}, {**shape._asdict(), **settings}, 3.0))
+    return jobs
+
+
+def _shared(preset: Preset) -> list[Job]:
+    groups = {_SMOLLM2: [("q_proj", 576), ("k_proj", 192), ("v_proj", 192)]}
+    if preset != "quick":
+        groups[_QWEN] = [("q_proj", 896), ("k_proj", 128), ("v_proj", 128)]
+    width = {_SMOLLM2: 576, _QWEN: 896}
+    jobs = []
+    for model, parts in groups.items():
+        layers = tuple(Shape(model, layer, width[model], d_out) for layer, d_out in parts)
+        settings = {"tokens": 512, "dtype": "bfloat16"}
+        jobs.append(Job("shared", {"layers": layers, **settings, "rounds": 21}, {"model": model, **settings}, 1.0))
+    return jobs
+
+
+def _steps(preset: Preset, kind: str) -> list[Job]:
+    rows, length, labels, rounds = {
+        "quick": (1, 128, 16, 2),
+        "standard": (2, 256, 32, 5),
+        "full": (4, 256, 32, 11),
+    }[preset]
+    if kind == "cuda":
+        rows, length, labels, rounds = 8, 1024, 64, {"quick": 5, "standard": 15, "full": 30}[preset]
+    jobs = []
+    for dropout in _DROPOUTS:
+        settings = {"rows": rows, "length": length, "dtype": "bfloat16", "dropout": dropout}
+        cost = 0.033 * rows * length * (rounds + 2)
+        jobs.append(Job("step", {**settings, "labels": labels, "rounds": rounds}, {"labels": labels, **settings}, cost))
+    return jobs
+
+
+def _training(preset: Preset, tasks: tuple[str, ...]) -> list[Job]:
+    steps, rounds = {"quick": (2, 1), "standard": (4, 3), "full": (10, 5)}[preset]
+    settings = {"model": "embedded", "steps": steps, "batch_size": 8, "dropout": 0.1}
+    return [
+        Job("train", {**settings, "tasks": tasks, "rounds": rounds}, settings, 15 + 7.5 * steps * (rounds + 1)),
+    ]

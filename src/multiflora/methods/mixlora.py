@@ -1,0 +1,67 @@
+r"""MixLoRA's routing: E whole LoRA experts, of which the best k serve a token (Li et al. 2024, arXiv 2404.15159).
+
+.. math::
+    y = W x + s \sum_{e \in \text{top-}k} \omega_e(x)\, B_e A_e x, \qquad
+    \omega(x) = \operatorname{softmax}\left(\text{top-}k\,(R x)\right)
+
+with the load-balance loss :math:`b\,E \sum_e F_e P_e`, without which few experts would be chosen and few would learn.
+
+Differs from the paper: there one router serves a whole feed-forward block, and attention carries plain LoRAs. Here, as
+in all methods of this library, every adapted layer has a router of its own. So it is MixLoRA's gate, not its block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+
+from multiflora.methods.base import Method
+from multiflora.methods.config import at_least, one_of
+from multiflora.methods.gates import TokenRouter
+from multiflora.methods.hydralora import start
+from multiflora.methods.router import RouterConfig, router_loss
+
+
+@dataclass
+class MixLoraConfig(RouterConfig):
+    """MixLoRA's routing (arXiv 2404.15159): ``num_experts`` LoRAs, the best ``top_k`` for each token.
+
+    Defaults: 8 experts, the best 2, balance loss of weight 0.01, dropout 0.05.
+
+    Example:
+        >>> MixLoraConfig(num_experts=4, target_modules=["gate_proj", "up_proj", "down_proj"]).top_k
+        2
+        >>> MixLoraConfig(num_experts=4, top_k=5)
+        Traceback (most recent call last):
+        ...
+        multiflora.errors.ConfigError: MixLoraConfig: top_k is 5; it must be a whole number from 2 to one less than \
+num_experts (4). With 1, the chosen head's weight would always be 1 and the router would learn nothing; with all, \
+leave it out.
+    """
+
+    method_name: ClassVar[str] = "mixlora"
+    heads_setting: ClassVar[str] = "num_experts"
+
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
+    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    top_k: Optional[int] = field(default=2, metadata={"help": "How many experts serve a token."})  # noqa: UP045
+    router_balance_loss: float = field(default=0.01, metadata={"help": "Weight of the load-balance loss."})
+
+    def problems(self) -> list[str]:
+        """See the base class."""
+        return [*super().problems(), *at_least(self, 1, "num_experts"), *one_of(self, "init_weights", (True, False))]
+
+
+METHOD = Method(
+    name="mixlora",
+    config=MixLoraConfig,
+    heads=lambda config: config.num_experts,
+    shared_stem=False,
+    gate=TokenRouter(),
+    start=start,
+    loss=router_loss,
+    why_not_mergeable=(
+        "A MixLoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
+        "the adapter, or use `multiflora convert` for plain LoRA with a reported error."
+    ),
+)

@@ -1,0 +1,69 @@
+r"""What all methods with a token router share: how many heads serve a token, and what the router adds to the loss.
+
+.. math:: L = b\, N \sum_h F_h P_h + z\, \operatorname{mean}_x \left(\log \sum_h e^{\ell_h(x)}\right)^2
+
+The first term belongs to sparse routing (``top_k``), where heads that are never chosen would never learn; see
+``losses.load_balance`` and ``losses.router_z``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional
+
+from torch import Tensor
+
+from multiflora.methods.base import Seen
+from multiflora.methods.config import AdapterConfig, not_negative
+from multiflora.methods.losses import load_balance, router_z
+
+__all__ = ["RouterConfig", "router_loss", "sparse_routing_problems"]
+
+
+@dataclass
+class RouterConfig(AdapterConfig):
+    """The settings of a token router."""
+
+    # The setting that says how many heads there are; a method's class names its own.
+    heads_setting: ClassVar[str] = "num_heads"
+
+    top_k: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "How many heads serve a token; all of them when not given."}
+    )
+    router_balance_loss: float = field(
+        default=0.0, metadata={"help": "Weight of the load-balance loss; for sparse routing (top_k)."}
+    )
+    router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+
+    def problems(self) -> list[str]:
+        """See the base class."""
+        found = [*super().problems(), *not_negative(self, "router_balance_loss", "router_z_loss")]
+        return found or sparse_routing_problems(self, self.heads_setting)
+
+
+def sparse_routing_problems(config: Any, heads_setting: str) -> list[str]:
+    """What cannot work in ``top_k`` and its loss."""
+    k, heads = config.top_k, getattr(config, heads_setting)
+    if k is None:
+        if config.router_balance_loss:
+            return ["router_balance_loss balances which heads are chosen, and without top_k all are: set top_k."]
+        return []
+    if not isinstance(k, int) or isinstance(k, bool) or not isinstance(heads, int) or not 2 <= k < heads:
+        return [
+            f"top_k is {k!r}; it must be a whole number from 2 to one less than {heads_setting} ({heads!r}). With 1, "
+            "the chosen head's weight would always be 1 and the router would learn nothing; with all, leave it out."
+        ]
+    return []
+
+
+def router_loss(config: Any, seen: Seen) -> Tensor | None:
+    """The load-balance loss and the z-loss with their weights, or None when both are off."""
+    if seen.gate is None or seen.logits is None:
+        return None
+    keep = seen.routing.keep(len(seen.logits))
+    terms = []
+    if config.router_balance_loss:
+        terms.append(config.router_balance_loss * load_balance(seen.logits, seen.gate, keep))
+    if config.router_z_loss:
+        terms.append(config.router_z_loss * router_z(seen.logits, keep))
+    return sum(terms[1:], terms[0]) if terms else None

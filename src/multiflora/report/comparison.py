@@ -1,0 +1,154 @@
+"""A comparison's page: which method earned its parameters, and how one knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from multiflora.card import base_name
+from multiflora.compare.results import Summary
+from multiflora.compare.saved import COMPARISON, Saved
+from multiflora.compare.statistics import CLAIM
+from multiflora.report import comparison_tables as tables
+from multiflora.report import figures
+from multiflora.report.inside import Inside
+from multiflora.report.page import Code, Fold, Page, Section
+from multiflora.report.recipes import shown_recipe
+
+__all__ = ["comparison_page"]
+
+
+_AS_PRINTED = (
+    "As printed, for their models, data and budgets; most have one run for each method and no interval. They stand "
+    "here to be looked at, not to be compared number by number with those above."
+)
+
+
+def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -> Page:
+    """Write a comparison's page.
+
+    Args:
+        saved: The comparison.
+        inside: Figures and findings of what the adapters are like inside.
+        versions: Package -> version, of the first training.
+    """
+    summary, spec = saved.summary, saved.comparison.compare
+    second = Fold(
+        title="Second opinions: other tests of the same differences",
+        text=["No claim on this page rests on these; they are for those who would have chosen them."],
+        tables=[tables.second_opinions(summary)],
+    )
+    sections = [
+        Section(
+            name="result",
+            title="Methods",
+            tables=[tables.methods(summary)],
+            figures=list(figures.scores(summary)),
+            folds=[second] if len(summary.rows) > 1 else [],
+        ),
+        Section(
+            name="tasks",
+            title="Task by task",
+            tables=[tables.by_task(summary), *tables.task_differences(summary)],
+            figures=list(figures.task_differences(summary)),
+        ),
+        Section(
+            name="cost",
+            title="What it costs",
+            tables=[tables.cost(summary)],
+            figures=list(figures.forgetting(summary)),
+        ),
+        Section(name="learning", title="Learning curves", figures=list(figures.learning_curves(summary))),
+        inside.section(),
+        Section(
+            name="published",
+            title="What the papers print",
+            text=[_AS_PRINTED] if spec.published else [],
+            tables=tables.published(spec.published),
+        ),
+        _how(saved, versions),
+    ]
+    return Page(
+        title="Which method earned its parameters?",
+        kind="Comparison",
+        about=spec.about,
+        warnings=_warnings(saved),
+        answer=summary.answer,
+        sentences=list(summary.sentences.items()),
+        facts=_facts(saved),
+        sections=[s for s in sections if s.text or s.tables or s.figures or s.folds or s.code],
+    )
+
+
+def _warnings(saved: Saved) -> list[str]:
+    summary, total = saved.summary, len(saved.comparison.compare.methods) * len(saved.comparison.compare.seeds)
+    if not saved.missing:
+        return []
+    labels = ", ".join(row.label for row in summary.rows)
+    left_out = (
+        f" {saved.left_out} finished trainings are left out, as they have no counterparts to be paired with yet."
+        if saved.left_out
+        else ""
+    )
+    return [
+        f"This comparison is not finished: {saved.missing} of {total} trainings are missing. What follows rests on "
+        f"{_seeds(summary)} of {labels}.{left_out}"
+    ]
+
+
+def _seeds(summary: Summary) -> str:
+    numbers = ", ".join(map(str, summary.seeds))
+    return f"seed {numbers}" if len(summary.seeds) == 1 else f"seeds {numbers}"
+
+
+def _facts(saved: Saved) -> list[tuple[str, str]]:
+    summary, recipe = saved.summary, saved.comparison.recipe
+    steps = f"{recipe.train.max_steps:,} steps" if recipe.train.max_steps else f"{recipe.train.epochs:g} epochs"
+    trained = [task for task in summary.metrics if task not in summary.extra]
+    return [
+        ("Model", base_name(recipe.model)),
+        ("Equal for all", summary.budget),
+        ("Tasks", ", ".join(f"{task} ({summary.counts[task]:,} rows)" for task in trained)),
+        ("Trainings", f"{len(summary.rows)} methods with {_seeds(summary)}"),
+        ("Each", f"{steps} of {recipe.train.batch_size * recipe.train.gradient_accumulation} examples"),
+        ("Machine", "CPU" if summary.device == "cpu" else summary.device),
+    ]
+
+
+def _how(saved: Saved, versions: Mapping[str, str]) -> Section:
+    summary, folder = saved.summary, saved.folder.resolve().name
+    spec = saved.comparison.compare
+    text = [
+        "All methods were trained with the same seeds on the same examples and scored on the same rows, so everything "
+        "is paired. A difference's interval and p come from one analysis of variance over seeds and rows together, "
+        "whose degrees of freedom are those of the seeds; p is corrected for all methods and measures (Holm). A "
+        f"difference is claimed where that p is below {CLAIM}.",
+    ]
+    if versions:
+        text.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+    folds = [
+        Fold(title=title, text=list(lines))
+        for title, lines in (
+            ("What the paper states, followed here", spec.stated),
+            ("What the paper leaves open, chosen here", spec.chosen),
+        )
+        if lines
+    ]
+    if summary.trials:
+        folds.append(Fold(title="The search for learning rates", tables=[tables.trials(summary)]))
+    commands = (
+        f"multiflora compare {COMPARISON} --output again   # without --output it goes on where it stopped\n"
+        f"multiflora analyze {folder}\n"
+        f"multiflora report {folder}"
+    )
+    return Section(
+        name="how",
+        title="How it was done, and how to do it again",
+        text=text,
+        tables=[tables.tasks(saved.comparison.recipe, summary)],
+        folds=folds,
+        code=[
+            Code("Commands", commands),
+            Code(f"The comparison ({folder}/{COMPARISON})", shown_recipe(saved.comparison.to_yaml(Path(saved.folder)))),
+        ],
+    )

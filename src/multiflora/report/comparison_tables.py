@@ -1,0 +1,263 @@
+"""A comparison's tables: every number of the summary, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from multiflora.compare.results import Row, Summary
+from multiflora.compare.spec import Published
+from multiflora.compare.statistics import CLAIM
+from multiflora.compare.words import Claim
+from multiflora.evaluate.results import LOWER_IS_BETTER
+from multiflora.recipe import Recipe
+from multiflora.report.figures import MEASURES, MeasureWords
+from multiflora.report.tables import NOTHING, Cell, Column, Table, difference, interval, number, p_value, size, word
+
+__all__ = ["by_task", "cost", "methods", "published", "second_opinions", "task_differences", "tasks", "trials"]
+
+_METHOD = Column("Method", ("method",), numeric=False)
+
+
+def methods(summary: Summary) -> Table:
+    """All methods, the best macro score first, with what was shown of them."""
+    measures = {key: found for key, found in MEASURES.items() if any(found.of(row) for row in summary.rows)}
+    columns = [_METHOD, Column("Rank", ("rank",)), Column("Trained", ("trained",))]
+    for key, found in measures.items():
+        columns += [
+            Column(found.short, _ends(f"{key}_mean")),
+            Column(f"{found.short}, to {summary.reference}", _ends(f"{key}_difference")),
+            Column("p, corrected", (f"{key}_p",)),
+            Column("Place", _ends(f"{key}_place")),
+            Column("Best in", (f"{key}_share_best",)),
+        ]
+    rows = []
+    for row in sorted(summary.rows, key=_order):
+        line = [_name(row, summary), number(row.rank), number(row.parameters)]
+        for key, found in measures.items():
+            line += _measured(row, found, lower_is_better=key == "nll")
+        rows.append(line)
+    return Table(
+        name="table-methods",
+        title="All methods",
+        reading="Macro is the mean score of the trained tasks in points of 100, nats the loss per token of the right "
+        "answers. Below each number is its 95 % interval. A mark (▲ better, ▼ worse) stands only where a difference "
+        f"was shown: p below {CLAIM}, corrected for all methods and measures. Best in: share of draws of seeds and "
+        "rows in which the method comes first.",
+        columns=columns,
+        rows=rows,
+    )
+
+
+def by_task(summary: Summary) -> Table:
+    """Every task's own metric, the untrained model first."""
+    columns = [_METHOD]
+    for task, metric in summary.metrics.items():
+        note = ", not trained" if task in summary.extra else ""
+        columns.append(Column(f"{task} ({metric}{note})", _ends(task)))
+    scales = {task: _scale(summary, task) for task in summary.metrics}
+    base = [number(summary.base[task], digits, factor=factor) for task, (digits, factor) in scales.items()]
+    rows = [[word("untrained model"), *base]]
+    for row in sorted(summary.rows, key=_order):
+        cells = [interval(row.tasks.get(task), digits, factor=factor) for task, (digits, factor) in scales.items()]
+        rows.append([_name(row, summary), *cells])
+    return Table(
+        name="table-tasks",
+        title="Scores of every task",
+        reading="Each task in its own metric, mean over seeds with the 95 % interval over seeds on these test rows.",
+        columns=columns,
+        rows=rows,
+    )
+
+
+def task_differences(summary: Summary) -> Iterator[Table]:
+    """Differences to the baseline, task by task; no table where there are none."""
+    rows = [row for row in summary.rows if row.task_differences and row.label != summary.reference]
+    if not rows:
+        return
+    tasks = [task for task in summary.metrics if any(task in row.task_differences for row in rows)]
+    lines = []
+    for row in rows:
+        line = [word(row.label)]
+        for task in tasks:
+            found = row.task_differences.get(task)
+            digits, factor = _scale(summary, task)
+            cell = difference(found.interval, 0, digits, factor=factor) if found else NOTHING
+            line.append(Cell(cell.text, (*cell.values, found.p) if found else (), cell.below))
+        lines.append(line)
+    yield Table(
+        name="table-task-differences",
+        title=f"Differences to {summary.reference} in every task",
+        reading="To explore, not to claim: with this many cells some intervals miss 0 by chance alone, and nothing is "
+        "corrected here.",
+        columns=[_METHOD, *(Column(task, (*_ends(task), f"{task}_p_uncorrected")) for task in tasks)],
+        rows=lines,
+    )
+
+
+def second_opinions(summary: Summary) -> Table:
+    """The same differences by other tests, on which no claim rests."""
+    columns = [_METHOD]
+    for key, words in MEASURES.items():
+        columns += [
+            Column(f"{words.short}: p over seeds", (f"{key}_p_over_seeds",)),
+            Column(f"{words.short}: bootstrap", _ends(f"{key}_bootstrap")),
+        ]
+    rows = []
+    for row in summary.rows:
+        if row.label == summary.reference:
+            continue
+        line = [word(row.label)]
+        for words in MEASURES.values():
+            measure = words.of(row)
+            over, drawn = (measure.over_seeds, measure.bootstrap) if measure else (None, None)
+            line += [
+                p_value(over.p if over else None),
+                interval(drawn, words.digits, factor=words.factor, signed=True),
+            ]
+        rows.append(line)
+    return Table(
+        name="table-second-opinions",
+        title=f"Differences to {summary.reference} by other tests",
+        reading="The plain paired t-test over seeds speaks of these test rows only, and is not corrected. The "
+        "bootstrap draws seeds and rows anew; with few seeds its interval is too narrow.",
+        columns=columns,
+        rows=rows,
+    )
+
+
+def cost(summary: Summary) -> Table:
+    """What every method took, and what became of other tasks."""
+    columns = [
+        _METHOD,
+        Column("Trained parameters", ("parameters",)),
+        Column("Operations a training token", ("operations_per_training_token",)),
+        Column("Learning rate", ("learning_rate",)),
+        Column("Training, seconds", _ends("seconds")),
+        Column("Peak memory", ("peak_memory_bytes",)),
+        Column("Extra latency", ("extra_latency",)),
+        *([Column("Tasks not trained on", _ends("kept"))] if summary.extra else []),
+    ]
+    rows = [
+        [
+            _name(row, summary),
+            number(row.parameters),
+            number(row.flops),
+            Cell(f"{row.learning_rate:.3g}", (row.learning_rate,)),
+            interval(row.seconds, 0, factor=1),
+            size(row.memory),
+            number(row.latency, factor=100, unit=" %", signed=True),
+            *([interval(row.kept, signed=True)] if summary.extra else []),
+        ]
+        for row in summary.rows
+    ]
+    extra = (
+        f" Tasks not trained on ({', '.join(summary.extra)}): points of 100 against the untrained model; below 0 is "
+        "forgetting."
+        if summary.extra
+        else ""
+    )
+    return Table(
+        name="table-cost",
+        title="Parameters, time and memory",
+        reading="Operations are those that the adapter adds. Extra latency is the share that it adds to a forward pass "
+        "of one row of 128 tokens. Time and memory are this machine's; other work on it shows in them." + extra,
+        columns=columns,
+        rows=rows,
+    )
+
+
+def published(tables: Sequence[Published]) -> list[Table]:
+    """The papers' own tables, as printed."""
+    return [
+        Table(
+            name=f"table-published-{k}",
+            title=table.title,
+            reading=table.source,
+            columns=[_METHOD, *(Column(name, (name,)) for name in table.columns)],
+            rows=[
+                [word(name), *(NOTHING if v is None else Cell(f"{v:g}", (v,)) for v in numbers)]
+                for name, numbers in table.rows.items()
+            ],
+        )
+        for k, table in enumerate(tables)
+    ]
+
+
+def tasks(recipe: Recipe, summary: Summary) -> Table:
+    """What each task is."""
+    return Table(
+        name="table-data",
+        title="The tasks",
+        reading="What each asks, what it is scored by, and the licence of its data.",
+        columns=[
+            Column("Task", ("task",), numeric=False),
+            Column("Metric", ("metric",), numeric=False),
+            Column("Test rows", ("rows",)),
+            Column("About", ("about",), numeric=False),
+            Column("Licence", ("licence",), numeric=False),
+        ],
+        rows=[
+            [
+                word(task.name, "not trained on" if task.name in summary.extra else ""),
+                word(summary.metrics[task.name]),
+                number(summary.counts[task.name]),
+                word(task.about) if task.about else NOTHING,
+                word(task.licence) if task.licence else NOTHING,
+            ]
+            for task in (*recipe.tasks, *recipe.evaluate.extra_tasks)
+        ],
+    )
+
+
+def trials(summary: Summary) -> Table:
+    """The search for learning rates."""
+    return Table(
+        name="table-trials",
+        title="Learning rates that were tried",
+        reading="Each method got the same number of trials; the lowest loss on the validation split decided.",
+        columns=[_METHOD, Column("Learning rate", ("learning_rate",)), Column("Loss", ("loss",))],
+        rows=[
+            [word(label), Cell(f"{rate:.3g}", (rate,)), number(loss, 4)]
+            for label, tried in summary.trials.items()
+            for rate, loss in tried
+        ],
+    )
+
+
+def _measured(row: Row, words: MeasureWords, *, lower_is_better: bool) -> list[Cell]:
+    """A measure's five cells."""
+    measure = words.of(row)
+    if measure is None:
+        return [NOTHING] * 5
+    found, rank = measure.difference, measure.rank
+    sign = Claim(found.interval, measure.p, lower_is_better).shown if found else 0
+    return [
+        interval(measure.mean, words.digits, factor=words.factor),
+        difference(found.interval, sign, words.digits, factor=words.factor) if found else NOTHING,
+        p_value(measure.p),
+        Cell(str(rank.rank), (rank.rank, rank.low, rank.high), f"{rank.low} to {rank.high}"),
+        number(rank.best, factor=100, unit=" %"),
+    ]
+
+
+def _order(row: Row) -> float:
+    """The best first; what has no number last."""
+    if row.score is not None:
+        return -row.score.mean.mean
+    return row.nll.mean.mean if row.nll is not None else float("inf")
+
+
+def _name(row: Row, summary: Summary) -> Cell:
+    if row.label == summary.reference:
+        return word(row.label, "baseline")
+    return word(row.label, row.method if row.method != row.label else "")
+
+
+def _scale(summary: Summary, task: str) -> tuple[int, float]:
+    """Digits, and the factor that a task's numbers are shown times."""
+    return (4, 1.0) if summary.metrics[task] in LOWER_IS_BETTER else (1, 100.0)
+
+
+def _ends(name: str) -> tuple[str, str, str]:
+    """Names of a mean and its interval in a CSV."""
+    return name, f"{name}_low", f"{name}_high"
