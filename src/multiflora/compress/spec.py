@@ -50,7 +50,7 @@ class Compression(Strict):
     """A recipe, and how its model is compressed while it trains."""
 
     recipe: Recipe
-    """Model, tasks and training; its method stands for none."""
+    """Model, tasks and training; its method is full fine-tuning, for its learning rate."""
     compress: CompressSpec
     """How."""
 
@@ -85,4 +85,4 @@ def load_compression(
         raise ConfigError(
             f"{where} has both 'method' and 'compress'; a compression trains the weights, not an adapter."
         )
-    return Compression(recipe=recipe_from({**rest, "method": "lora"}, where=where, base=base), compress=spec)
+    return Compression(recipe=recipe_from({**rest, "method": "full"}, where=where, base=base), compress=spec)
