@@ -24,7 +24,6 @@ def test_all_shipped_recipes_are_tested() -> None:
         "demo.yaml",
         "hydralora_single_domain.yaml",
         "multilora_mixture.yaml",
-        "relatives.yaml",
         "rlora_understanding.yaml",
     ]
     assert PAPERS == [
