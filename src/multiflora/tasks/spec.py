@@ -40,7 +40,7 @@ MOST_ROWS = 1_000_000
 """Rows that a generator makes for one split: they are made one by one, and held in memory."""
 
 # what `load_dataset` takes for the name of a reader, besides hub ids and folders
-_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow", "csv", "json", "text"))
+_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow"))
 
 
 class HubSource(Strict):
