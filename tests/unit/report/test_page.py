@@ -119,7 +119,7 @@ def test_a_table_as_csv_has_its_numbers_in_full(written):
 
 
 def test_hostile_names_are_words_and_nothing_else(tmp_path):
-    folder = write_comparison(tmp_path / "comparison")
+    folder = write_comparison(tmp_path / "comparison", analysed=False)
     for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
         name = json.dumps(HOSTILE)[1:-1]
         path.write_text(path.read_text().replace('"rlora"', f'"{name}"').replace("rg_chain_sum", name))
@@ -139,6 +139,7 @@ def test_a_formula_in_a_name_is_no_formula_in_a_spreadsheet():
     assert table.to_csv() == 'method\r\n\'=1+1\r\n"a,b"\r\n'
 
 
+@pytest.mark.slow
 def test_a_large_comparison_stays_below_five_megabytes(tmp_path):
     folder = write_comparison(tmp_path / "large", layers=40, heads=8)
     page = report(folder, measure=False).page
