@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import EnvironmentProblem
-from multiflora.files import saving, write_text
+from multiflora.files import saving, write_bytes, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ def save_drawing(drawing: Drawing, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # on its own a file has no page to take its ink from
         write_text(folder / f"{drawing.name}.svg", drawing.svg.replace("<svg", '<svg color="#111"', 1) + "\n")
-        (folder / f"{drawing.name}.png").write_bytes(drawing.png)
+        write_bytes(folder / f"{drawing.name}.png", drawing.png)
 
 
 def curves(

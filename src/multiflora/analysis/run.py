@@ -21,8 +21,9 @@ from multiflora.compare.saved import COMPARISON, read_comparison
 from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
-from multiflora.files import saving, write_json
+from multiflora.files import check_inside, saving, write_json
 from multiflora.methods import METHODS
+from multiflora.train.precision import weights_of
 
 __all__ = ["Analysis", "analyze", "measure_run"]
 
@@ -80,6 +81,8 @@ def analyze(
     else:
         measures = measure_run(source, examples=examples, against=None if against is None else Path(against))
         found, drawings = [], run_drawings(measures) if draw else []
+    if folder is None:
+        check_inside(source, place)
     with saving(place):
         place.mkdir(parents=True, exist_ok=True)
     write_json(place / "analysis.json", measures)
@@ -136,7 +139,7 @@ def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Up
         return adapter_updates(loaded.model, gates)
     if loaded.recipe is None:
         raise ConfigError("Only a run of multiflora says which base model its weights were trained from.")
-    base, _ = load_base(loaded.recipe.model, bf16=loaded.recipe.train.bf16)
+    base, _ = load_base(loaded.recipe.model, weights_of(loaded.recipe))
     return dense_updates(loaded.model, base)
 
 
