@@ -125,7 +125,7 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
     for layer in layers:
         stem = f"{ROOT}{layer.name}{mark}"
         for part in sorted(wanted - layer.shapes.keys()):
-            yield f"has no tensor {stem}{part}; it is incomplete. Save the adapter or model again."
+            yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."
         for part in sorted(layer.shapes.keys() - wanted):
             yield f"tensor {stem}{part} is not one of {method.name}'s ({', '.join(sorted(wanted))})."
         r, _ = rank_and_alpha(config, layer.name)
@@ -154,10 +154,12 @@ def _lora_problems(config: Any, file: TensorFile) -> Iterator[str]:
         stem = f"{ROOT}{layer.name}.lora_"
         for part in ("A.weight", "B.weight"):
             if part not in layer.shapes:
-                yield f"has no tensor {stem}{part}; it is incomplete. Save the adapter or model again."
+                yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."
         r, _ = rank_and_alpha(config, layer.name)
         A, B = layer.shapes["A.weight"], layer.shapes["B.weight"]
-        for part, size in (("A.weight", A[0]), ("B.weight", B[1] if len(B) > 1 else None)):
+        if len(A) < 2 or len(B) < 2:
+            yield f"tensors {stem}A.weight and B.weight have shapes {A} and {B}; expected matrices. Save it again."
+        for part, size in (("A.weight", A[0]), ("B.weight", B[1])):
             if size != r:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for rank {r}. Weights "

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from multiflora.data.batches import fold
+from multiflora.machine import size_words
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 
 if TYPE_CHECKING:
@@ -114,18 +115,9 @@ class Estimate:
         facts.add_row("trainable parameters", f"{self.trainable:,} ({share})")
         facts.add_row("optimiser steps", f"{self.steps:,}")
         facts.add_row("tokens per step", f"{self.tokens_per_step:,.0f}, {self.loss_tokens_per_step:,.0f} with loss")
-        parts = ", ".join(f"{name} {_size(count)}" for name, count in asdict(self.memory).items())
-        facts.add_row("memory", f"about {_size(self.memory.total)}: {parts}")
+        parts = ", ".join(f"{name} {size_words(count)}" for name, count in asdict(self.memory).items())
+        facts.add_row("memory", f"about {size_words(self.memory.total)}: {parts}")
         return Group(facts, *(Text(note) for note in self.notes), mixture_table(self.mixture))
-
-
-def _size(count: int) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count = count / 1024  # type: ignore[assignment]
-    return f"{count:.3g} GiB"
 
 
 def estimate(recipe: Recipe) -> Estimate:

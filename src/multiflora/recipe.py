@@ -21,6 +21,7 @@ from pydantic import (
 
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS
+from multiflora.patterns import why_refused
 from multiflora.schema import Strict, absolute, as_mapping, build
 from multiflora.suggest import did_you_mean
 from multiflora.tasks.resolve import expand_task
@@ -98,6 +99,18 @@ class MethodSpec(Strict):
     def _known(cls, value: str) -> str:
         if value not in METHODS:
             raise ValueError(f"{value!r} is not a method; {did_you_mean(value, METHODS)}")
+        return value
+
+    @field_validator("settings")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Regular expressions are run over the names of all modules; some would never come back."""
+        for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            given = value.get(key)
+            for pattern in [given] if isinstance(given, str) else given if isinstance(given, list | dict) else ():
+                why = why_refused(pattern) if isinstance(pattern, str) else ""
+                if why:
+                    raise ValueError(f"{key} holds {pattern[:80]!r}: {why}.")
         return value
 
     @model_serializer

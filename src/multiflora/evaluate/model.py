@@ -15,6 +15,8 @@ import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from multiflora.errors import ConfigError, DataError
@@ -88,6 +90,8 @@ class HarnessModel(HFLM):
         self._front = tokens_in_front(model)
         self._max_length = self.max_length - virtual_tokens(model)
         self._tail: int | None = None
+        # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
+        self._together = {"synced_gpus": True} if _is_spread(model) else {}
         self._ticker = self.cache_hook = _Ticker(on_progress)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -171,6 +175,7 @@ class HarnessModel(HFLM):
             "pad_token_id": self.tokenizer.pad_token_id,
             "use_cache": True,
             "do_sample": False,
+            **self._together,
         }
         if self._front:
             mask = settings.pop("attention_mask")
@@ -190,6 +195,13 @@ class HarnessModel(HFLM):
                 len(lengths),
                 room,
             )
+
+
+def _is_spread(model: Any) -> bool:
+    """Tell whether a model's parameters are spread over processes by FSDP."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )
 
 
 class RowStops(StoppingCriteria):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from multiflora.adapter_tensors import method_of
 from multiflora.errors import AdapterError, ConfigError
+from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
 from multiflora.train.baselines import adalora_steps
@@ -46,6 +49,8 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
         ConfigError: The settings do not fit the method, the model or packing.
     """
     config = adapter_config(recipe)
+    if not low_cpu_mem_usage:
+        _check_size(model, config)
     torch.manual_seed(recipe.seed)
     try:
         return put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -72,6 +77,24 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
     return get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def _check_size(model: Any, config: Any) -> None:
+    """Refuse an adapter one layer of which would not fit, before memory is taken for it."""
+    ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+    rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    widths = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if not widths:
+        return
+    d_in, d_out = min(widths, key=sum)
+    method = method_of(config)
+    shapes = [(rank, d_in), (d_out, rank)] if method is None else method.shapes(config, rank, d_in, d_out).values()
+    needed, there = 4 * sum(math.prod(shape) for shape in shapes), memory_total()
+    if needed > there:
+        raise ConfigError(
+            f"method: with r = {rank:,} the adapter of a single layer of {d_in} x {d_out} would take "
+            f"{size_words(needed)}, and this machine has {size_words(there)}. Give a smaller r, or fewer heads."
+        )
 
 
 def adapter_config(recipe: Recipe) -> Any:

@@ -117,8 +117,8 @@ class MultitaskTrainer(SFTTrainer):
         # transformers counts the labels of a step only for models that ask for the count
         self.model_accepts_loss_kwargs = True
         self.task_names = tuple(task_names)
-        self.num_examples = num_examples or len(train_dataset)
-        self.epoch_size = epoch_size or self.num_examples
+        self.examples_read = num_examples or len(train_dataset)
+        self.epoch_size = epoch_size or self.examples_read
         self.guard = guard
         self.recipe = recipe
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -192,7 +192,7 @@ class MultitaskTrainer(SFTTrainer):
             # transformers' own mean forgets, in a resumed run, what came before the checkpoint
             logs.update({name: value for name, value in figures.items() if name != "loss" or "loss" in logs})
             done = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-            self.state.epoch = min(done * self.args.world_size, self.num_examples) / self.epoch_size
+            self.state.epoch = min(done * self.args.world_size, self.examples_read) / self.epoch_size
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
