@@ -54,10 +54,10 @@ def methods() -> Iterator[str]:
 
 
 def _linked(card: MethodCard) -> str:
-    """A method's title, linked to its page where it has one."""
-    return (
-        f"[{card.title}](/methods/{card.name}.md)" if (DOCS / "methods" / f"{card.name}.md").is_file() else card.title
-    )
+    """A method's title, linked to its page, or to the one that all of peft's methods share."""
+    own = (card.name, "baselines" if card.module is None else None)
+    page = next((name for name in own if name and (DOCS / "methods" / f"{name}.md").is_file()), None)
+    return f"[{card.title}](/methods/{page}.md)" if page else card.title
 
 
 def peft_methods() -> Iterator[str]:
