@@ -162,7 +162,7 @@ def _config_problems(words: Mapping[str, Any]) -> Iterator[str]:
     if not (words["peft_type"] == "LORA" or words["peft_type"].startswith("MF_")):
         return
     for key in ("rank_pattern", "alpha_pattern"):
-        pattern = words.get(key) or {}
+        pattern = words.get(key, {})
         values = pattern.values() if isinstance(pattern, dict) else [None]
         if not all(_positive(v) and (key == "alpha_pattern" or isinstance(v, int)) for v in values):
             yield f"{key} is {_shown(pattern)}; expected names of modules with a number above 0 each."

@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 from multiflora.errors import ConfigError
 from multiflora.suggest import did_you_mean
 
+_TOLD = 30  # problems of one file; whoever has more has another kind of file
+
 __all__ = ["Strict", "absolute", "build", "problems", "refusal"]
 
 M = TypeVar("M", bound="Strict")
@@ -72,7 +74,9 @@ def refusal(found: Sequence[str], where: str) -> ConfigError:
     """Put all problems into one error."""
     if len(found) == 1:
         return ConfigError(f"{where}: {found[0]}")
-    listed = "\n".join(f"  - {problem}" for problem in found)
+    listed = "\n".join(f"  - {problem}" for problem in found[:_TOLD])
+    if len(found) > _TOLD:
+        listed += f"\n  - and {len(found) - _TOLD} more."
     return ConfigError(f"{where} has {len(found)} problems:\n{listed}")
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from peft.utils.other import get_pattern_key
 
 from multiflora.errors import ConfigError
-from multiflora.methods import build_config, describe
+from multiflora.methods import METHODS, build_config, describe
 from multiflora.methods.baselines import Baseline
 
 if TYPE_CHECKING:
@@ -250,14 +250,14 @@ def count_on_meta(model_config: Any, name: str, settings: Mapping[str, Any], *, 
         settings: Its settings.
         trust_remote_code: Let the config name classes outside transformers.
     """
-    from peft import get_peft_model
-
     from multiflora.estimate import count_parameters as count_on_model
     from multiflora.estimate import empty_model
+    from multiflora.train.adapter import put_on
 
     model = empty_model(model_config, remote=trust_remote_code)
-    adapted = get_peft_model(model, build_config(name, settings), low_cpu_mem_usage=True)
-    return count_on_model(adapted)[0]
+    kind = {} if METHODS[name].config is None else {"task_type": "CAUSAL_LM"}
+    config = build_config(name, kind | dict(settings))
+    return count_on_model(put_on(model, config, low_cpu_mem_usage=True))[0]
 
 
 def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, tuple[int, ...]]:

@@ -114,8 +114,9 @@ def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:
 def _score_base(cell: Cell, *, quiet: bool) -> dict[str, Any]:
     """Score the model as it is before training."""
     from multiflora.evaluate.load import load_base
+    from multiflora.train.precision import weights_of
 
-    model, tokenizer = load_base(cell.recipe.model, bf16=cell.recipe.train.bf16)
+    model, tokenizer = load_base(cell.recipe.model, weights_of(cell.recipe))
     wanted = cell.recipe.evaluate
     scores = evaluate(
         model,

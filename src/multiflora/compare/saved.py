@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,15 @@ def read_comparison(folder: str | Path) -> Saved:
         raise ConfigError(f"{folder} holds no comparison ({COMPARISON} is missing); give a comparison's output folder.")
     comparison = load_comparison(folder / COMPARISON)
     if (folder / SUMMARY).is_file():
-        summary = TypeAdapter(Summary).validate_json((folder / SUMMARY).read_text("utf-8"))
+        summary = _in_order(TypeAdapter(Summary).validate_json((folder / SUMMARY).read_text("utf-8")), comparison)
         return Saved(folder=folder, comparison=comparison, summary=summary, missing=0, left_out=0)
     return _unfinished(folder, comparison)
+
+
+def _in_order(summary: Summary, comparison: Comparison) -> Summary:
+    """Tasks in the order of the recipe; JSON has them sorted by name."""
+    order = [task.name for task in (*comparison.recipe.tasks, *comparison.recipe.evaluate.extra_tasks)]
+    return replace(summary, metrics={task: summary.metrics[task] for task in order if task in summary.metrics})
 
 
 def _unfinished(folder: Path, comparison: Comparison) -> Saved:

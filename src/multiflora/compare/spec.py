@@ -131,7 +131,7 @@ class CompareSpec(Strict):
     budget: BudgetSpec = BudgetSpec()
     """What is equal among the methods."""
     learning_rate: SearchSpec | None = None
-    """Search each method's learning rate; None: ``train.learning_rate`` for all."""
+    """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one."""
     devices: int | None = Field(default=None, gt=0)
     """Trainings at a time, one on each device; None: one for each GPU, or one (on a cluster: as many as it takes)."""
     executor: Literal["local", "slurm", "ray"] = "local"
@@ -196,6 +196,8 @@ class Comparison(Strict):
         methods = [_plain_entry(entry) for entry in self.compare.methods]
         recipe = parse_yaml(self.recipe.to_yaml(folder), "recipe")
         del recipe["method"]
+        if "learning_rate" not in self.recipe.train.model_fields_set:
+            del recipe["train"]["learning_rate"]  # each method's own
         return dump_yaml({**recipe, "compare": {"methods": methods, **section}})
 
 

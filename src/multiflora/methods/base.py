@@ -234,6 +234,6 @@ def class_of(name: str, suffix: str, make: Callable[[Method], type]) -> type:
         AttributeError: No method gives a class that name.
     """
     for card in METHODS.values():
-        if card.module is not None and name == card.config.removesuffix("Config") + suffix:
+        if card.module is not None and card.config is not None and name == card.config.removesuffix("Config") + suffix:
             return make(import_module(card.module).METHOD)
     raise AttributeError(f"There is no class {name!r} here.")

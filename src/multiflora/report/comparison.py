@@ -42,7 +42,7 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
         Section(
             name="result",
             title="Methods",
-            tables=[tables.methods(summary)],
+            tables=list(tables.methods(summary)),
             figures=list(figures.scores(summary)),
             folds=[second] if len(summary.rows) > 1 else [],
         ),

@@ -23,7 +23,7 @@ def shown_recipe(text: str) -> str:
     Example:
         >>> print(shown_recipe("model: ../../models/small"), end="")
         # paths outside this folder are shortened to their last part
-        model: .../small
+        model: '.../small'
     """
     plain = parse_yaml(without_home(without_secrets(text)), "recipe")
     short = _shortened(plain, False)
