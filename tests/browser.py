@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,7 +54,11 @@ class Browser:
             for line in self.process.stderr
             if (found := re.search(r"DevTools listening on (ws://\S+)", line))
         )
-        self.socket = connect(address, max_size=None, open_timeout=_PATIENCE, ping_interval=None)
+        with ExitStack() as stack:
+            self.socket = stack.enter_context(
+                connect(address, max_size=None, open_timeout=_PATIENCE, ping_interval=None)
+            )
+            self._stack = stack.pop_all()
         self.session = None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -64,7 +69,7 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.socket.close()
+        self._stack.close()
         self.process.terminate()
         assert self.process.stderr is not None
         self.process.stderr.close()

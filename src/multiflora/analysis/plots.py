@@ -124,6 +124,7 @@ def curves(
         axes.set_ylabel(y)
         if log:
             axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # steps, layers and directions are counted
         axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
         _legend(figure, list(series))
         return _drawing(figure, name, title, reading, alt)
@@ -219,7 +220,8 @@ def heat_map(
                         ink = "black" if image.norm(value) > 0.5 and not diverging else "white"
                         if diverging:
                             ink = "white" if abs(float(image.norm(value)) - 0.5) > 0.3 else "black"
-                        axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=8)
+                        told = f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0.00
+                        axes.text(j, i, told, ha="center", va="center", color=ink, fontsize=8)
         return _drawing(figure, name, title, reading, alt)
 
 
@@ -241,14 +243,14 @@ def heat_maps(
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
     with _figure(_WIDTH, 0.9 + 1.3 * down, down, across) as (figure, axes):
-        every = axes.flat if hasattr(axes, "flat") else [axes]
+        every = list(axes.flat) if hasattr(axes, "flat") else [axes]
         image = None
         for place, (label, values) in zip(every, panels.items(), strict=False):
             image = place.imshow(np.array(values), aspect="auto", cmap="viridis", vmin=low, vmax=high)
             place.set_title(_plain(label), fontsize=9)
             place.tick_params(labelsize=8)
             place.set_xticks([0, len(values[0]) - 1], ["1", str(len(values[0]))])
-        for place in list(every)[len(panels) :]:
+        for place in every[len(panels) :]:
             place.set_axis_off()
         figure.supxlabel(x, fontsize=10)
         figure.supylabel(y, fontsize=10)
@@ -260,7 +262,8 @@ def points(
     name: str, title: str, reading: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, alt: str
 ) -> Drawing:
     """Points in the plane, coloured by group; the axes mean nothing."""
-    with _figure(_WIDTH, 3.9) as (figure, axes):
+    with _figure(_WIDTH, 3.3) as (figure, axes):
+        axes.spines[:].set_visible(False)
         for k, (label, own) in enumerate(groups.items()):
             axes.scatter(
                 [p[0] for p in own],

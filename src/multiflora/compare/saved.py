@@ -33,7 +33,17 @@ class Saved:
     """Trainings that are finished but have no counterparts to be paired with yet."""
 
     def cells(self) -> list[dict[str, Any]]:
-        """The numbers of every training that the summary is made of, method by method, seed by seed."""
+        """The numbers of every training that the summary is made of, method by method, seed by seed.
+
+        Raises:
+            ConfigError: A cell's file is gone.
+        """
+        gone = [name for name in self.summary.cells if not (self.folder / "cells" / f"{name}.json").is_file()]
+        if gone:
+            raise ConfigError(
+                f"{self.folder} has a summary of cells that are not there ({gone[0]} and {len(gone) - 1} more); copy "
+                "the comparison's folder as a whole, or start the comparison again."
+            )
         found = [json.loads((self.folder / "cells" / f"{name}.json").read_text("utf-8")) for name in self.summary.cells]
         order = [row.label for row in self.summary.rows]
         own = [cell for cell in found if cell["kind"] == "seed"]

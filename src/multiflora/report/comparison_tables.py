@@ -28,7 +28,8 @@ def methods(summary: Summary) -> Iterator[Table]:
                 title=words.title,
                 reading=f"{words.what} Below each number is its 95 % interval. A mark (▲ better, ▼ worse) stands only "
                 f"where a difference was shown: p below {CLAIM}, corrected for all methods and measures. Best in: "
-                "share of draws of seeds and rows in which the method comes first.",
+                "share of draws of seeds and rows in which the method comes first; from few seeds, it and the places "
+                "look surer than they are.",
                 columns=[
                     _METHOD,
                     Column("Rank", ("rank",)),
