@@ -16,7 +16,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 OLDEST_PEFT := 0.21.0
 
-.PHONY: help demo test peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints clean
+.PHONY: help demo test peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints audit audit-online clean
 
 help: ## show this menu
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ help: ## show this menu
 demo: $(DEMO) ## train one adapter on six tasks, with the embedded model: no account, no GPU, under 10 minutes
 	HF_HUB_OFFLINE=1 $(BIN)/multiflora train configs/demo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: lint types ## everything CI runs: lint, format check, strict types, all tests
+test: lint types audit ## everything CI runs: lint, format check, strict types, dependencies, all tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	$(MAKE) peft-suite test-oldest-peft
 
@@ -56,14 +56,26 @@ docs: $(DEV) ## build the site into build/site, check its links, and run every c
 docs-contract: $(DEV) ## run the contract and write its table into docs/contract.md
 	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m contract.table -n 2
 
-bench: $(DEV)
-	$(BIN)/multiflora bench
+# the tasks of the training case, where they are; without them it trains on generated ones
+BENCH_TASKS ?= $(wildcard ../shared/data/tasks)
+
+bench: $(DEV) ## measure the speed on this machine, twelve minutes, and write docs/performance.md from it
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/multiflora bench $(if $(BENCH_TASKS),--tasks $(BENCH_TASKS)) \
+		--output docs/performance/results.json --page docs/performance.md
 
 constraints: $(DEV) ## write constraints.txt from the versions in .venv
 	$(BIN)/python tools/freeze.py
 
+audit: $(DEV) ## dependencies, as far as that goes offline: they agree, versions are the tested ones, licences
+	$(BIN)/python tools/audit.py
+
+audit-online: ## known vulnerabilities of the tested versions; asks a service on the network
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+	.audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
 clean: ## remove the environment and all caches (runs/ stays)
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .audit build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -119,7 +119,7 @@ def _config(folder: Path, error: type[MultifloraError]) -> Any:
     words = _json(path, error)
     kind = words.get("peft_type")
     known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise error(
             f"{path}: peft_type is {_shown(kind)}, which is not a kind of adapter; {did_you_mean(str(kind), known)}"
         )
@@ -162,7 +162,7 @@ def _config_problems(words: Mapping[str, Any]) -> Iterator[str]:
     if not (words["peft_type"] == "LORA" or words["peft_type"].startswith("MF_")):
         return
     for key in ("rank_pattern", "alpha_pattern"):
-        pattern = words.get(key) or {}
+        pattern = words.get(key, {})
         values = pattern.values() if isinstance(pattern, dict) else [None]
         if not all(_positive(v) and (key == "alpha_pattern" or isinstance(v, int)) for v in values):
             yield f"{key} is {_shown(pattern)}; expected names of modules with a number above 0 each."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from multiflora.recipe import ModelSpec
+
+log = logging.getLogger(__name__)
 
 __all__ = ["load_config", "load_model", "load_tokenizer", "place_of"]
 
@@ -34,6 +37,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     from transformers import AutoTokenizer
 
     place = place_of(spec)
+    _say_remote_code(spec)
     try:
         return AutoTokenizer.from_pretrained(place, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -70,10 +74,24 @@ def load_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
     place = place_of(spec)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=dtype
+            place,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,  # the other form is a pickle
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(spec, place, "causal language model", error) from error
+
+
+def _say_remote_code(spec: ModelSpec) -> None:
+    """Never run somebody's code in silence, although the recipe asks for it."""
+    if spec.trust_remote_code:
+        log.warning(
+            "The recipe sets model.trust_remote_code: Python code that comes with %s is run on this machine, with your "
+            "rights.",
+            spec.name,
+        )
 
 
 def _not_loaded(spec: ModelSpec, place: str, what: str, error: Exception) -> ConfigError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from multiflora.errors import EnvironmentProblem
 
-__all__ = ["saving", "write_json", "write_text"]
+__all__ = ["check_inside", "saving", "write_bytes", "write_json", "write_text"]
 
 
 @contextmanager
@@ -47,11 +47,16 @@ def write_text(path: Path, text: str) -> None:
     Example:
         >>> write_text(Path("runs/notes.txt"), "ready")  # doctest: +SKIP
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; where ``path`` is a link, the link is replaced and what it leads to is not."""
     with saving(path):
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())  # a full disk may only be told of here
             os.chmod(scratch, 0o666 & ~_umask())  # mkstemp's files are private
@@ -65,6 +70,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal bytes; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Refuse to write where a link within a folder leads out of it: the folder may come from anybody.
+
+    Raises:
+        EnvironmentProblem: ``path`` does not lie in ``folder`` once links are followed.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise EnvironmentProblem(
+            f"{path} leads out of {folder}, to {path.resolve()}; nothing was written there. Remove the link, or name "
+            "another folder to write to."
+        )
 
 
 def _umask() -> int:

@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 from multiflora.errors import ConfigError
 from multiflora.suggest import did_you_mean
 
+_TOLD = 30  # problems of one file; whoever has more has another kind of file
+
 __all__ = ["Strict", "absolute", "build", "problems", "refusal"]
 
 M = TypeVar("M", bound="Strict")
@@ -72,7 +74,9 @@ def refusal(found: Sequence[str], where: str) -> ConfigError:
     """Put all problems into one error."""
     if len(found) == 1:
         return ConfigError(f"{where}: {found[0]}")
-    listed = "\n".join(f"  - {problem}" for problem in found)
+    listed = "\n".join(f"  - {problem}" for problem in found[:_TOLD])
+    if len(found) > _TOLD:
+        listed += f"\n  - and {len(found) - _TOLD} more."
     return ConfigError(f"{where} has {len(found)} problems:\n{listed}")
 
 
@@ -121,10 +125,14 @@ _WORDS = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "path_type": "a path",
+    "invalid_key": "a word for a key",
+    "string_pattern_mismatch": "letters, digits, and _ - . after the first",
 }
 
 
 def _expected(found: ErrorDetails) -> str:
+    if found["type"] == "too_short":
+        return f"at least {found['ctx']['min_length']} of them"
     return _WORDS.get(found["type"], found["msg"].removeprefix("Input should be "))
 
 

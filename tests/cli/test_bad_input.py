@@ -6,7 +6,9 @@ import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from .parts import Command, Ended, write_task
 
@@ -108,6 +110,45 @@ def test_an_output_folder_that_holds_a_run_is_left_as_it_is(multiflora: Command,
 
 def test_a_model_that_is_not_there(multiflora: Command, recipe: Path) -> None:
     refused(multiflora("train", "recipe.yaml", "--set", "model=nobody/nothing"), "nobody/nothing", "embedded")
+    assert not recipe.with_name("run").exists()
+
+
+def test_yaml_that_is_not_yaml_or_is_more_than_a_recipe(multiflora: Command, recipe: Path) -> None:
+    change(recipe, "train: {", "train: ")
+    refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line 4", "not valid YAML", "Check the indentation")
+    recipe.write_text("a: &a [x, x]\n" + "\n".join(f"k{i}: &a [*a, *a, *a, *a]" for i in range(20)), "utf-8")
+    refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line", "found duplicate anchor")
+    recipe.write_text("model: m\nmodel: n\n", "utf-8")
+    refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line 2", "the key 'model' is given twice")
+
+
+def test_a_template_that_would_fill_the_memory(multiflora: Command, recipe: Path) -> None:
+    task = 'name: roses\nsource: ./roses.jsonl\nprompt: "{{ prompt * 10**9 }}"\nchoices: choices\nanswer: answer\n'
+    recipe.with_name("big.yaml").write_text(task, "utf-8")
+    ended = multiflora("tasks", "show", "./big.yaml")
+    refused(
+        ended, "roses.jsonl, line 1", "the prompt of task roses fails on this row", "more than 10,000,000 characters"
+    )
+
+
+def test_a_tampered_adapter_is_named_by_file_and_tensor(multiflora: Command, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    folder.joinpath("adapter_config.json").write_text(json.dumps(config), "utf-8")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    tensors = {name.format("A"): np.ones((2, 8), np.float32), name.format("B"): np.full((8, 2), np.nan, np.float32)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ended = multiflora("convert", "theirs", "--output", "plain")
+    refused(ended, "adapter_model.safetensors", f"tensor {name.format('B')} holds NaN or infinity")
+    folder.joinpath("adapter_config.json").write_text(json.dumps(config | {"r": 10**9}), "utf-8")
+    refused(multiflora("convert", "theirs", "--output", "plain"), "says r = 1,000,000,000, but no tensor is that large")
+    assert not tmp_path.joinpath("plain").exists()
+
+
+def test_a_rank_that_no_machine_can_hold(multiflora: Command, recipe: Path) -> None:
+    ended = multiflora("train", "recipe.yaml", "--set", "method.r=1000000000000", "--set", "evaluate.before=false")
+    refused(ended, "with r = 1,000,000,000,000 the adapter of a single layer", "Give a smaller r")
     assert not recipe.with_name("run").exists()
 
 

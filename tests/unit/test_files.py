@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from multiflora.errors import EnvironmentProblem
-from multiflora.files import write_json, write_text
+from multiflora.files import check_inside, write_json, write_text
 
 
 def test_the_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -52,3 +52,24 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"Cannot write .*nowhere"):
         write_text(tmp_path / "nowhere" / "a.txt", "")
+
+
+def test_a_link_in_the_files_place_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs.txt").write_text("as it was")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a.txt").symlink_to(tmp_path / "theirs.txt")
+    write_text(tmp_path / "run" / "a.txt", "ours")
+    assert (tmp_path / "theirs.txt").read_text() == "as it was"
+    assert (tmp_path / "run" / "a.txt").read_text() == "ours"
+    assert not (tmp_path / "run" / "a.txt").is_symlink()
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "analysis").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EnvironmentProblem, match=r"run/analysis leads out of .*run, to .*elsewhere"):
+        check_inside(tmp_path / "run", tmp_path / "run" / "analysis")
+    with pytest.raises(EnvironmentProblem, match=r"leads out of"):
+        check_inside(tmp_path / "run", tmp_path / "run" / ".." / "elsewhere")
+    check_inside(tmp_path / "run", tmp_path / "run" / "not-there-yet" / "a")

@@ -1,3 +1,6 @@
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +67,48 @@ def test_what_is_written_reads_back_equal(value):
 
 def test_text_of_several_lines_is_written_as_a_block():
     assert dump_yaml({"prompt": "a\nb"}) == "prompt: |-\n  a\n  b\n"
+
+
+def bomb() -> str:
+    names = "abcdefghij"
+    lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise(names)]
+    return "\n".join(["a: &a [x, x]", *lines])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(), r"line \d+: .*values and aliases come to more than 200,000"),
+        ("[" * 60 + "]" * 60, "more than 50 lists and mappings stand within one another"),
+        ("- " * 5000 + "a", "more than 50 lists and mappings"),
+        ("{a: " * 100_000, "more than 50 lists and mappings"),
+        ("a: &a [*a]", r"line 1: \*a stands within itself"),
+        ("x" * 4_000_001, "longer than 4,000,000 characters"),
+        ("seed: 0x" + "f" * 5000, "more than 300 digits"),
+        ("seed: " + "9" * 5000, "Exceeds the limit"),
+        ("day: 2026-99-99", "'2026-99-99' is no timestamp"),
+        ("a: !!int x", "'x' is no int"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: !!timestamp x", "'x' is no timestamp"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),
+        ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+        ("a: \ud800", "not valid YAML"),
+    ],
+)
+def test_yaml_that_lies_is_refused_before_it_is_built(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "r.yaml")
+
+
+def test_anchors_and_merge_keys_work():
+    text = "defaults: &d {r: 4, seed: 0}\nhere: {<<: *d, r: 8}\nthere: *d"
+    assert parse_yaml(text, "x") == {
+        "defaults": {"r": 4, "seed": 0},
+        "here": {"r": 8, "seed": 0},
+        "there": {"r": 4, "seed": 0},
+    }
+
+
+def test_a_device_without_end_is_not_read_to_its_end():
+    with pytest.raises(ConfigError, match=r"/dev/zero is longer than 4,000,000 characters"):
+        read_yaml(Path("/dev/zero"))

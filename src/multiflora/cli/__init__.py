@@ -18,6 +18,7 @@ from multiflora.cli.border import Border
 from multiflora.cli.compare import compare
 from multiflora.cli.compose import compose
 from multiflora.cli.convert import convert
+from multiflora.cli.doctor import doctor
 from multiflora.cli.evaluate import evaluate
 from multiflora.cli.expand import expand
 from multiflora.cli.init import init
@@ -82,6 +83,7 @@ app.command(rich_help_panel="Ship it")(compose)
 app.add_typer(tasks_app, rich_help_panel="What there is")
 app.add_typer(methods_app, rich_help_panel="What there is")
 app.command(rich_help_panel="What there is")(bench)
+app.command(rich_help_panel="What there is")(doctor)
 
 
 def main() -> None:

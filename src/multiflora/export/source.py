@@ -81,7 +81,7 @@ def load_base(name: str, dtype: Any = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         raise ExportError(_not_loaded("base model", name, error)) from error
 

@@ -58,7 +58,7 @@ class RandomHeadsConfig(AdapterConfig):
 
 
 @dataclass
-class RLoraConfig(RouterConfig, RandomHeadsConfig):
+class RLoraConfig(RandomHeadsConfig, RouterConfig):
     """R-LoRA (arXiv 2502.15455): shared A, ``num_heads`` random heads, a router on the token, dropout per head.
 
     Defaults: r and alpha of the published script, 3 heads and dropout 0.2 of the second version, gamma 64.

@@ -139,8 +139,10 @@ def _columns(example: Example) -> dict[str, Any]:
 
 def _no_split(spec: TaskSpec, split: Split) -> str:
     there = splits_there(spec)
+    if not there:
+        return f"task {spec.name} is empty: its source names no split with rows. Name one, e.g. train."
     return (
         f"task {spec.name} has no {split} split; it has {', '.join(there)}. Name one in 'source', or have it cut: "
-        f"split_from: {next(iter(there))}, split_sizes: {{{split}: 0.1}}. A task without training rows is for "
+        f"split_from: {there[0]}, split_sizes: {{{split}: 0.1}}. A task without training rows is for "
         "evaluation: put it under evaluate.extra_tasks."
     )

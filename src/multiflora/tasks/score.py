@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from multiflora.errors import DataError
+from multiflora.tasks.answers import is_plain
 from multiflora.tasks.example import Example
 from multiflora.tasks.generator import generator_rows
 from multiflora.tasks.spec import GeneratorSource, TaskSpec
@@ -80,11 +81,12 @@ def verifier(source: GeneratorSource, index: int, text: str) -> float:
     Args:
         source: The generator.
         index: The row's number in the generator; an example's id ends in it.
-        text: The answer.
+        text: The answer; one that its verifier would run as code, see `multiflora.tasks.answers`, is none.
     """
-    rows = generator_rows(source)
+    rows, answer = generator_rows(source), text.strip()
+    judged = answer if answer and is_plain(source.generator, answer) else None
     try:
-        return float(rows.score_answer(text.strip() or None, rows[index]))
+        return float(rows.score_answer(judged, rows[index]))
     except (ArithmeticError, AttributeError, LookupError, SyntaxError, TypeError, ValueError):
         return 0.0  # several of its verifiers parse an answer without expecting one that is no answer at all
 

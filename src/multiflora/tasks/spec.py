@@ -36,6 +36,16 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Score = Literal["choices", "exact", "number", "rouge", "verifier", "nll"]
 
 
+MOST_ROWS = 1_000_000
+"""Rows that a generator makes for one split: they are made one by one, and held in memory."""
+
+LARGEST = 10_000
+"""Largest number in a generator's settings, but for those that bound a value: the rest are counts and lengths."""
+
+# what `load_dataset` takes for the name of a reader, besides hub ids and folders
+_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow"))
+
+
 class HubSource(Strict):
     """A data set on the Hugging Face hub, in the words of ``datasets.load_dataset``."""
 
@@ -55,6 +65,11 @@ class HubSource(Strict):
     @field_validator("path")
     @classmethod
     def _folder(cls, value: str, info: ValidationInfo) -> str:
+        if value in _READERS:
+            raise ValueError(
+                f"{value!r} is a reader of `datasets` and no data set; some of them read pickles, which can carry "
+                "code. Name files with 'train:', 'validation:' and 'test:'."
+            )
         path = absolute(value, info)
         return str(path) if value.startswith((".", "~", "/")) or path.is_dir() else value
 
@@ -123,12 +138,24 @@ class GeneratorSource(Strict):
     settings: dict[str, Any] = Field(default={})
     """The generator's own settings, e.g. ``{max_words: 5}``."""
 
+    @field_validator("settings")
+    @classmethod
+    def _within_reason(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """A grid of a billion rows would be made before anybody could stop it."""
+        for key, setting in value.items():
+            sizes = setting if isinstance(setting, list | tuple) else [setting]
+            if "value" not in key and any(isinstance(size, int | float) and abs(size) > LARGEST for size in sizes):
+                raise ValueError(
+                    f"{key} is {str(setting)[:40]}; a row of that size is not made. Give {LARGEST:,} or less."
+                )
+        return value
+
     @field_validator("sizes")
     @classmethod
     def _not_negative(cls, value: dict[Split, int]) -> dict[Split, int]:
         for split, rows in value.items():
-            if rows < 0:
-                raise ValueError(f"{split} is {rows} rows; expected 0 or more.")
+            if not 0 <= rows <= MOST_ROWS:
+                raise ValueError(f"{split} is {rows} rows; expected 0 to {MOST_ROWS:,}.")
         return value
 
 
@@ -176,8 +203,8 @@ class MessageSpec(Strict):
 class TaskSpec(Strict):
     """One task. Templates see a row's columns as variables, and the whole row as ``row``."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name in logs, tables and files: letters, digits, ``_``, ``-`` and ``.``."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
+    """Name in logs, tables and files: letters, digits, ``_``, ``-`` and ``.``, up to 100 of them."""
     about: str = ""
     """One line on what the task asks."""
     licence: str = ""

@@ -6,7 +6,7 @@ import pytest
 
 from multiflora.errors import DataError
 from multiflora.tasks import FilesSource
-from multiflora.tasks.files import read_rows, split_files
+from multiflora.tasks.files import check_size, read_rows, split_files
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y, z"}]
 
@@ -101,3 +101,51 @@ def test_a_missing_file_says_what_lies_there(tmp_path):
         split_files(FilesSource(train=tmp_path / "no" / "train.jsonl"))
     with pytest.raises(DataError, match="is not a folder; expected one"):
         split_files(FilesSource(folder=tmp_path / "train.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.tsv"])
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("multiflora.tasks.files.LONGEST_LINE", 1000)
+    (tmp_path / name).write_text('{"a": 1}\n' + "x" * 3000)
+    with pytest.raises(DataError, match=rf"{name}, line \d has more than 1,000 characters; expected one row"):
+        columns(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"a": ' + "[" * 100_000, "stand too deep within one another"),
+        ('{"a": ' + "9" * 5000 + "}", "a number has too many digits for Python"),
+    ],
+)
+def test_json_that_python_does_not_read_is_said(tmp_path, row, message):
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n' + row + "\n")
+    with pytest.raises(DataError, match=rf"r\.jsonl, line 2: .*{message}"):
+        columns(tmp_path / "r.jsonl")
+    (tmp_path / "r.json").write_text(f"[{row}]")
+    with pytest.raises(DataError, match=rf"r\.json: .*{message}"):
+        columns(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_files_larger_than_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"r{suffix}"
+    if suffix == ".parquet":
+        # packed to a hundredth of what it unpacks to
+        pq.write_table(pa.table({"prompt": ["long " * 1000] * 1000}), path, compression="zstd", use_dictionary=False)
+        assert path.stat().st_size < 1_000_000
+    else:
+        path.write_text('{"prompt": "a"}\n' * 100_000)
+    monkeypatch.setattr("multiflora.tasks.files.memory_available", lambda: 1_000_000)
+    with pytest.raises(DataError, match=rf"r{suffix} in .*: the rows need at least .* of memory are free"):
+        check_size([path])
+
+
+def test_a_damaged_parquet_file_says_after_which_row(tmp_path):
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS * 50), path, compression="none", use_dictionary=False)
+    whole = bytearray(path.read_bytes())
+    whole[20:60] = b"\xff" * 40
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=r"r\.parquet, after row 0: the Parquet file is damaged"):
+        columns(path)

@@ -1,0 +1,125 @@
+"""What the fuzz tests share: a world to run in, watched from outside, and a count of what was refused.
+
+    MULTIFLORA_FUZZ_SEED=7 MULTIFLORA_FUZZ_TIMES=10 python -m pytest tests/fuzz -s
+
+runs other examples, and ten times as many, than CI does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as seeded
+
+from multiflora.errors import MultifloraError
+
+SEED = os.environ.get("MULTIFLORA_FUZZ_SEED")
+TIMES = int(os.environ.get("MULTIFLORA_FUZZ_TIMES", "1"))
+PATIENCE = 300
+"""Seconds after which an example counts as hanging; a slow machine needs a few for a slow one."""
+
+
+class HangError(BaseException):
+    """Not an Exception: nothing on the way may take it for a fault of the input."""
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """End an example that hangs."""
+
+    def stop(*_: Any) -> None:
+        raise HangError(f"nothing came back for {PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class World:
+    """A folder to fuzz in, beside things that must stay as they are."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.work = root, root / "work"
+        self.work.mkdir()
+        for name in ("home/.bashrc", "work/keep.jsonl", "outside/keep.txt"):
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("as it was\n", "utf-8")
+
+    def picture(self, besides: set[str]) -> dict[str, Any]:
+        """Every file and folder but those that the fuzz itself writes: name, size, time of the last change."""
+        return {
+            str(path.relative_to(self.root)): (path.lstat().st_size, path.lstat().st_mtime_ns) if path.is_file() else 0
+            for path in sorted(self.root.rglob("*"))
+            if path.relative_to(self.root).parts[:2] not in {("work", name) for name in besides}
+        }
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(tmp_path)
+    monkeypatch.chdir(made.work)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return made
+
+
+def fuzz(
+    world: World,
+    strategy: Any,
+    wanted: int,
+    write: Callable[[Any], None],
+    read: Callable[[], Any],
+    tries: float = 1.25,
+) -> None:
+    """Write example after example and read each; all must be refused in words, or be good.
+
+    Args:
+        world: Where it happens.
+        strategy: Makes an example.
+        wanted: How many must be refused.
+        write: Writes an example to the world's ``work/fuzzed*``.
+        read: Reads it, as a command would.
+        tries: Examples made for each that must be refused: some turn out to be good.
+    """
+    ended: Counter[str] = Counter()
+    written = {"fuzzed", *(f"fuzzed{suffix}" for suffix in (".yaml", ".jsonl", ".json", ".csv", ".tsv", ".parquet"))}
+    before = world.picture(written)
+
+    @settings(
+        max_examples=round(TIMES * wanted * tries),
+        derandomize=SEED is None,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def each(example: Any) -> None:
+        write(example)
+        with patience():
+            try:
+                read()
+            except MultifloraError as error:
+                said = error
+            else:
+                said = None
+        ended["no fault after all" if said is None else type(said).__name__] += 1
+        assert said is None or len(str(said)) > 20, repr(said)
+
+    (each if SEED is None else seeded(int(SEED))(each))()
+    refused = sum(ended.values()) - ended["no fault after all"]
+    print(f"{refused} refused: {dict(ended)}")
+    assert refused >= TIMES * wanted * (1 if SEED is None else 0.9)
+    assert world.picture(written) == before

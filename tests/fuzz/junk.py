@@ -1,0 +1,142 @@
+"""Values that files hold who mean no good, or whose authors slipped."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hypothesis import strategies as st
+
+TEMPLATES = [
+    "{{ 'a' * 10**12 }}",
+    "{{ 10**10**3 }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ prompt }}{% endfor %}{% endfor %}",
+    "{{ prompt | center(10**11) }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ prompt.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.system('touch /tmp/x') }}",
+    "{% import 'os' as os %}{{ os.getcwd() }}",
+    "{% include '/etc/passwd' %}",
+    "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "{{ prompt | without('(a+)+$') | nothing }}",
+    "{{ prompt",
+    "{% if %}",
+    "{{ no_such_column }}",
+    "{{ " + "(" * 3000,
+    "{{ [prompt] * 10**9 }}",
+    "{{ dict(a=prompt) | tojson(indent=10**9) }}",
+]
+PATHS = [
+    "../../outside/keep.txt",
+    "/etc/passwd",
+    "~/.bashrc",
+    "/dev/zero",
+    "/dev/null",
+    "..",
+    "",
+    "\x00",
+    "a" * 5000,
+    "//",
+    "file:///etc/passwd",
+    "http://x/y.jsonl",
+]
+PATTERNS = ["(a+)+$", "(.*)*(.*)*x", "(?:a|a)*b", "[", "(?P<x", "x" * 30000, "a{99999999999}", "((((((.*)*)*)*)*)*)*"]
+
+odd_text = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(TEMPLATES + PATHS + PATTERNS),
+    st.sampled_from(
+        ["\ud800", "\ufeff", "\u202e", "\x1b[31m", "é" * 1000, "None", "true", "1e999", "!!python/object:os"]
+    ),
+)
+numbers = st.one_of(
+    st.sampled_from(
+        [0, -1, 10**9, 10**12, 2**63, 2**64, 10**29, -(10**30), 0.0, -0.5, 1e-300, 1e308, float("inf"), float("nan")]
+    ),
+    st.integers(-5, 5),
+    st.floats(),
+)
+odd = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, odd_text),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(odd_text.filter(lambda t: "\ud800" not in t), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values within one."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], change: Any) -> Any:
+    """A copy with one value changed: replaced, left out, or given a neighbour."""
+    kind, new = change
+    if not path:
+        return new
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    if kind == "leave out":
+        del inner[path[-1]]
+    elif kind == "add" and isinstance(inner, dict):
+        inner[f"{path[-1]}s"] = new
+    else:
+        inner[path[-1]] = new
+    return value
+
+
+@st.composite
+def changed(draw: Any, good: list[Any]) -> Any:
+    """One of some good values with one to three changes."""
+    value = draw(st.sampled_from(good))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(places(value)[1:] or [()]))
+        value = put(value, path, (draw(st.sampled_from(["replace", "replace", "leave out", "add"])), draw(odd)))
+        if not isinstance(value, dict | list):
+            break
+    return value
+
+
+@st.composite
+def spoiled(draw: Any, good: bytes) -> bytes:
+    """Bytes with a cut, a turned bit, or something put in."""
+    at = draw(st.integers(0, max(0, len(good) - 1)))
+    kind = draw(st.sampled_from(["cut", "turn", "put in", "take out", "double"]))
+    if kind == "cut":
+        return good[:at]
+    if kind == "turn":
+        return good[:at] + bytes([good[at] ^ draw(st.integers(1, 255))]) + good[at + 1 :]
+    if kind == "take out":
+        return good[:at] + good[at + draw(st.integers(1, 20)) :]
+    if kind == "double":
+        return good[:at] + good[: draw(st.integers(1, len(good)))] + good[at:]
+    return (
+        good[:at]
+        + draw(
+            st.sampled_from(
+                [
+                    b"\x00",
+                    b"\xff\xfe",
+                    b"{",
+                    b"]" * 9,
+                    b"[" * 5000,
+                    b'"',
+                    b"\r",
+                    b"9" * 5000,
+                    b"*a",
+                    b"&a [*a]",
+                    b"\t",
+                    b"!!python/name:os.system ",
+                    b"\\ud800",
+                ]
+            )
+        )
+        + good[at:]
+    )

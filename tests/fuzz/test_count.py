@@ -1,0 +1,17 @@
+"""How many malformed inputs the tests of this folder refuse together; each test asserts its own part."""
+
+from __future__ import annotations
+
+from . import test_adapters, test_data_files, test_recipes
+
+
+def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
+    refused = {
+        "recipes": test_recipes.RECIPES,
+        "task files": test_recipes.TASKS,
+        "data files": sum(test_data_files.EACH.values()),
+        "adapters": test_adapters.EACH * len(test_adapters.KINDS),
+    }
+    print(refused, sum(refused.values()))
+    assert min(refused.values()) >= 400
+    assert sum(refused.values()) >= 2000

@@ -1,0 +1,74 @@
+"""Malformed data files of every format: refused in words, with the file and the place in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import strategies as st
+
+from multiflora.tasks import load_task
+from multiflora.tasks.load import examples_of
+
+from .conftest import World, fuzz
+from .junk import changed, spoiled
+
+EACH = {".jsonl": 300, ".json": 150, ".csv": 120, ".tsv": 60, ".parquet": 120}
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "id": f"row-{i}",
+        "prompt": f"Is rose {i} red?",
+        "choices": [" no", " yes"],
+        "answer": i % 2,
+        "completion": [" no", " yes"][i % 2],
+    }
+    for i in range(6)
+]
+PLAIN = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
+
+
+def as_lines(rows: Any) -> bytes:
+    lines = rows if isinstance(rows, list) else [rows]
+    return "".join(json.dumps(row) + "\n" for row in lines).encode()
+
+
+def as_table(delimiter: str) -> bytes:
+    written = io.StringIO()
+    table = csv.DictWriter(written, ["prompt", "completion"], delimiter=delimiter)
+    table.writeheader()
+    table.writerows(PLAIN)
+    return written.getvalue().encode()
+
+
+def as_parquet() -> bytes:
+    written = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), written)
+    return written.getvalue()
+
+
+def examples(suffix: str) -> st.SearchStrategy[bytes]:
+    if suffix == ".jsonl":
+        return st.one_of(changed([ROWS]).map(as_lines), spoiled(as_lines(ROWS)))
+    if suffix == ".json":
+        return st.one_of(
+            changed([ROWS]).map(lambda rows: json.dumps(rows).encode()), spoiled(json.dumps(ROWS).encode())
+        )
+    if suffix == ".parquet":
+        return spoiled(as_parquet())
+    return spoiled(as_table("\t" if suffix == ".tsv" else ","))
+
+
+@pytest.mark.parametrize("suffix", list(EACH))
+def test_malformed_data_files(world: World, suffix: str) -> None:
+    def read() -> None:
+        task = {"name": "roses", "source": f"fuzzed{suffix}", "split_sizes": {"validation": 1, "test": 1}}
+        examples_of(load_task(task), "train")
+
+    fuzz(world, examples(suffix), EACH[suffix], Path(f"fuzzed{suffix}").write_bytes, read, tries=3)
