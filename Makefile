@@ -56,8 +56,12 @@ docs: $(DEV) ## build the site into build/site, check its links, and run every c
 docs-contract: $(DEV) ## run the contract and write its table into docs/contract.md
 	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m contract.table -n 2
 
-bench: $(DEV)
-	$(BIN)/multiflora bench
+# the tasks of the training case, where they are; without them it trains on generated ones
+BENCH_TASKS ?= $(wildcard ../shared/data/tasks)
+
+bench: $(DEV) ## measure the speed on this machine, twelve minutes, and write docs/performance.md from it
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/multiflora bench $(if $(BENCH_TASKS),--tasks $(BENCH_TASKS)) \
+		--output docs/performance/results.json --page docs/performance.md
 
 constraints: $(DEV) ## write constraints.txt from the versions in .venv
 	$(BIN)/python tools/freeze.py

@@ -56,7 +56,7 @@ def tensor_problems(config: Any, file: TensorFile) -> Iterator[str]:
     if not file.names:
         yield "it holds no tensor at all; nothing was saved. Save the adapter again."
     for name in file.names:
-        if 0 in file.shape(name):
+        if 0 in file.shape(name) and not _is_pruned(config, name):
             yield (
                 f"tensor {name} is empty (shape {file.shape(name)}); a shard was saved instead of the whole. Save "
                 "again from a process that holds all weights."
@@ -76,10 +76,21 @@ def tensor_problems(config: Any, file: TensorFile) -> Iterator[str]:
     elif is_lora(config):
         yield from _lora_problems(config, file)
     for name in file.names:
+        if 0 in file.shape(name):
+            continue
         tensor = file[name]
         # NaN passes through minimum and maximum; this reads a tensor once and makes no copy
         if not all(map(torch.isfinite, tensor.aminmax())):
             yield f"tensor {name} holds NaN or infinity; the adapter was broken in training. Train or fetch it again."
+
+
+def _is_pruned(config: Any, name: str) -> bool:
+    """Whether AdaLoRA has left a layer no direction at all, as its masks tell."""
+    masks = getattr(config, "rank_pattern", None) or {}
+    if getattr(config.peft_type, "value", config.peft_type) != "ADALORA":
+        return False
+    layer = name.removeprefix(ROOT).rpartition(".lora_")[0]
+    return any(key.startswith(f"{layer}.lora_") and not any(mask) for key, mask in masks.items())
 
 
 @dataclass(frozen=True)

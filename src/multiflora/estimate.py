@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from multiflora.data.batches import fold
 from multiflora.machine import size_words
+from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -109,7 +110,8 @@ class Estimate:
 
         facts = Table.grid(padding=(0, 2))
         share = f"{self.trainable / self.parameters:.3%} of {self.parameters:,}"
-        facts.add_row("adapted modules", Text("\n".join(f"{count} x {name}" for name, count in self.modules.items())))
+        modules = "\n".join(f"{count} x {name}" for name, count in self.modules.items())
+        facts.add_row("adapted modules", Text(modules or "none"))
         facts.add_row("trainable parameters", f"{self.trainable:,} ({share})")
         facts.add_row("optimiser steps", f"{self.steps:,}")
         facts.add_row("tokens per step", f"{self.tokens_per_step:,.0f}, {self.loss_tokens_per_step:,.0f} with loss")
@@ -134,12 +136,15 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.base_model import load_tokenizer
     from multiflora.data.prepare import encode_tasks
     from multiflora.train.adapter import adapter_config
+    from multiflora.train.baselines import adalora_steps
     from multiflora.train.fit import order_examples
 
     adapter_config(recipe)  # the cheapest of the checks goes first
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
     examples = encode_tasks(recipe, tokenizer)
     data, steps = order_examples(recipe, examples)
+    if recipe.method.name == "adalora":
+        adalora_steps(recipe.method.settings, steps)  # the run would be refused where it is too short for them
     trainable, parameters = count_parameters(model)
     totals = {key: sum(row[key] for row in data.report.values()) for key in ("tokens", "loss_tokens")}
     activations = max(
@@ -165,11 +170,10 @@ def _adapted(recipe: Recipe) -> Any:
     """The recipe's model with the recipe's adapter, on the meta device."""
     from multiflora.base_model import load_config
     from multiflora.train.adapter import add_adapter
-    from multiflora.train.precision import weight_dtype
+    from multiflora.train.precision import weights_of
 
     spec = recipe.model
-    dtype = weight_dtype(spec.dtype, recipe.train.bf16)
-    model = empty_model(load_config(spec), dtype=dtype, remote=spec.trust_remote_code)
+    model = empty_model(load_config(spec), dtype=weights_of(recipe), remote=spec.trust_remote_code)
     return add_adapter(model, recipe, low_cpu_mem_usage=True)
 
 
@@ -208,7 +212,19 @@ def adapted_modules(model: Any) -> dict[str, int]:
         >>> adapted_modules(model)  # doctest: +SKIP
         {'model.layers.*.self_attn.q_proj': 30, 'model.layers.*.self_attn.v_proj': 30}
     """
-    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in model.base_model.targeted_module_names))
+    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in _adapted_names(model)))
+
+
+def _adapted_names(model: Any) -> list[str]:
+    """The modules that carry an adapter: none where a prompt is learned or the model itself is trained."""
+    if not hasattr(model, "get_base_model") or virtual_tokens(model):
+        return []
+    return list(model.base_model.targeted_module_names)
+
+
+def _base_of(model: Any) -> Any:
+    """The model without what peft has put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -221,24 +237,28 @@ def activation_bytes(model: Any, *, rows: int, length: int, loss_tokens: int, ch
     """Count what the backward pass keeps of one forward pass, by the module's formula.
 
     Args:
-        model: A peft model; only its config, types and shapes are looked at.
+        model: A peft model, or one that is trained whole; only its config, types and shapes are looked at.
         rows: Rows in the batch.
         length: Tokens in a row, padding included.
         loss_tokens: Positions of the batch that carry loss.
         checkpointing: Whether layers are computed again in the backward pass.
     """
-    config = model.get_base_model().config.get_text_config()
+    base = _base_of(model)
+    config = base.config.get_text_config()
     heads = config.num_attention_heads
     width = config.hidden_size
     queries = heads * (getattr(config, "head_dim", None) or width // heads)
     keys = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
     feed_forward = getattr(config, "intermediate_size", None) or 4 * width
-    layers, size = config.num_hidden_layers, model.get_base_model().dtype.itemsize
+    layers, size = config.num_hidden_layers, base.dtype.itemsize
     ranks, inputs = _widths(model)
     inside = size * (2 * width + 2 * queries + 2 * keys + 4 * feed_forward + ranks // layers) + 8 * width
-    if size < 4 and model.peft_type == "LORA":  # each module's own copy, instead of what modules share
+    if size < 4 and getattr(model, "peft_type", None) in (
+        "LORA",
+        "ADALORA",
+    ):  # each module's own copy, instead of what modules share
         inside += max(size * (inputs // layers - 2 * width - feed_forward), 0)
-    tokens = rows * length
+    tokens = rows * (length + tokens_in_front(model))
     body = tokens * (layers * size * width + inside if checkpointing else layers * inside)
     return int(body + loss_tokens * config.vocab_size * (size + 8))
 
@@ -246,7 +266,7 @@ def activation_bytes(model: Any, *, rows: int, length: int, loss_tokens: int, ch
 def _widths(model: Any) -> tuple[int, int]:
     """Sums over the adapted layers: rows of trained matrices that read the input (ranks, router heads), and d_in."""
     ranks = inputs = 0
-    for name in model.base_model.targeted_module_names:
+    for name in _adapted_names(model):
         layer = model.get_base_model().get_submodule(name)
         d_in = getattr(layer.get_base_layer(), "in_features", 0)
         inputs += d_in
@@ -255,12 +275,14 @@ def _widths(model: Any) -> tuple[int, int]:
 
 
 def memory_of(model: Any, *, activations: int) -> Memory:
-    """Add up the five parts for a peft model on any device, the meta device too."""
+    """Add up the five parts for a model on any device, the meta device too; one trained whole has no adapter."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    ours = {id(t) for name in model.base_model.targeted_module_names for t in _added(model, name)}
-    sizes = {id(t): t.numel() * t.elementsize_words() for t in (*model.parameters(), *model.buffers())}
+    ours = {id(t) for name in _adapted_names(model) for t in _added(model, name)}
+    if hasattr(model, "get_base_model"):
+        ours |= trained
+    sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     gradients = sum(size for key, size in sizes.items() if key in trained)
-    adapter = sum(size for key, size in sizes.items() if key in ours | trained)
+    adapter = sum(size for key, size in sizes.items() if key in ours)
     return Memory(
         weights=sum(sizes.values()) - adapter,
         adapter=adapter,

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from multiflora.errors import ConfigError
+from multiflora.methods import METHODS
 from multiflora.patterns import why_refused
 from multiflora.schema import Strict, absolute, as_mapping, build
 from multiflora.suggest import did_you_mean
@@ -88,16 +89,14 @@ class MethodSpec(Strict):
             return value
         nested = value.get("settings") or {}
         flat = {k: v for k, v in value.items() if k not in {"name", "settings"}}
-        settings = {"target_modules": "all-linear", **(nested if isinstance(nested, Mapping) else {}), **flat}
+        card = METHODS.get(str(value.get("name")))
+        targets = {"target_modules": card.target_modules} if card and card.target_modules else {}
+        settings = {**targets, **(nested if isinstance(nested, Mapping) else {}), **flat}
         return {**({"name": value["name"]} if "name" in value else {}), "settings": settings}
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        from multiflora.methods import (
-            METHODS,
-        )  # here: the table is torch-free, yet recipes are read without it too
-
         if value not in METHODS:
             raise ValueError(f"{value!r} is not a method; {did_you_mean(value, METHODS)}")
         return value
@@ -152,7 +151,7 @@ class TrainSpec(Strict):
     gradient_accumulation: int = Field(default=1, gt=0)
     """Forward passes per optimiser step."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Highest learning rate."""
+    """Highest learning rate; not given: what the method is usually trained with, see ``multiflora methods show``."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
     lr_scheduler: Literal[
@@ -248,6 +247,16 @@ class Recipe(Strict):
                 )
             seen[task.name] = i
         return value
+
+    @model_validator(mode="after")
+    def _usual_learning_rate(self) -> Recipe:
+        """Give a recipe without a learning rate the method's: a prompt needs a hundred times that of LoRA."""
+        if "learning_rate" not in self.train.model_fields_set:
+            train = self.train.model_copy()
+            # still counted as not given, so that a comparison can tell; frozen models are filled through their dict
+            vars(train)["learning_rate"] = METHODS[self.method.name].learning_rate
+            vars(self)["train"] = train
+        return self
 
     @model_validator(mode="after")
     def _extra_names_differ(self) -> Recipe:

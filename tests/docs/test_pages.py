@@ -7,20 +7,23 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from pages import HUB_NAME, ROOT, Block, blocks, blocks_of, lay_out, pages
 
 from multiflora.cli import app
 from multiflora.compare.spec import load_comparison
 from multiflora.methods import METHODS
-from multiflora.recipe import Recipe, load_recipe
+from multiflora.recipe import recipe_from
+from multiflora.train.adapter import adapter_config
 
 # what a page may show besides: its words are read by no program of ours
-OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python"}
+OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}
 
 PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
 
@@ -30,14 +33,14 @@ def named(block: Block) -> str:
 
 
 def test_no_block_is_of_a_language_that_nothing_checks() -> None:
-    known = {"python", "yaml", "bash", "text"}
+    known = {"python", "yaml", "bash", "console", "text"}
     assert not [named(block) for page in pages() for block in blocks_of(page) if block.language not in known]
 
 
 def test_every_kind_of_block_is_found() -> None:
     # were the pages' form to change, the tests below would find nothing and pass
     for language in ("python", "yaml", "bash"):
-        assert len(blocks(language)) >= len(METHODS), language
+        assert len(blocks(language)) >= sum(card.module is not None for card in METHODS.values()), language
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +69,25 @@ def test_a_page_s_python_runs(page: str, failures: dict[str, str | None]) -> Non
     assert failures[page] is None, failures[page]
 
 
+# what a block that shows a part of a recipe leaves out
+REST = {"model": HUB_NAME, "tasks": ["./reviews.jsonl"], "output": "runs/part"}
+
+
 # the quick start's files are made by its own first block, so its recipe is trained below
 @pytest.mark.parametrize("block", [block for block in blocks("yaml") if block.page != "quickstart.md"], ids=named)
 def test_a_recipe_is_read(block: Block, desk: dict[str, str]) -> None:
-    Path("recipe.yaml").write_text(block.text, "utf-8")
-    if "compare:" in block.text:
-        assert load_comparison("recipe.yaml").compare.methods
+    written = REST | yaml.safe_load(block.text)
+    if "compare" in written:
+        assert load_comparison(written).compare.methods
     else:
-        recipe = load_recipe("recipe.yaml")
-        assert isinstance(recipe, Recipe)
-        from multiflora.train.adapter import adapter_config
-
-        assert adapter_config(recipe).target_modules
+        adapter_config(recipe_from({"method": "lora"} | written))
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=named)
+@pytest.mark.parametrize("block", [*blocks("bash"), *blocks("console")], ids=named)
 def test_commands_are_the_program_s(block: Block) -> None:
     for words in lines_of(block):
-        if words[0] == "multiflora":
-            parse(words)
+        if "multiflora" in words:  # also as `torchrun ... -m multiflora train`
+            parse(words[words.index("multiflora") :])
         else:
             assert words[0] in OTHERS, f"{named(block)}: nothing knows {words[0]}"
 
@@ -93,7 +96,7 @@ def test_commands_in_the_text_are_the_program_s() -> None:
     known = commands(typer.main.get_command(app), "multiflora")
     for page in pages():
         text = (ROOT / "docs" / page).read_text("utf-8")
-        for said in re.findall(r"`(multiflora(?: [a-z]+)*)(?=[ `])", text):
+        for said in re.findall(r"`(multiflora(?: [a-z]+)+)(?=[ `])", text):
             assert any(f"{said} ".startswith(f"{name} ") for name in known), f"{page}: {said}"
 
 
@@ -104,13 +107,14 @@ def test_make_targets_are_in_the_menu() -> None:
             assert re.search(rf"^{target}:.* ## ", menu, re.MULTILINE), f"{page}: {target}"
 
 
+@pytest.mark.slow
 def test_the_quick_start_from_its_first_block_to_its_last(desk: dict[str, str]) -> None:
     """Its files, recipe and commands in their order; the embedded model's place is taken by the smallest there is."""
     program = str(Path(sys.executable).parent / "multiflora")
-    python, yaml, bash = ([b.text for b in blocks_of("quickstart.md") if b.language == kind] for kind in KINDS)
+    python, recipe, bash = ([b.text for b in blocks_of("quickstart.md") if b.language == kind] for kind in KINDS)
     subprocess.run([sys.executable, "-c", python[0]], env=desk, check=True)
-    assert "model: embedded" in yaml[0]
-    small = yaml[0].replace("model: embedded", f"model: {HUB_NAME}").replace("max_steps: 40", "max_steps: 2")
+    assert "model: embedded" in recipe[0]
+    small = recipe[0].replace("model: embedded", f"model: {HUB_NAME}").replace("max_steps: 40", "max_steps: 2")
     Path("recipe.yaml").write_text(small, "utf-8")
     said = []
     for block in bash[1:]:
@@ -132,13 +136,14 @@ def test_every_method_of_ours_has_a_page() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if page.startswith("methods/") and "index" not in page])
-def test_a_method_s_page_says_all_that_a_reader_needs(page: str) -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if f"methods/{name}.md" in pages()])
+def test_a_method_s_page_says_all_that_a_reader_needs(name: str) -> None:
+    page = f"methods/{name}.md"
     text = (ROOT / "docs" / page).read_text("utf-8")
-    name = Path(page).stem
     for part in ("## Idea", "## Equation", "## Cost", "## Settings", "## Train", "## When to use it", "## When not"):
         assert f"\n{part}\n" in text, f"{page} lacks {part!r}"
-    assert "arxiv.org/abs/" in text
+    number = METHODS[name].paper.removeprefix("arXiv ")
+    assert number == METHODS[name].paper or f"arxiv.org/abs/{number}" in text
     assert {block.language for block in blocks_of(page)} >= {"yaml", "python", "bash"}
     assert f"name: {name}" in "".join(block.text for block in blocks_of(page) if block.language == "yaml")
 
@@ -146,7 +151,8 @@ def test_a_method_s_page_says_all_that_a_reader_needs(page: str) -> None:
 def lines_of(block: Block) -> list[list[str]]:
     """A block's commands as words; a line that ends in a backslash goes on."""
     text = block.text.replace("\\\n", " ")
-    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+    found = (shlex.split(line, comments=True) for line in text.splitlines())
+    return [list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)) for words in found if words]
 
 
 def parse(words: list[str]) -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import multiflora
 from multiflora.errors import ConfigError, DataError, EnvironmentProblem
 from multiflora.recipe import Recipe, load_recipe
-from multiflora.train.output import CHECKPOINTS
+from multiflora.train.checkpoint import CHECKPOINTS
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.train.adapter import add_adapter
+from multiflora.train.checkpoint import CHECKPOINTS
 from multiflora.train.fit import fit
-from multiflora.train.output import CHECKPOINTS
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

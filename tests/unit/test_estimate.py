@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from multiflora.base_model import load_config
 from multiflora.errors import ConfigError
 from multiflora.estimate import activation_bytes, adapted_modules, count_parameters, empty_model, memory_of
-from multiflora.methods import METHODS, build_config
+from multiflora.methods import METHODS, build_config, settings_of
 from multiflora.recipe import ModelSpec
+from multiflora.train.adapter import parameter_counts, put_on
 
 SHAPE: dict[str, int] = {
     "hidden_size": 64,
@@ -27,12 +28,14 @@ SHAPE: dict[str, int] = {
 
 
 def adapt_on_meta(config: LlamaConfig, adapter: Any, dtype: torch.dtype = torch.float32) -> Any:
-    return get_peft_model(empty_model(config, dtype=dtype), adapter, low_cpu_mem_usage=True)
+    return put_on(empty_model(config, dtype=dtype), adapter, low_cpu_mem_usage=True)
 
 
 def settings(name: str, **more: Any) -> dict[str, Any]:
     tasks = {"num_tasks": 2, "task_names": ["a", "b"]} if METHODS[name].module else {}
-    return {"target_modules": "all-linear", "r": 8, **tasks, **more}
+    known = settings_of(name)
+    usual = {"target_modules": METHODS[name].target_modules, "r": 8, "task_type": "CAUSAL_LM"}
+    return {key: value for key, value in usual.items() if key in known and value} | tasks | more
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -41,8 +44,8 @@ def test_counts_on_the_meta_device_are_those_of_the_real_model(name: str, tied: 
     config = LlamaConfig(**SHAPE, tie_word_embeddings=tied)
     adapter = build_config(name, settings(name))
     light = adapt_on_meta(config, adapter)
-    real = get_peft_model(AutoModelForCausalLM.from_config(config), build_config(name, settings(name)))
-    assert count_parameters(light) == count_parameters(real) == real.get_nb_trainable_parameters()
+    real = put_on(AutoModelForCausalLM.from_config(config), build_config(name, settings(name)))
+    assert count_parameters(light) == count_parameters(real) == parameter_counts(real)
     assert adapted_modules(light) == adapted_modules(real)
     assert {p.device.type for p in light.parameters()} == {"meta"}
 
@@ -69,6 +72,23 @@ def test_memory_is_the_bytes_of_the_tensors(name: str) -> None:
     assert (memory.weights, memory.adapter) == (base, every - base)
     assert (memory.gradients, memory.optimizer) == (trained, 2 * trained)
     assert memory.total == every + 3 * trained + 1000
+
+
+def test_a_model_that_is_trained_whole_has_no_adapter() -> None:
+    config = LlamaConfig(**SHAPE)
+    size = 4 * count_parameters(AutoModelForCausalLM.from_config(config))[1]
+    memory = memory_of(adapt_on_meta(config, None), activations=0)
+    assert memory.adapter == 0
+    assert memory.gradients == size
+    assert memory.optimizer == 2 * size
+    assert size <= memory.weights < 1.01 * size  # and a few buffers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_activations_of_every_method_are_counted(name: str) -> None:
+    model = adapt_on_meta(LlamaConfig(**SHAPE), build_config(name, settings(name)))
+    told = [activation_bytes(model, rows=2, length=length, loss_tokens=4) for length in (8, 16)]
+    assert 0 < told[0] < told[1]
 
 
 @pytest.mark.parametrize("name", ["lora", "rlora", "multilora"])

@@ -228,3 +228,20 @@ def test_reading_a_recipe_imports_no_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_recipe_without_a_learning_rate_gets_the_method_s_usual_one() -> None:
+    plain = {"model": "embedded", "tasks": ["rg_chain_sum"], "output": "out"}
+    assert recipe_from({**plain, "method": "lora"}).train.learning_rate == 2e-4
+    assert recipe_from({**plain, "method": "prompt"}).train.learning_rate == 3e-2
+    assert recipe_from({**plain, "method": "full"}).train.learning_rate == 2e-5
+    given = recipe_from({**plain, "method": "prompt", "train": {"learning_rate": 1e-3}})
+    assert given.train.learning_rate == 1e-3
+    assert recipe_from({**plain, "method": "lora"}).train.learning_rate == 2e-4  # the others' default is untouched
+
+
+def test_only_methods_that_have_target_modules_are_given_some() -> None:
+    plain = {"model": "embedded", "tasks": ["rg_chain_sum"], "output": "out"}
+    assert recipe_from({**plain, "method": "dora"}).method.settings == {"target_modules": "all-linear"}
+    for name in ("full", "ia3", "prompt", "prefix", "ptuning"):
+        assert recipe_from({**plain, "method": name}).method.settings == {}

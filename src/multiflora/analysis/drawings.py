@@ -194,7 +194,7 @@ def _heads(found: Mapping[str, Any]) -> Iterator[Drawing]:
         spread,
         x="layer",
         y="largest norm / smallest",
-        log=True,
+        log=max(max(ys) for _, ys in spread.values()) > 10,
         alt="Ratio of head norms by layer. Largest: "
         + ", ".join(f"{m} {max(ys):.3g}" for m, (_, ys) in spread.items())
         + ".",

@@ -19,10 +19,11 @@ from multiflora.files import saving, write_bytes, write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Drawing", "bars", "curves", "heat_map", "heat_maps", "lines", "points", "save_drawing"]
+__all__ = ["COLOURS", "Drawing", "bars", "curves", "heat_map", "heat_maps", "lines", "points", "save_drawing"]
 
-# distinguishable in common colour blindness, on white and on near-black (Okabe and Ito 2008, black left out)
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
+"""Of lines and points: distinguishable in common colour blindness (Okabe and Ito 2008, black left out)."""
+
 _STYLES = ("-", "--", "-.", ":")
 _INK = "#010203"  # a black no figure uses otherwise
 _WIDTH = 4.8  # inches: at the width of a phone, 10 points are still 10 pixels
@@ -51,7 +52,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Ite
         import matplotlib as mpl
     except ImportError as error:
         raise EnvironmentProblem(
-            "Figures need matplotlib, which is not installed: pip install 'multiflora[compare]'."
+            "Figures need matplotlib, which is not installed: pip install 'multiflora[plot]'."
         ) from error
     from matplotlib.figure import Figure  # no pyplot: nothing global, nothing to close
 
@@ -118,11 +119,12 @@ def curves(
     """Lines through points: label -> (x values, y values)."""
     with _figure(_WIDTH, 3.1) as (figure, axes):
         for k, (label, (xs, ys)) in enumerate(series.items()):
-            axes.plot(xs, ys, color=_COLOURS[k % 8], linestyle=_STYLES[k // 8 % 4], label=_plain(label), linewidth=1.6)
+            axes.plot(xs, ys, color=COLOURS[k % 8], linestyle=_STYLES[k // 8 % 4], label=_plain(label), linewidth=1.6)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log:
             axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # steps, layers and directions are counted
         axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
         _legend(figure, list(series))
         return _drawing(figure, name, title, reading, alt)
@@ -156,22 +158,25 @@ def bars(
     ends: Mapping[str, tuple[float, float]] | None = None,
     before: Mapping[str, float] | None = None,
     zero: bool = True,
+    whole: bool = False,
 ) -> Drawing:
     """One dot for each label with its interval, one below the other; a line at 0 where that means something.
 
-    ``before`` puts a hollow dot where the label was before.
+    ``before`` puts a hollow dot where the label was before; ``whole`` marks whole numbers only.
     """
     with _figure(_WIDTH, 0.8 + 0.3 * len(values)) as (figure, axes):
         for k, (label, value) in enumerate(values.items()):
             if ends and label in ends:
-                axes.plot(ends[label], (k, k), color=_COLOURS[0], linewidth=2)
+                axes.plot(ends[label], (k, k), color=COLOURS[0], linewidth=2)
             if before and label in before:
-                axes.plot((before[label], value), (k, k), color=_COLOURS[0], linewidth=0.8, linestyle=":")
-                axes.plot([before[label]], [k], "o", color=_COLOURS[1], markerfacecolor="none", markersize=6)
-            axes.plot([value], [k], "o", color=_COLOURS[0], markersize=6)
+                axes.plot((before[label], value), (k, k), color=COLOURS[0], linewidth=0.8, linestyle=":")
+                axes.plot([before[label]], [k], "o", color=COLOURS[1], markerfacecolor="none", markersize=6)
+            axes.plot([value], [k], "o", color=COLOURS[0], markersize=6)
         axes.set_yticks(range(len(values)), [_plain(label) for label in values])
         axes.invert_yaxis()
         axes.margins(y=0.12)
+        if whole:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if zero:
             axes.axvline(0, color=_INK, linewidth=0.8)
         axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
@@ -215,7 +220,8 @@ def heat_map(
                         ink = "black" if image.norm(value) > 0.5 and not diverging else "white"
                         if diverging:
                             ink = "white" if abs(float(image.norm(value)) - 0.5) > 0.3 else "black"
-                        axes.text(j, i, f"{value:.{digits}f}", ha="center", va="center", color=ink, fontsize=8)
+                        told = f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0.00
+                        axes.text(j, i, told, ha="center", va="center", color=ink, fontsize=8)
         return _drawing(figure, name, title, reading, alt)
 
 
@@ -237,14 +243,14 @@ def heat_maps(
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
     with _figure(_WIDTH, 0.9 + 1.3 * down, down, across) as (figure, axes):
-        every = axes.flat if hasattr(axes, "flat") else [axes]
+        every = list(axes.flat) if hasattr(axes, "flat") else [axes]
         image = None
         for place, (label, values) in zip(every, panels.items(), strict=False):
             image = place.imshow(np.array(values), aspect="auto", cmap="viridis", vmin=low, vmax=high)
             place.set_title(_plain(label), fontsize=9)
             place.tick_params(labelsize=8)
             place.set_xticks([0, len(values[0]) - 1], ["1", str(len(values[0]))])
-        for place in list(every)[len(panels) :]:
+        for place in every[len(panels) :]:
             place.set_axis_off()
         figure.supxlabel(x, fontsize=10)
         figure.supylabel(y, fontsize=10)
@@ -256,13 +262,14 @@ def points(
     name: str, title: str, reading: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, alt: str
 ) -> Drawing:
     """Points in the plane, coloured by group; the axes mean nothing."""
-    with _figure(_WIDTH, 3.9) as (figure, axes):
+    with _figure(_WIDTH, 3.3) as (figure, axes):
+        axes.spines[:].set_visible(False)
         for k, (label, own) in enumerate(groups.items()):
             axes.scatter(
                 [p[0] for p in own],
                 [p[1] for p in own],
                 s=16,
-                color=_COLOURS[k % 8],
+                color=COLOURS[k % 8],
                 marker="osD^v<>"[k // 8 % 7],
                 label=_plain(label),
             )

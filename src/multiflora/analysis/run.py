@@ -22,7 +22,8 @@ from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
 from multiflora.files import check_inside, saving, write_json
-from multiflora.methods import METHODS
+from multiflora.methods import METHODS, merges
+from multiflora.train.precision import weights_of
 
 __all__ = ["Analysis", "analyze", "measure_run"]
 
@@ -91,7 +92,7 @@ def analyze(
 
 
 def measure_run(
-    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None
+    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None, with_conflict: bool = True
 ) -> dict[str, Any]:
     """Measure one run.
 
@@ -100,6 +101,7 @@ def measure_run(
         examples: Of each task, for routing and task conflict; 0: neither.
         against: Another run.
         label: What to call it; None: its method.
+        with_conflict: Take the tasks' gradients too, which costs more than all else.
     """
     loaded = load_target(run)
     if loaded.recipe is None:
@@ -120,11 +122,11 @@ def measure_run(
         "spectra": spectra(updates),
         "heads": heads(model) if hasattr(model, "get_base_model") else {},
         "routing": {name: {**asdict(layer), "dead": layer.dead} for name, layer in routed.items()},
-        "notes": _notes(routed, recipe.method.name),
+        "notes": _notes(routed, recipe.method.name, merges(recipe.method.name, recipe.method.settings)),
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
-    if batches and hasattr(model, "set_adapter"):
+    if with_conflict and batches and hasattr(model, "set_adapter"):
         model.set_adapter("default")  # loaded for inference, its weights would have no gradient
         measures["conflict"] = conflict(model, batches)
     return measures
@@ -137,24 +139,24 @@ def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Up
         return adapter_updates(loaded.model, gates)
     if loaded.recipe is None:
         raise ConfigError("Only a run of multiflora says which base model its weights were trained from.")
-    base, _ = load_base(loaded.recipe.model, bf16=loaded.recipe.train.bf16)
+    base, _ = load_base(loaded.recipe.model, weights_of(loaded.recipe))
     return dense_updates(loaded.model, base)
 
 
-def _notes(routed: Mapping[str, LayerRouting], method: str) -> list[str]:
+def _notes(routed: Mapping[str, LayerRouting], method: str, how_it_merges: str) -> list[str]:
     """What a reader must know of how it was measured."""
-    if METHODS[method].merges.startswith("no"):
+    if how_it_merges.startswith("no"):
         how = "the mean gate over the examples" if routed else "equal weights"
         return [
             f"The update of {method} differs from token to token; its spectrum is that of the heads blended by {how}."
         ]
-    if METHODS[method].merges == "per task":
+    if how_it_merges == "per task":
         return [f"{method} has one update for each task; the spectrum is that of their mean."]
     return []
 
 
 def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
-    """Measure every finished run of a comparison: spectra and heads of each seed, routing and conflict of the first."""
+    """Measure every finished run of a comparison: spectra, heads and routing of each seed, conflict of the first."""
     runs: list[dict[str, Any]] = []
     seen: set[str] = set()
     for cell in read_comparison(folder).cells():
@@ -163,7 +165,14 @@ def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
         first = cell["label"] not in seen
         seen.add(cell["label"])
         log.info("Measuring %s", cell["cell"])
-        measures = measure_run(folder / "runs" / cell["cell"], examples=examples if first else 0, label=cell["label"])
+        # the spectrum of routed heads needs the routers' gates, in every seed alike
+        routed = METHODS[cell["method"]].merges.startswith("no")
+        measures = measure_run(
+            folder / "runs" / cell["cell"],
+            examples=examples if first or routed else 0,
+            label=cell["label"],
+            with_conflict=first,
+        )
         runs.append({**measures, "cell": cell["cell"], "seed": cell["seed"]})
     if not runs:
         raise ConfigError(f"{folder} has no finished run with an update to analyse; finish the comparison first.")

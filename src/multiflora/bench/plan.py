@@ -183,7 +183,9 @@ def _steps(preset: Preset, kind: str) -> list[Job]:
     for dropout in _DROPOUTS:
         settings = {"rows": rows, "length": length, "dtype": "bfloat16", "dropout": dropout}
         cost = 0.033 * rows * length * (rounds + 2)
-        jobs.append(Job("step", {**settings, "labels": labels, "rounds": rounds}, {"labels": labels, **settings}, cost))
+        # with dropout a step keeps more, so that is where memory is looked at
+        more = {"labels": labels, "rounds": rounds, "memory": dropout > 0}
+        jobs.append(Job("step", {**settings, **more}, {"labels": labels, **settings}, cost))
     return jobs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,6 @@ from multiflora.bench.training import measure_training
 from multiflora.errors import ConfigError
 
 __all__ = ["bench"]
-
-# the profiler's library tells of its every start on stderr, which would tear the bar
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _MEASURES: dict[Section, tuple[str, Callable[..., Any]]] = {
     "layer": ("layers", measure_layer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,30 @@ from multiflora.bench.results import SharedCase
 from multiflora.bench.shapes import Shape
 from multiflora.bench.timing import Phases, interleave, samples, stopwatch
 
-__all__ = ["measure_shared"]
+__all__ = ["Stems", "apart", "measure_shared", "together"]
+
+
+class Stems(NamedTuple):
+    """What one R-LoRA layer reads its input with."""
+
+    A: Tensor
+    router: Tensor
+    A0: Tensor
+
+
+def apart(x: Tensor, weights: Sequence[Tensor], stems: Sequence[Stems]) -> list[Tensor]:
+    """Each layer's base output, u, logits and u0, layer after layer, as the packed op takes them."""
+    made = [ops.stems(x, *own, (weight, None)) for own, weight in zip(stems, weights, strict=True)]
+    return [part for parts in made for part in parts if part is not None]
+
+
+def together(x: Tensor, weights: Sequence[Tensor], stems: Sequence[Stems]) -> list[Tensor]:
+    """The same, with one product for the stems of all layers."""
+    A, router, A0 = (torch.cat(parts) for parts in zip(*stems, strict=True))
+    _, *small = ops.stems(x, A, router, A0)
+    split = [part.chunk(len(stems)) for part in small if part is not None]
+    outputs = [(F.linear(x, weight), *(part[i] for part in split)) for i, weight in enumerate(weights)]
+    return [part for parts in outputs for part in parts]
 
 
 def measure_shared(
@@ -46,35 +70,26 @@ def measure_shared(
     torch.manual_seed(0)
     x = torch.randn(tokens, layers[0].d_in, dtype=dtype, device=device, requires_grad=True)
     weights = [torch.randn(layer.d_out, layer.d_in, dtype=dtype, device=device) for layer in layers]
-    stems = [
-        tuple(torch.randn(rows, x.shape[1], device=device) for rows in (rank, heads, rank)) for _ in range(len(layers))
-    ]
-    trained = [part.requires_grad_() for A, router, _ in stems for part in (A, router)]
-
-    def apart() -> list[Tensor]:
-        made = [
-            ops.stems(x, A, router, A0, (weight, None)) for (A, router, A0), weight in zip(stems, weights, strict=True)
-        ]
-        return [part for parts in made for part in parts if part is not None]
-
-    def together() -> list[Tensor]:
-        A, router, A0 = (torch.cat(parts) for parts in zip(*stems, strict=True))
-        _, *small = ops.stems(x, A, router, A0)
-        return [*(F.linear(x, weight) for weight in weights), *(part for part in small if part is not None)]
+    stems = [Stems(*(torch.randn(rows, layer.d_in, device=device) for rows in (rank, heads, rank))) for layer in layers]
+    for own in stems:
+        own.A.requires_grad_(), own.router.requires_grad_()
 
     def timed(forward: Callable[[], list[Tensor]]) -> Callable[[], Phases]:
         def run() -> Phases:
-            for leaf in (x, *trained):
+            for leaf in (x, *(part for own in stems for part in own)):
                 leaf.grad = None
             lap = stopwatch(device)
-            made = [part for part in forward() if part.requires_grad]
+            made = forward()
             phases = {"forward": lap()}
             torch.autograd.backward(made, [part.detach() for part in made])
             return {**phases, "backward": lap()}
 
         return run
 
-    competitors = {"apart": timed(apart), "together": timed(together)}
+    competitors = {
+        "apart": timed(lambda: apart(x, weights, stems)),
+        "together": timed(lambda: together(x, weights, stems)),
+    }
     return SharedCase(
         model=layers[0].model,
         layers=" + ".join(f"{layer.layer} {layer.d_in}→{layer.d_out}" for layer in layers),

@@ -24,8 +24,10 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
     digits = 4 if verdict.target.limit < 0.1 else 2
     value, low, high = (f"{number:.{digits}f}" for number in worst.estimate)
     spread = value if low == high else f"{value} ({low} to {high})"
+    beyond = len(set(verdict.out_of_reach) - set(verdict.held))
+    word = f"{verdict.word} ({beyond} out of reach)" if beyond else verdict.word
     floor = "" if worst.floor is None else f"{worst.floor:.2f}"
-    return verdict.target.name, verdict.target.bound, f"{middle:.{digits}f}", spread, floor, verdict.word
+    return verdict.target.name, verdict.target.bound, f"{middle:.{digits}f}", spread, floor, word
 
 
 def verdict_table(results: Results) -> Table:

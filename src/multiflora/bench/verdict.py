@@ -211,7 +211,10 @@ TARGETS = (
     Target("GPU: R-LoRA layer / compiled loop", 1.0, _extra_over("compiled loop", on_gpu=True), needs_gpu=True),
     Target("GPU: R-LoRA layer / floor", 2.0, _over_floor, needs_gpu=True),
 )
-"""Ours over an opponent. A layer compares by the time that forward and backward take beyond the frozen layer alone, with
-5 heads of rank 8; so do numbers of heads, at one total rank. A step is a whole training step of SmolLM2-135M with adapters
-on all linear layers, a frozen model's step its forward pass and the gradient of its input. peft's LoRA has as many
-trainable parameters as R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a second."""
+"""Ours over an opponent.
+
+A layer compares by the time that forward and backward take beyond the frozen layer alone, with 5 heads of rank 8; so do
+numbers of heads, at one total rank. A step is a whole training step of SmolLM2-135M with adapters on all linear layers,
+a frozen model's step its forward pass and the gradient of its input. peft's LoRA has as many trainable parameters as
+R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a second.
+"""

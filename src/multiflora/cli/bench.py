@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -79,6 +80,9 @@ def bench(
     if report is not None:
         results = load(report)
     else:
+        # torch's profiler tells of its every start on stderr, which would tear the bar; read when torch is imported
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with log_on_stderr():
             from multiflora.bench.run import bench as run
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from multiflora.cli.screen import print_json, stdout
 from multiflora.errors import ConfigError
@@ -31,9 +32,16 @@ def list_methods(
     if as_json:
         print_json({card.name: asdict(card) for card in METHODS.values()})
         return
-    table = Table("method", "what it is", "paper", "merges", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("method", "arXiv", "merges"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is, and its own settings")
     for card in METHODS.values():
-        table.add_row(card.name, card.line, card.paper, card.merges)
+        about = Text(card.line)
+        if card.settings:
+            about.append("\n" + ", ".join(card.settings), style="dim")
+        # why one does not merge is told by `show`
+        table.add_row(card.name, card.paper.removeprefix("arXiv "), card.merges.partition(" (")[0], about)
     stdout.print(table)
 
 
@@ -49,12 +57,16 @@ def show(
     if as_json:
         print_json(asdict(card))
         return
-    stdout.print(f"{card.title} ({card.name}), {card.paper}", style="bold", markup=False)
+    paper = f", {card.paper}" if card.paper.startswith("arXiv") else ""
+    stdout.print(f"{card.title} ({card.name}){paper}", style="bold", markup=False)
     stdout.print(card.line, markup=False)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("in a recipe", f"method: {card.name}")
-    facts.add_row("in Python", f"multiflora.{card.config}(...)" if card.module else f"peft.{card.config}(...)")
+    if card.config:
+        facts.add_row("in Python", f"multiflora.{card.config}(...)" if card.module else f"peft.{card.config}(...)")
     facts.add_row("its own settings", ", ".join(card.settings) or "none")
-    facts.add_row("shared settings", _SHARED)
+    if card.trains == "adapter":
+        facts.add_row("shared settings", _SHARED)
+    facts.add_row("learning rate", f"{card.learning_rate:g}, where a recipe gives none")
     facts.add_row("merges", card.merges)
     stdout.print(facts)

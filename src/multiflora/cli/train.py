@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,8 +44,13 @@ def train(
         return
     with log_on_stderr():
         from multiflora.train import train as run
+        from multiflora.train.processes import is_first_process
 
+        if not is_first_process():  # of several side by side, one speaks for all
+            logging.getLogger("multiflora").setLevel(logging.ERROR)
         result = run(plan, resume=resume)
+    if not is_first_process():
+        return
     if as_json:
         print_json({"output": str(result.output), **result.results})
     else:

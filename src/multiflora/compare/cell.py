@@ -12,6 +12,7 @@ from typing import Any
 from multiflora.artifact import device_name, package_versions
 from multiflora.compare.plan import Cell
 from multiflora.compare.resources import latency, peak_memory, reset_peak_memory
+from multiflora.errors import TrainingError
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.files import write_json
@@ -20,6 +21,16 @@ from multiflora.train.checkpoint import last_checkpoint
 __all__ = ["read_cell", "run_cell"]
 
 log = logging.getLogger(__name__)
+
+
+# a trial without a score; the search takes it for the worst there is
+_DIVERGED: dict[str, Any] = {
+    "scores": {"tasks": {}, "macro": None},
+    "parameters": {},
+    "log": [],
+    "seconds": {},
+    "latency": None,
+}
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
@@ -52,7 +63,7 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
         return found
     watched = reset_peak_memory()
     found = _score_base(cell, quiet=quiet) if cell.kind == "base" else _train(cell, quiet=quiet)
-    found |= {
+    found = found | {
         "cell": cell.name,
         "kind": cell.kind,
         "label": cell.label,
@@ -63,7 +74,7 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
         "learning_rate": cell.recipe.train.learning_rate,
         "split": cell.recipe.evaluate.split,
         "peak_memory_bytes": peak_memory() if watched else None,
-        "rows": _rows(cell),
+        "rows": {} if found is _DIVERGED else _rows(cell),
         "device": device_name(),
         "versions": package_versions(),
     }
@@ -83,7 +94,12 @@ def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:
         if output.is_dir() and not resume:
             log.warning("%s was interrupted before its first checkpoint; it starts anew.", cell.name)
             shutil.rmtree(output)
-        train(cell.recipe, resume=resume, quiet=quiet)
+        try:
+            train(cell.recipe, resume=resume, quiet=quiet)
+        except TrainingError:
+            if cell.kind != "trial":
+                raise
+            return _DIVERGED  # what a search for a learning rate must find out, too
     results = json.loads((output / "results.json").read_text("utf-8"))
     run = json.loads((output / "run.json").read_text("utf-8"))
     return {
@@ -98,8 +114,9 @@ def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:
 def _score_base(cell: Cell, *, quiet: bool) -> dict[str, Any]:
     """Score the model as it is before training."""
     from multiflora.evaluate.load import load_base
+    from multiflora.train.precision import weights_of
 
-    model, tokenizer = load_base(cell.recipe.model, bf16=cell.recipe.train.bf16)
+    model, tokenizer = load_base(cell.recipe.model, weights_of(cell.recipe))
     wanted = cell.recipe.evaluate
     scores = evaluate(
         model,

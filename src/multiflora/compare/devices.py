@@ -1,4 +1,4 @@
-"""Cells side by side: one process for each device, or one cell after the other in this one."""
+"""Cells side by side: one process for each device, one after the other in this one, or jobs of a cluster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from multiflora.compare.cell import run_cell
+from multiflora.compare.executors import on_ray, on_slurm
 from multiflora.compare.plan import Cell
-from multiflora.errors import MultifloraError
+from multiflora.compare.spec import CompareSpec
+from multiflora.errors import Interrupted, MultifloraError
 
 __all__ = ["Failure", "device_count", "run_cells"]
 
@@ -32,14 +34,22 @@ def device_count(asked: int | None) -> int:
     return asked or max(1, torch.cuda.device_count())
 
 
-def run_cells(cells: Sequence[Cell], folder: Path, devices: int) -> Iterator[tuple[Cell, dict[str, Any] | Failure]]:
+def run_cells(
+    cells: Sequence[Cell], folder: Path, spec: CompareSpec
+) -> Iterator[tuple[Cell, dict[str, Any] | Failure]]:
     """Run cells and yield each as it is finished.
 
     Args:
         cells: Those that have yet to run.
         folder: The comparison's output folder.
-        devices: How many at a time. With one, they run in this process.
+        spec: Says where they run and how many at a time. With one on this machine, they run in this process.
     """
+    if spec.executor != "local" and cells:
+        where = {"slurm": on_slurm, "ray": on_ray}[spec.executor]
+        for cell, result in where(_attempt, cells, folder, at_once=spec.devices, resources=spec.resources):
+            yield cell, Failure(f"{cell.name}: {result}") if isinstance(result, BaseException) else result
+        return
+    devices = device_count(spec.devices)
     if devices == 1 or len(cells) == 1:
         for cell in cells:
             yield cell, _attempt(cell, folder)
@@ -59,6 +69,8 @@ def _attempt(cell: Cell, folder: Path) -> dict[str, Any] | Failure:
     """Run a cell; what one cell alone cannot do must not stop a night of others."""
     try:
         return run_cell(cell, folder)
+    except Interrupted:  # all of them are to stop
+        raise
     except (MultifloraError, torch.OutOfMemoryError) as error:
         return Failure(f"{cell.name}: {error}")
 

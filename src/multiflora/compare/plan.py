@@ -196,7 +196,8 @@ def _recipe(
     learning_rate: float | None,
     max_steps: int | None = None,
 ) -> Recipe:
-    own = {**comparison.recipe.train.model_dump(exclude_unset=True), **competitor.train}
+    usual = {"learning_rate": METHODS[competitor.name].learning_rate}
+    own = {**usual, **comparison.recipe.train.model_dump(exclude_unset=True), **competitor.train}
     if learning_rate is not None:
         own["learning_rate"] = learning_rate
     if max_steps is not None:

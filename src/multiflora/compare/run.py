@@ -11,7 +11,7 @@ from typing import Any
 
 from multiflora.base_model import load_config
 from multiflora.compare.cell import read_cell
-from multiflora.compare.devices import Failure, device_count, run_cells
+from multiflora.compare.devices import Failure, run_cells
 from multiflora.compare.plan import (
     Cell,
     Competitor,
@@ -75,13 +75,12 @@ def compare(
         (folder / SUMMARY).unlink(missing_ok=True)
         write_text(folder / COMPARISON, comparison.to_yaml(folder))
         progress = _Progress(comparison, planned, quiet=quiet)
-        devices = device_count(comparison.compare.devices)
-        rates, trials = _search(comparison, planned, folder, devices, progress)
+        rates, trials = _search(comparison, planned, progress)
         cells = [base_cell(comparison)]
         # seed by seed, so that a comparison that is stopped early has whole columns
         for seed in comparison.compare.seeds:
             cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
-        found = _finish(cells, folder, devices, progress)
+        found = _finish(cells, comparison, progress)
         summary = summarise(comparison, planned, list(found.values()), trials)
         write_json(folder / SUMMARY, summary.to_dict())
         return summary
@@ -113,7 +112,7 @@ def _tell_of_misses(comparison: Comparison, planned: Sequence[Competitor]) -> No
 
 
 def _search(
-    comparison: Comparison, planned: Sequence[Competitor], folder: Path, devices: int, progress: _Progress
+    comparison: Comparison, planned: Sequence[Competitor], progress: _Progress
 ) -> tuple[dict[str, float], dict[str, list[tuple[float, float | None]]]]:
     """Search each method's learning rate: label -> the best one, and label -> all that were tried."""
     search = comparison.compare.learning_rate
@@ -134,23 +133,24 @@ def _search(
                 seed=search.seed,
             )
             cells[item.label] = (trial_cell(comparison, item, number, rate), rate)
-        found = _finish([cell for cell, _ in cells.values()], folder, devices, progress)
+        found = _finish([cell for cell, _ in cells.values()], comparison, progress)
         for label, (cell, rate) in cells.items():
             trials[label].append((rate, loss_of(found[cell.name])))
     return {label: best_rate(tried) for label, tried in trials.items()}, trials
 
 
-def _finish(cells: Sequence[Cell], folder: Path, devices: int, progress: _Progress) -> Cells:
+def _finish(cells: Sequence[Cell], comparison: Comparison, progress: _Progress) -> Cells:
     """Read the finished cells, run the missing ones, and return them all by name, in the order given.
 
     Raises:
         EnvironmentProblem: Cells failed.
     """
+    folder = comparison.recipe.output
     found = {cell.name: read_cell(cell, folder) for cell in cells}
     missing = [cell for cell in cells if found[cell.name] is None]
     progress.found(len(cells) - len(missing))
     failures = []
-    for cell, result in run_cells(missing, folder, devices):
+    for cell, result in run_cells(missing, folder, comparison.compare):
         if isinstance(result, Failure):
             failures.append(result.reason)
             log.error("%s", result.reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,17 @@ class Saved:
     """Trainings that are finished but have no counterparts to be paired with yet."""
 
     def cells(self) -> list[dict[str, Any]]:
-        """The numbers of every training that the summary is made of, method by method, seed by seed."""
+        """The numbers of every training that the summary is made of, method by method, seed by seed.
+
+        Raises:
+            ConfigError: A cell's file is gone.
+        """
+        gone = [name for name in self.summary.cells if not (self.folder / "cells" / f"{name}.json").is_file()]
+        if gone:
+            raise ConfigError(
+                f"{self.folder} has a summary of cells that are not there ({gone[0]} and {len(gone) - 1} more); copy "
+                "the comparison's folder as a whole, or start the comparison again."
+            )
         found = [json.loads((self.folder / "cells" / f"{name}.json").read_text("utf-8")) for name in self.summary.cells]
         order = [row.label for row in self.summary.rows]
         own = [cell for cell in found if cell["kind"] == "seed"]
@@ -54,9 +64,15 @@ def read_comparison(folder: str | Path) -> Saved:
         raise ConfigError(f"{folder} holds no comparison ({COMPARISON} is missing); give a comparison's output folder.")
     comparison = load_comparison(folder / COMPARISON)
     if (folder / SUMMARY).is_file():
-        summary = TypeAdapter(Summary).validate_json((folder / SUMMARY).read_text("utf-8"))
+        summary = _in_order(TypeAdapter(Summary).validate_json((folder / SUMMARY).read_text("utf-8")), comparison)
         return Saved(folder=folder, comparison=comparison, summary=summary, missing=0, left_out=0)
     return _unfinished(folder, comparison)
+
+
+def _in_order(summary: Summary, comparison: Comparison) -> Summary:
+    """Tasks in the order of the recipe; JSON has them sorted by name."""
+    order = [task.name for task in (*comparison.recipe.tasks, *comparison.recipe.evaluate.extra_tasks)]
+    return replace(summary, metrics={task: summary.metrics[task] for task in order if task in summary.metrics})
 
 
 def _unfinished(folder: Path, comparison: Comparison) -> Saved:

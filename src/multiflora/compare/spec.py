@@ -131,9 +131,13 @@ class CompareSpec(Strict):
     budget: BudgetSpec = BudgetSpec()
     """What is equal among the methods."""
     learning_rate: SearchSpec | None = None
-    """Search each method's learning rate; None: ``train.learning_rate`` for all."""
+    """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one."""
     devices: int | None = Field(default=None, gt=0)
-    """Trainings at a time, one on each device; None: one for each GPU, or one."""
+    """Trainings at a time, one on each device; None: one for each GPU, or one (on a cluster: as many as it takes)."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where trainings run: here, as Slurm jobs (through submitit), or on a Ray cluster; all share the output folder."""
+    resources: dict[str, Any] = Field(default={})
+    """What a training asks the cluster for, in submitit's or Ray's words: ``{timeout_min: 240, gpus_per_node: 1}``."""
     about: str = ""
     """What the comparison is for."""
     stated: tuple[str, ...] = ()
@@ -154,6 +158,12 @@ class CompareSpec(Strict):
         if not value or len(set(value)) < len(value) or min(value) < 0:
             raise ValueError(f"seeds are {list(value)}; expected at least one, all different and none negative.")
         return value
+
+    @model_validator(mode="after")
+    def _resources_are_read(self) -> CompareSpec:
+        if self.resources and self.executor == "local":
+            raise ValueError("resources is set, but executor is 'local', which ignores it; set executor or remove it.")
+        return self
 
     @model_validator(mode="after")
     def _labels_fit(self) -> CompareSpec:
@@ -186,6 +196,8 @@ class Comparison(Strict):
         methods = [_plain_entry(entry) for entry in self.compare.methods]
         recipe = parse_yaml(self.recipe.to_yaml(folder), "recipe")
         del recipe["method"]
+        if "learning_rate" not in self.recipe.train.model_fields_set:
+            del recipe["train"]["learning_rate"]  # each method's own
         return dump_yaml({**recipe, "compare": {"methods": methods, **section}})
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from multiflora.adapter_folder import load_adapter
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.errors import AdapterError, ConfigError
+from multiflora.methods import METHODS
 from multiflora.recipe import ModelSpec, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Loaded", "load_base", "load_target"]
 
@@ -32,22 +36,33 @@ def load_target(target: str | Path) -> Loaded:
         ConfigError: Nothing can be loaded from there.
         AdapterError: The folder's adapter does not fit.
     """
+    from multiflora.train.precision import weights_of
+
     folder = Path(target).expanduser()
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
-        base, tokenizer = load_base(recipe.model, bf16=recipe.train.bf16)
+        if METHODS[recipe.method.name].trains == "weights":
+            _require(folder, "config.json", "model")
+            trained = recipe.model.model_copy(update={"name": str(folder), "revision": None})
+            return Loaded(*load_base(trained, weights_of(recipe)), recipe)
+        base, tokenizer = load_base(recipe.model, weights_of(recipe))
         return Loaded(_with_adapter(base, folder), tokenizer, recipe)
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"{folder} holds an adapter but no recipe.yaml, so its base model is not known for sure. Evaluate a run's "
             "output folder, or load model and adapter yourself: multiflora.evaluate(model, tokenizer, tasks)."
         )
-    model, tokenizer = load_base(ModelSpec(name=str(target)), bf16="auto")
+    model, tokenizer = load_base(ModelSpec(name=str(target)))
     return Loaded(model, tokenizer, None)
 
 
-def load_base(spec: ModelSpec, *, bf16: Any) -> tuple[Any, Any]:
-    """Load the base model onto the machine's device, and its tokenizer."""
+def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load a model onto the machine's device, and its tokenizer.
+
+    Args:
+        spec: The model.
+        dtype: Type of its weights; None: that of ``spec``, where it leaves it open the one the machine is fastest in.
+    """
     import torch
 
     from multiflora.train.precision import weight_dtype
@@ -55,15 +70,20 @@ def load_base(spec: ModelSpec, *, bf16: Any) -> tuple[Any, Any]:
 
     with quiet_libraries():
         tokenizer = load_tokenizer(spec)
-        model = load_model(spec, weight_dtype(spec.dtype, bf16))
+        model = load_model(spec, dtype or weight_dtype(spec.dtype, "auto"))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _with_adapter(base: Any, folder: Path) -> Any:
     """Put the run's adapter on its base model."""
-    if not (folder / "adapter_config.json").is_file():
+    _require(folder, "adapter_config.json", "adapter")
+    return load_adapter(base, folder)
+
+
+def _require(folder: Path, file: str, what: str) -> None:
+    """Refuse a run's folder that lacks what its training was to write last."""
+    if not (folder / file).is_file():
         raise AdapterError(
-            f"{folder} has a recipe but no adapter (adapter_config.json is missing): its training did not finish. "
+            f"{folder} has a recipe but no {what} ({file} is missing): its training did not finish. "
             f"Go on with `multiflora train {folder / 'recipe.yaml'} --resume`."
         )
-    return load_adapter(base, folder)

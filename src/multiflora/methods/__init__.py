@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from multiflora.errors import ConfigError
 
-__all__ = ["METHODS", "MethodCard", "build_config", "describe", "settings_of"]
+__all__ = ["METHODS", "MethodCard", "build_config", "describe", "merges", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,22 @@ class MethodCard:
     """Its own settings, besides the shared ones (r, lora_alpha, target_modules, ...)."""
     merges: str
     """Whether the trained update is one weight matrix."""
-    config: str
-    """Name of its config class."""
+    config: str | None
+    """Name of its config class; None for full fine-tuning, which needs none."""
     module: str | None = None
     """Where it lives here; None for peft's own methods."""
     preset: Mapping[str, Any] = field(default_factory=dict)
     """What makes peft's class this method, e.g. ``{"use_dora": True}``."""
     learning_rate: float = 2e-4
-    """Where a search for the learning rate starts: what the method is usually trained with."""
+    """What the method is usually trained with: taken where a recipe gives none, and where a search starts."""
+    trains: Literal["adapter", "prompt", "weights"] = "adapter"
+    """Small matrices beside linear layers, virtual tokens before the input, or every weight of the model."""
+    target_modules: str | None = "all-linear"
+    """The modules that a recipe means when it names none; None: peft's own choice, or there is no such setting."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that peft's class leaves open and that must have a value."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that act on the training alone, with their defaults; the config class has none of them."""
 
 
 METHODS: dict[str, MethodCard] = {
@@ -50,6 +58,120 @@ METHODS: dict[str, MethodCard] = {
             settings=(),
             merges="exactly",
             config="LoraConfig",
+        ),
+        MethodCard(
+            name="full",
+            title="Full fine-tuning",
+            line="Every weight is trained and a whole model is saved.",
+            paper="–",
+            settings=(),
+            merges="exactly",
+            config=None,
+            learning_rate=2e-5,
+            trains="weights",
+            target_modules=None,
+        ),
+        MethodCard(
+            name="loraplus",
+            title="LoRA+",
+            line="LoRA whose B learns faster than its A.",
+            paper="arXiv 2402.12354",
+            settings=("loraplus_lr_ratio",),
+            merges="exactly",
+            config="LoraConfig",
+            learning_rate=1e-4,
+            training={"loraplus_lr_ratio": 16.0},
+        ),
+        MethodCard(
+            name="rslora",
+            title="rsLoRA",
+            line="LoRA scaled by alpha over the root of the rank, so that high ranks still learn.",
+            paper="arXiv 2312.03732",
+            settings=(),
+            merges="exactly",
+            config="LoraConfig",
+            preset={"use_rslora": True},
+        ),
+        MethodCard(
+            name="dora",
+            title="DoRA",
+            line="LoRA turns the weight's rows, and each row learns a length.",
+            paper="arXiv 2402.09353",
+            settings=(),
+            merges="exactly",
+            config="LoraConfig",
+            preset={"use_dora": True},
+        ),
+        MethodCard(
+            name="pissa",
+            title="PiSSA",
+            line="LoRA that starts at the weight's own largest directions.",
+            paper="arXiv 2404.02948",
+            settings=("init_lora_weights",),
+            merges="exactly",
+            config="LoraConfig",
+            defaults={"init_lora_weights": "pissa"},
+        ),
+        MethodCard(
+            name="adalora",
+            title="AdaLoRA",
+            line="LoRA in singular directions; the least important are pruned while it trains.",
+            paper="arXiv 2303.10512",
+            settings=("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+            merges="exactly",
+            config="AdaLoraConfig",
+            learning_rate=1e-3,
+        ),
+        MethodCard(
+            name="ia3",
+            title="IA³",
+            line="Learned scales of keys, values and what enters the last feed-forward layer.",
+            paper="arXiv 2205.05638",
+            settings=("feedforward_modules", "init_ia3_weights"),
+            merges="exactly",
+            config="IA3Config",
+            learning_rate=3e-3,
+            target_modules=None,
+        ),
+        MethodCard(
+            name="prompt",
+            title="Prompt tuning",
+            line="Learned embeddings before the input.",
+            paper="arXiv 2104.08691",
+            settings=("num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
+            merges="no (virtual tokens)",
+            config="PromptTuningConfig",
+            learning_rate=3e-2,
+            trains="prompt",
+            target_modules=None,
+            # peft's own start, noise of size one, lies far outside the embeddings a model knows
+            defaults={"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"},
+        ),
+        MethodCard(
+            name="prefix",
+            title="Prefix tuning",
+            line="Learned keys and values before the input, in every layer.",
+            paper="arXiv 2101.00190",
+            settings=("num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "init_weights"),
+            merges="no (virtual tokens)",
+            config="PrefixTuningConfig",
+            learning_rate=1e-2,
+            trains="prompt",
+            target_modules=None,
+            defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+        ),
+        MethodCard(
+            name="ptuning",
+            title="P-tuning",
+            line="Learned embeddings before the input, made by a small network.",
+            paper="arXiv 2103.10385",
+            settings=("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size"),
+            merges="no (virtual tokens)",
+            config="PromptEncoderConfig",
+            learning_rate=1e-3,
+            trains="prompt",
+            target_modules=None,
+            defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
         ),
         MethodCard(
             name="multilora",
@@ -157,6 +279,52 @@ METHODS: dict[str, MethodCard] = {
             config="AlignLoraConfig",
             module="multiflora.methods.alignlora",
         ),
+        MethodCard(
+            name="loraga",
+            title="LoRA-GA",
+            line="LoRA that starts along the gradient of the whole weight.",
+            paper="arXiv 2407.05000",
+            settings=("gamma", "gradient_batches"),
+            merges="exactly",
+            config="LoraGaConfig",
+            module="multiflora.methods.loraga",
+        ),
+        MethodCard(
+            name="deltalora",
+            title="Delta-LoRA",
+            line="LoRA whose change the weight follows, kept as low-rank factors.",
+            paper="arXiv 2309.02411",
+            settings=("update_ratio", "start_step"),
+            merges="exactly",
+            config="DeltaLoraConfig",
+            module="multiflora.methods.deltalora",
+        ),
+        MethodCard(
+            name="parts",
+            title="Parts",
+            line="A sum of your own: any stem, heads, gate and offset, spelled out in the recipe.",
+            paper="–",
+            settings=(
+                "num_heads",
+                "stem",
+                "heads",
+                "gate",
+                "offset",
+                "head_dropout",
+                "task_matrix",
+                "router_init",
+                "gamma",
+                "scale_shape",
+                "temperature",
+                "task_embedding_dim",
+                "top_k",
+                "router_balance_loss",
+                "router_z_loss",
+            ),
+            merges="depends (on the gate)",
+            config="PartsConfig",
+            module="multiflora.methods.parts",
+        ),
     )
 }
 
@@ -177,6 +345,22 @@ def describe(name: str) -> Any:
     return importlib.import_module("multiflora.methods.baselines").BASELINES[name]
 
 
+def merges(name: str, settings: Mapping[str, Any]) -> str:
+    """Whether the update that these settings train is one matrix: "exactly", "per task" or "no ...".
+
+    It is what the method's card says, unless the settings decide it.
+
+    Example:
+        >>> merges("parts", {"gate": "task"})
+        'per task'
+    """
+    card = METHODS[name]
+    if not card.merges.startswith("depends"):
+        return card.merges
+    found: str = describe(name).of(build_config(name, settings)).merges()
+    return found
+
+
 def build_config(name: str, settings: Mapping[str, Any]) -> Any:
     """The peft config of a method from plain settings, with every unknown word refused.
 
@@ -185,7 +369,7 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
         settings: Keyword arguments of its config class.
 
     Returns:
-        A ``peft.PeftConfig``.
+        A ``peft.PeftConfig``; None for full fine-tuning, which has none.
 
     Raises:
         ConfigError: No such method or setting (with the nearest names), or a value out of range.
@@ -202,16 +386,23 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
         raise ConfigError(
             " ".join(f"method.{key} is not a setting of {name}; {did_you_mean(key, known)}" for key in unknown)
         )
-    preset = METHODS[name].preset
-    for key, value in preset.items():
+    card = METHODS[name]
+    for key, value in card.preset.items():
         if settings.get(key, value) != value:
             raise ConfigError(
-                f"method.{key} is {settings[key]!r}, but {name} is peft's {METHODS[name].config} with {key}={value!r}; "
+                f"method.{key} is {settings[key]!r}, but {name} is peft's {card.config} with {key}={value!r}; "
                 "remove it, or choose another method."
             )
-    config_class = _config_class(METHODS[name])
+    if card.module is None:
+        describe(name).check({**card.training, **settings})
+    if card.config is None:
+        return None
+    own = {key: value for key, value in settings.items() if key not in card.training}
+    given = {**card.defaults, **card.preset, **own}
     try:
-        return config_class(**{**preset, **settings})
+        if card.module is None:
+            given = describe(name).complete(given)
+        return _config_class(card)(**given)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -239,11 +430,15 @@ def settings_of(name: str) -> list[str]:
         "inference_mode",
         "runtime_config",
     }
-    found = dataclasses.fields(_config_class(METHODS[name]))
-    return [item.name for item in found if item.init and item.name not in internal]
+    card = METHODS[name]
+    if card.module is None:
+        internal |= describe(name).unused
+    found = dataclasses.fields(_config_class(card)) if card.config else ()
+    return [*card.training, *(item.name for item in found if item.init and item.name not in internal)]
 
 
 def _config_class(card: MethodCard) -> Any:
     import peft
 
+    assert card.config is not None  # asked only of methods that have one
     return getattr(importlib.import_module(card.module) if card.module else peft, card.config)

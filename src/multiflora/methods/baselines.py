@@ -1,16 +1,18 @@
 r"""peft's own methods, as far as they need more than a config: the baselines every comparison has to have.
 
-Each is one :class:`Baseline`: which tensors it trains (so that ranks can be solved for), and what it needs besides
-``get_peft_model`` to do what its paper does.
+Each is one :class:`Baseline`: which tensors it trains (so that ranks can be solved for), which settings of peft it has
+no use for, and what must hold among the others. What they need while they train is in `multiflora.train.baselines`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BASELINES", "Baseline"]
+from multiflora.errors import ConfigError
+
+__all__ = ["BASELINES", "Baseline", "tokens_in_front", "virtual_tokens"]
 
 Shapes = Callable[[Any, int, int, int], dict[str, tuple[int, ...]]]
 
@@ -30,6 +32,61 @@ def _triplets(config: Any, r: int, d_in: int, d_out: int) -> dict[str, tuple[int
     return {**_pair(config, r, d_in, d_out), "singular_values": (r, 1)}
 
 
+def _same(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return settings
+
+
+def _anything(settings: Mapping[str, Any]) -> None:
+    """Whatever peft's own class takes."""
+
+
+def _ratio(settings: Mapping[str, Any]) -> None:
+    ratio = settings["loraplus_lr_ratio"]
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not ratio > 0:
+        raise ConfigError(
+            f"method.loraplus_lr_ratio is {ratio!r}; it must be a number above 0: how many times as fast B learns as A "
+            "(the paper suggests 16)."
+        )
+
+
+def _pissa_start(settings: Mapping[str, Any]) -> None:
+    start = settings.get("init_lora_weights", "pissa")
+    if not (isinstance(start, str) and start.startswith("pissa")):
+        raise ConfigError(
+            f"method.init_lora_weights is {start!r}, but pissa starts by a singular value decomposition; write pissa "
+            "(exact) or pissa_niter_16 (fast, by so many iterations), or choose the method lora."
+        )
+
+
+def _shrinks(settings: Mapping[str, Any]) -> None:
+    start = settings.get("init_r", _INIT_R)
+    end = settings.get("target_r", target_rank(start))
+    if not (isinstance(start, int) and isinstance(end, int) and 1 <= end < start):
+        raise ConfigError(
+            f"method.init_r is {start!r} and method.target_r is {end!r}; adalora prunes ranks while it trains, so both "
+            "must be whole numbers and 1 <= target_r < init_r."
+        )
+    for key, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+        value = settings.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"method.{key} is {value!r}; it must be a whole number of steps, at least {least}.")
+
+
+_INIT_R = 12
+
+
+def target_rank(init_r: int) -> int:
+    """The mean rank that AdaLoRA ends with where none is given: two thirds of the first, as in peft's 12 and 8."""
+    return max(1, 2 * init_r // 3)
+
+
+def _with_schedule(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """AdaLoRA's settings with what peft insists on; a training sets its own steps (`multiflora.train.baselines`)."""
+    start = settings.get("init_r", _INIT_R)
+    steps = settings.get("tinit", 0) + settings.get("tfinal", 0) + 1
+    return {"total_step": steps, "target_r": target_rank(start), **settings}
+
+
 @dataclass(frozen=True)
 class Baseline:
     """One of peft's methods, as a value."""
@@ -40,21 +97,67 @@ class Baseline:
     """(config, r, d_in, d_out) -> the trainable tensors of one adapted layer; None where no rank decides them."""
     rank_key: str = "r"
     """Name of the setting that is the rank."""
+    unused: frozenset[str] = field(default_factory=frozenset)
+    """Fields of peft's class that are not for users: without effect on this method, or set by the training."""
+    check: Callable[[Mapping[str, Any]], None] = _anything
+    """Refuses settings that peft would take and that cannot work."""
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _same
+    """Adds settings that follow from the others."""
 
+
+# what a prompt learner's config knows of the model, filled in by peft; modules_to_save and the like do not exist there
+_OF_MODEL = frozenset({"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"})
 
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
         Baseline("lora", _pair),
-        Baseline("loraplus", _pair),
+        Baseline("loraplus", _pair, check=_ratio),
         Baseline("rslora", _pair),
         Baseline("dora", _pair_and_magnitude),
-        Baseline("pissa", _pair),
-        Baseline("adalora", _triplets, rank_key="init_r"),
+        Baseline("pissa", _pair, check=_pissa_start),
+        Baseline(
+            "adalora",
+            _triplets,
+            rank_key="init_r",
+            unused=frozenset({"r", "total_step", "rank_pattern"}),
+            check=_shrinks,
+            complete=_with_schedule,
+        ),
         Baseline("ia3"),
-        Baseline("prompt"),
-        Baseline("prefix"),
-        Baseline("ptuning"),
+        Baseline("prompt", unused=_OF_MODEL),
+        Baseline("prefix", unused=_OF_MODEL),
+        Baseline("ptuning", unused=_OF_MODEL),
         Baseline("full"),
     )
 }
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many learned tokens a model has before its input; they take their part of its context.
+
+    Args:
+        model: Any model, wrapped by peft or not.
+
+    Example:
+        >>> virtual_tokens(object())
+        0
+    """
+    config = getattr(model, "active_peft_config", None) if getattr(model, "peft_config", None) else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def tokens_in_front(model: Any) -> int:
+    """How many positions a model's output has before those of its input.
+
+    Those of a learned prompt; prefix tuning has none, as its tokens are keys and values only.
+
+    Args:
+        model: Any model, wrapped by peft or not.
+
+    Example:
+        >>> tokens_in_front(object())
+        0
+    """
+    count = virtual_tokens(model)
+    return 0 if count and model.active_peft_config.peft_type == "PREFIX_TUNING" else count

@@ -13,7 +13,7 @@ from multiflora.report import comparison_tables as tables
 from multiflora.report import figures
 from multiflora.report.inside import Inside
 from multiflora.report.page import Code, Fold, Page, Section
-from multiflora.report.recipes import shown_recipe
+from multiflora.report.recipes import length_of, shown_recipe
 
 __all__ = ["comparison_page"]
 
@@ -42,7 +42,7 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
         Section(
             name="result",
             title="Methods",
-            tables=[tables.methods(summary)],
+            tables=list(tables.methods(summary)),
             figures=list(figures.scores(summary)),
             folds=[second] if len(summary.rows) > 1 else [],
         ),
@@ -103,7 +103,7 @@ def _seeds(summary: Summary) -> str:
 
 def _facts(saved: Saved) -> list[tuple[str, str]]:
     summary, recipe = saved.summary, saved.comparison.recipe
-    steps = f"{recipe.train.max_steps:,} steps" if recipe.train.max_steps else f"{recipe.train.epochs:g} epochs"
+    steps = length_of(recipe.train)
     trained = [task for task in summary.metrics if task not in summary.extra]
     return [
         ("Model", base_name(recipe.model)),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from multiflora.compare.results import Row, Summary
 from multiflora.compare.spec import Published
-from multiflora.compare.statistics import CLAIM
+from multiflora.compare.statistics import CLAIM, Interval
 from multiflora.compare.words import Claim
 from multiflora.evaluate.results import LOWER_IS_BETTER
 from multiflora.recipe import Recipe
@@ -18,34 +18,33 @@ __all__ = ["by_task", "cost", "methods", "published", "second_opinions", "task_d
 _METHOD = Column("Method", ("method",), numeric=False)
 
 
-def methods(summary: Summary) -> Table:
-    """All methods, the best macro score first, with what was shown of them."""
-    measures = {key: found for key, found in MEASURES.items() if any(found.of(row) for row in summary.rows)}
-    columns = [_METHOD, Column("Rank", ("rank",)), Column("Trained", ("trained",))]
-    for key, found in measures.items():
-        columns += [
-            Column(found.short, _ends(f"{key}_mean")),
-            Column(f"{found.short}, to {summary.reference}", _ends(f"{key}_difference")),
-            Column("p, corrected", (f"{key}_p",)),
-            Column("Place", _ends(f"{key}_place")),
-            Column("Best in", (f"{key}_share_best",)),
-        ]
-    rows = []
-    for row in sorted(summary.rows, key=_order):
-        line = [_name(row, summary), number(row.rank), number(row.parameters)]
-        for key, found in measures.items():
-            line += _measured(row, found, lower_is_better=key == "nll")
-        rows.append(line)
-    return Table(
-        name="table-methods",
-        title="All methods",
-        reading="Macro is the mean score of the trained tasks in points of 100, nats the loss per token of the right "
-        "answers. Below each number is its 95 % interval. A mark (▲ better, ▼ worse) stands only where a difference "
-        f"was shown: p below {CLAIM}, corrected for all methods and measures. Best in: share of draws of seeds and "
-        "rows in which the method comes first.",
-        columns=columns,
-        rows=rows,
-    )
+def methods(summary: Summary) -> Iterator[Table]:
+    """All methods, the best first, with what was shown of them: a table for each measure."""
+    for key, words in MEASURES.items():
+        rows = [row for row in sorted(summary.rows, key=_order(key)) if words.of(row)]
+        if rows:
+            yield Table(
+                name=f"table-{key}",
+                title=words.title,
+                reading=f"{words.what} Below each number is its 95 % interval. A mark (▲ better, ▼ worse) stands only "
+                f"where a difference was shown: p below {CLAIM}, corrected for all methods and measures. Best in: "
+                "share of draws of seeds and rows in which the method comes first; from few seeds, it and the places "
+                "look surer than they are.",
+                columns=[
+                    _METHOD,
+                    Column("Rank", ("rank",)),
+                    Column("Trained parameters", ("parameters",)),
+                    Column(words.short, _ends("mean")),
+                    Column(f"Difference to {summary.reference}", _ends("difference")),
+                    Column("p, corrected", ("p_corrected",)),
+                    Column("Place", _ends("place")),
+                    Column("Best in", ("share_best",)),
+                ],
+                rows=[
+                    [_name(row, summary), number(row.rank), number(row.parameters), *_measured(row, words, key)]
+                    for row in rows
+                ],
+            )
 
 
 def by_task(summary: Summary) -> Table:
@@ -57,7 +56,7 @@ def by_task(summary: Summary) -> Table:
     scales = {task: _scale(summary, task) for task in summary.metrics}
     base = [number(summary.base[task], digits, factor=factor) for task, (digits, factor) in scales.items()]
     rows = [[word("untrained model"), *base]]
-    for row in sorted(summary.rows, key=_order):
+    for row in sorted(summary.rows, key=_order()):
         cells = [interval(row.tasks.get(task), digits, factor=factor) for task, (digits, factor) in scales.items()]
         rows.append([_name(row, summary), *cells])
     return Table(
@@ -143,7 +142,7 @@ def cost(summary: Summary) -> Table:
             number(row.parameters),
             number(row.flops),
             Cell(f"{row.learning_rate:.3g}", (row.learning_rate,)),
-            interval(row.seconds, 0, factor=1),
+            _seconds(row.seconds),
             size(row.memory),
             number(row.latency, factor=100, unit=" %", signed=True),
             *([interval(row.kept, signed=True)] if summary.extra else []),
@@ -166,6 +165,13 @@ def cost(summary: Summary) -> Table:
     )
 
 
+def _seconds(found: Interval | None) -> Cell:
+    """A time, whose interval is shown from 0 on."""
+    if found is None or found.low is None:
+        return interval(found, 0, factor=1)
+    return Cell(f"{found.mean:,.0f}", tuple(found), f"{max(found.low, 0):,.0f} to {found.high:,.0f}")
+
+
 def published(tables: Sequence[Published]) -> list[Table]:
     """The papers' own tables, as printed."""
     return [
@@ -184,27 +190,29 @@ def published(tables: Sequence[Published]) -> list[Table]:
 
 
 def tasks(recipe: Recipe, summary: Summary) -> Table:
-    """What each task is."""
+    """What each task is, as far as it is said."""
+    every = (*recipe.tasks, *recipe.evaluate.extra_tasks)
+    has_about, has_licence = any(task.about for task in every), any(task.licence for task in every)
     return Table(
         name="table-data",
         title="The tasks",
-        reading="What each asks, what it is scored by, and the licence of its data.",
+        reading="What they are scored by, what they ask, and the licence of their data, as far as it is said.",
         columns=[
             Column("Task", ("task",), numeric=False),
             Column("Metric", ("metric",), numeric=False),
             Column("Test rows", ("rows",)),
-            Column("About", ("about",), numeric=False),
-            Column("Licence", ("licence",), numeric=False),
+            *([Column("About", ("about",), numeric=False)] if has_about else []),
+            *([Column("Licence", ("licence",), numeric=False)] if has_licence else []),
         ],
         rows=[
             [
                 word(task.name, "not trained on" if task.name in summary.extra else ""),
                 word(summary.metrics[task.name]),
                 number(summary.counts[task.name]),
-                word(task.about) if task.about else NOTHING,
-                word(task.licence) if task.licence else NOTHING,
+                *([word(task.about) if task.about else NOTHING] if has_about else []),
+                *([word(task.licence) if task.licence else NOTHING] if has_licence else []),
             ]
-            for task in (*recipe.tasks, *recipe.evaluate.extra_tasks)
+            for task in every
         ],
     )
 
@@ -224,13 +232,12 @@ def trials(summary: Summary) -> Table:
     )
 
 
-def _measured(row: Row, words: MeasureWords, *, lower_is_better: bool) -> list[Cell]:
+def _measured(row: Row, words: MeasureWords, key: str) -> list[Cell]:
     """A measure's five cells."""
     measure = words.of(row)
-    if measure is None:
-        return [NOTHING] * 5
+    assert measure is not None
     found, rank = measure.difference, measure.rank
-    sign = Claim(found.interval, measure.p, lower_is_better).shown if found else 0
+    sign = Claim(found.interval, measure.p, lower_is_better=key == "nll").shown if found else 0
     return [
         interval(measure.mean, words.digits, factor=words.factor),
         difference(found.interval, sign, words.digits, factor=words.factor) if found else NOTHING,
@@ -240,11 +247,16 @@ def _measured(row: Row, words: MeasureWords, *, lower_is_better: bool) -> list[C
     ]
 
 
-def _order(row: Row) -> float:
+def _order(key: str = "score") -> Callable[[Row], float]:
     """The best first; what has no number last."""
-    if row.score is not None:
-        return -row.score.mean.mean
-    return row.nll.mean.mean if row.nll is not None else float("inf")
+
+    def place(row: Row) -> float:
+        measure = MEASURES[key].of(row)
+        if measure is None:
+            return float("inf")
+        return measure.mean.mean if key == "nll" else -measure.mean.mean
+
+    return place
 
 
 def _name(row: Row, summary: Summary) -> Cell:

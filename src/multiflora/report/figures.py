@@ -21,6 +21,7 @@ class MeasureWords(NamedTuple):
 
     title: str
     short: str
+    what: str
     unit: str
     factor: float
     digits: int
@@ -28,9 +29,23 @@ class MeasureWords(NamedTuple):
 
 
 MEASURES = {
-    "score": MeasureWords("Macro score", "Macro", "points of 100", 100.0, 1, lambda row: row.score),
+    "score": MeasureWords(
+        "Macro score",
+        "Macro score",
+        "The mean score of the trained tasks where more is better, in points of 100.",
+        "points of 100",
+        100.0,
+        1,
+        lambda row: row.score,
+    ),
     "nll": MeasureWords(
-        "Nats per token of the right answers", "Nats", "nats per token, lower is better", 1.0, 4, lambda row: row.nll
+        "Nats per token of the right answers",
+        "Nats per token",
+        "The loss per token of the right answers, mean over the trained tasks: less is better.",
+        "nats per token, less is better",
+        1.0,
+        4,
+        lambda row: row.nll,
     ),
 }
 
@@ -78,6 +93,7 @@ def scores(summary: Summary) -> Iterator[Drawing]:
                 ends={label: (float(m.rank.low), float(m.rank.high)) for label, m in found.items()},
                 x="place (1 is the best)",
                 zero=False,
+                whole=True,
                 alt="Places: "
                 + ", ".join(f"{k} {m.rank.rank} ({m.rank.low} to {m.rank.high})" for k, m in found.items())
                 + ".",
@@ -139,7 +155,11 @@ def task_differences(summary: Summary) -> Iterator[Drawing]:
 def learning_curves(summary: Summary) -> Iterator[Drawing]:
     """One figure for each task: the methods' training losses."""
     for number, task in enumerate(task for task in summary.metrics if task not in summary.extra):
-        series = {label: _thinned(own[task]) for label, own in summary.curves.items() if len(own.get(task) or ()) > 1}
+        series = {
+            row.label: _thinned(summary.curves[row.label][task])
+            for row in summary.rows
+            if len(summary.curves.get(row.label, {}).get(task) or ()) > 1
+        }
         if series:
             last = {label: ys[-1] for label, (_, ys) in series.items()}
             yield curves(

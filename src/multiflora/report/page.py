@@ -12,7 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from multiflora.analysis.plots import Drawing
+from multiflora.analysis.plots import COLOURS, Drawing
 from multiflora.report.tables import Table
 
 __all__ = ["Code", "Fold", "Page", "Section", "fit", "render"]
@@ -92,8 +92,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # matplotlib has escaped the words in its drawings, and plots.py those that it adds
-    environment.filters["drawn"] = lambda drawing: Markup(drawing.svg)
+    environment.filters["drawn"] = _drawn
     environment.filters["data_url"] = lambda text: f"data:text/csv;charset=utf-8,{quote(text)}"
     return environment.get_template("page.html").render(
         page=page,
@@ -102,6 +101,17 @@ def render(page: Page) -> str:
         # the browser runs this very script and no other, whatever a name in the page may try
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _drawn(drawing: Drawing) -> Markup:
+    """A figure for the page, whose style sheet may lighten its colours by night.
+
+    matplotlib has escaped the words in it, and plots.py those that it adds.
+    """
+    svg = drawing.svg
+    for k, colour in enumerate(COLOURS):
+        svg = svg.replace(f": {colour}", f": var(--colour-{k}, {colour})")
+    return Markup(svg)
 
 
 def fit(page: Page, limit: int = LIMIT) -> Page:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from multiflora.recipe import TrainSpec
 from multiflora.redact import without_home, without_secrets
 from multiflora.yaml_file import dump_yaml, parse_yaml
 
-__all__ = ["shown_recipe"]
+__all__ = ["length_of", "shown_recipe"]
 
 # where a recipe may name a file or a folder
 _PLACES = {"output", "folder", "train", "validation", "test", "path", "name", "data_files", "model"}
@@ -23,12 +24,24 @@ def shown_recipe(text: str) -> str:
     Example:
         >>> print(shown_recipe("model: ../../models/small"), end="")
         # paths outside this folder are shortened to their last part
-        model: .../small
+        model: '.../small'
     """
     plain = parse_yaml(without_home(without_secrets(text)), "recipe")
     short = _shortened(plain, False)
     note = "# paths outside this folder are shortened to their last part\n" if short != plain else ""
     return note + dump_yaml(short)
+
+
+def length_of(train: TrainSpec) -> str:
+    """How long a training is, in words.
+
+    Example:
+        >>> length_of(TrainSpec(max_steps=60)), length_of(TrainSpec(epochs=1))
+        ('60 steps', '1 epoch')
+    """
+    if train.max_steps:
+        return f"{train.max_steps:,} step{'' if train.max_steps == 1 else 's'}"
+    return f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
 
 
 def _shortened(node: Any, is_place: bool) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from multiflora.analysis.plots import save_drawing
 from multiflora.compare.saved import COMPARISON, read_comparison
 from multiflora.errors import ConfigError
-from multiflora.files import saving, write_text
+from multiflora.files import check_inside, saving, write_text
 from multiflora.recipe import load_recipe
 from multiflora.report.comparison import comparison_page
 from multiflora.report.inside import inside_comparison, inside_run
@@ -60,6 +60,9 @@ def report(target: str | Path, output: str | Path | None = None, *, measure: boo
     beside = place.with_suffix("")
     if beside == place:
         beside = place.with_name(f"{place.name}-files")
+    if output is None:
+        check_inside(source, place)
+        check_inside(source, beside)
     # all of it is drawn before anything is written
     with saving(beside):
         beside.mkdir(parents=True, exist_ok=True)

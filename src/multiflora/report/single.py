@@ -14,7 +14,7 @@ from multiflora.recipe import Recipe
 from multiflora.report import figures
 from multiflora.report.inside import Inside
 from multiflora.report.page import Code, Page, Section
-from multiflora.report.recipes import shown_recipe
+from multiflora.report.recipes import length_of, shown_recipe
 from multiflora.report.tables import NOTHING, Cell, Column, Table, number, word
 
 __all__ = ["run_page"]
@@ -80,7 +80,7 @@ def _answer(results: Mapping[str, Any]) -> str:
 
 def _facts(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> list[tuple[str, str]]:
     train, counts = recipe.train, results["parameters"]
-    steps = f"{train.max_steps:,} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    steps = length_of(train)
     trained = f"{counts['trainable']:,} of {counts['total']:,} parameters" if counts.get("trainable") else ""
     seconds = run["seconds"].get("train")
     facts = [

@@ -43,7 +43,7 @@ LARGEST = 10_000
 """Largest number in a generator's settings, but for those that bound a value: the rest are counts and lengths."""
 
 # what `load_dataset` takes for the name of a reader, besides hub ids and folders
-_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow", "csv", "json", "text"))
+_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow"))
 
 
 class HubSource(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import tempfile
@@ -11,26 +12,37 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from multiflora.adapter_tensors import method_of
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
+from multiflora.train.baselines import adalora_steps
 from multiflora.train.processes import is_first_process
 from multiflora.train.sharded import adapter_tensors
 
-__all__ = ["adapter_config", "add_adapter", "save_adapter"]
+__all__ = [
+    "adapter_config",
+    "add_adapter",
+    "is_saved_otherwise",
+    "parameter_counts",
+    "put_on",
+    "save_adapter",
+    "start_of",
+]
 
 
-def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) -> PeftModel:
+def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) -> Any:
     """Put the recipe's adapter on a base model; its start is drawn from the recipe's seed.
 
-    Methods of ours learn the names of the tasks here, so that they can route by task.
+    Methods of ours learn the names of the tasks here, so that they can route by task. Full fine-tuning has no adapter:
+    the model itself is returned, with every weight to be trained.
 
     Args:
-        model: The base model, which is not written to.
+        model: The base model, which is not written to (but by full fine-tuning, and while it trains by PiSSA, see
+            `start_of`).
         recipe: Its ``method``, ``tasks``, ``seed`` and ``train.packing`` are read.
         low_cpu_mem_usage: Make the adapter on the meta device, where it has shapes and no values.
     Raises:
@@ -41,7 +53,7 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
         _check_size(model, config)
     torch.manual_seed(recipe.seed)
     try:
-        adapted: PeftModel = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        return put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         if isinstance(error, AdapterError | ConfigError):
             raise
@@ -49,7 +61,22 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
             f"method: {recipe.method.name} cannot be put on {type(model).__name__}: {error} "
             "Check method.target_modules."
         ) from error
-    return adapted
+
+
+def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
+    """Put an adapter on a model, or have every weight of it trained where there is no config.
+
+    Args:
+        model: The base model.
+        config: The adapter's ``peft.PeftConfig``, or None.
+        low_cpu_mem_usage: Make the adapter on the meta device.
+    """
+    if config is None:
+        return model.requires_grad_(True)
+    if low_cpu_mem_usage and _starts_by_svd(config):
+        # shapes alone are wanted, and a decomposition of weights without values has none
+        config = dataclasses.replace(config, init_lora_weights=True)
+    return get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def _check_size(model: Any, config: Any) -> None:
@@ -74,37 +101,93 @@ def adapter_config(recipe: Recipe) -> Any:
     """Return the ``peft.PeftConfig`` of a recipe; cheap, so that a run is refused before it reads or scores anything.
 
     Args:
-        recipe: Its ``method``, ``tasks`` and ``train.packing`` are read.
+        recipe: Its ``method``, ``tasks`` and ``train`` are read.
+    Returns:
+        The config; None for full fine-tuning.
     Raises:
-        ConfigError: A setting is unknown or out of range, or does not go with packing.
+        ConfigError: A setting is unknown or out of range, or does not go with how it shall be trained.
     """
-    config = build_config(recipe.method.name, _settings(recipe))
-    if recipe.train.packing and getattr(config, "balance_weight", None):
+    name, train = recipe.method.name, recipe.train
+    config = build_config(name, _settings(recipe))
+    if train.packing and getattr(config, "balance_weight", None):
         raise ConfigError(
             f"train.packing is true and method.balance_weight is {config.balance_weight}; that loss balances the "
             "experts over rows of one example each, and packing puts several into a row. Set one of the two to "
             "false or 0."
         )
+    if train.packing and METHODS[name].trains == "prompt":
+        raise ConfigError(
+            f"train.packing is true, but {name} puts its virtual tokens before each row, and packing puts several "
+            "examples into one. Set train.packing to false; batches are then grouped by length."
+        )
+    if train.gradient_checkpointing and name == "prefix":
+        raise ConfigError(
+            "train.gradient_checkpointing is true, but prefix tuning works through the cache of keys and values, which "
+            "checkpointing switches off. Set it to false."
+        )
+    if name == "adalora" and train.max_steps is not None:
+        adalora_steps(recipe.method.settings, train.max_steps)
     return config
 
 
 def _settings(recipe: Recipe) -> Mapping[str, Any]:
     """Return the method's settings with its task type, and for methods of ours the names of the tasks."""
-    known: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if METHODS[recipe.method.name].module is not None:
+    card = METHODS[recipe.method.name]
+    known: dict[str, Any] = {} if card.config is None else {"task_type": "CAUSAL_LM"}
+    if card.module is not None:
         known |= {"num_tasks": len(recipe.tasks), "task_names": [task.name for task in recipe.tasks]}
     return known | recipe.method.settings
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Return how many parameters a model trains, and how many it has."""
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()  # knows what is quantised or sharded
+        return int(trainable), int(total)
+    counts = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+
+def _starts_by_svd(config: Any) -> bool:
+    return str(getattr(config, "init_lora_weights", "")).startswith("pissa")
+
+
+def is_saved_otherwise(model: Any) -> bool:
+    """Whether an adapter is saved in another form than it was trained in, so that both agree up to rounding only.
+
+    PiSSA's base lacks what the adapter took from it; AdaLoRA's pruned directions are kept as zeros while it trains.
+    """
+    return isinstance(model, PeftModel) and (
+        _starts_by_svd(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
+    )
+
+
+def start_of(model: Any) -> dict[str, torch.Tensor] | None:
+    r"""Copy what a PiSSA adapter starts from; None for all others.
+
+    PiSSA takes its start off the base weight, :math:`W - s B_0 A_0`, so its factors alone mean nothing on the pristine
+    model. With the start at hand `save_adapter` writes the difference :math:`s (B A - B_0 A_0)`, a plain LoRA of twice
+    the rank for the model as it was.
+
+    Args:
+        model: A model with an adapter that has not been trained yet.
+    """
+    if not isinstance(model, PeftModel) or not _starts_by_svd(model.active_peft_config):
+        return None
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] | None = None) -> None:
     """Save the adapter as safetensors, read it back, and only then put it in place.
 
     So ``folder`` never holds half an adapter, and never one that lacks a tensor, as saving under sharded training has
-    produced elsewhere without a word. All processes call it, to hand in their parts; the first one writes.
+    produced elsewhere without a word. All processes call it, to hand in their parts; the first one writes. A fully
+    fine-tuned model is saved whole, in the same way.
 
     Args:
-        model: A model with one adapter.
+        model: A model with one adapter, or one without any that was trained whole.
         folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go.
+        start: What `start_of` gave before the training.
     Raises:
         AdapterError: What was read back is not what was saved.
     """
@@ -114,13 +197,54 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        model.save_pretrained(str(scratch), safe_serialization=True, state_dict=held)
-        saved = load_file(scratch / "adapter_model.safetensors")
-        _compare(saved, get_peft_model_state_dict(model, state_dict=held), folder)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (scratch / name).replace(folder / name)
+        if not isinstance(model, PeftModel):
+            model.save_pretrained(str(scratch), state_dict=held)
+            expected = held
+        else:
+            model.save_pretrained(str(scratch), safe_serialization=True, state_dict=held)
+            expected = get_peft_model_state_dict(model, state_dict=held)
+        if start is not None:
+            expected = _difference(expected, start)
+            save_file(expected, scratch / "adapter_model.safetensors")
+            _of_twice_the_rank(model.active_peft_config).save_pretrained(str(scratch))
+        _compare(_read_all(scratch), expected, folder)
+        for path in scratch.glob("*.*"):
+            if path.suffix in (".safetensors", ".json"):
+                path.replace(folder / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, in one file or in shards."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def _difference(held: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    r"""The factors of :math:`B A - B_0 A_0`: A over A0, and B beside -B0."""
+    return {
+        name: torch.cat([tensor.cpu(), start[name]], 0)
+        if "lora_A" in name
+        else torch.cat([tensor.cpu(), -start[name]], 1)
+        for name, tensor in held.items()
+    }
+
+
+def _of_twice_the_rank(config: Any) -> Any:
+    """The config of a plain LoRA of twice the rank and the same scale s, for `_difference`."""
+    more = 2**0.5 if config.use_rslora else 2  # alpha over the root of the rank, or over the rank
+    return dataclasses.replace(
+        config,
+        init_lora_weights=True,
+        inference_mode=True,
+        r=2 * config.r,
+        lora_alpha=more * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={key: more * alpha for key, alpha in (config.alpha_pattern or {}).items()},
+    )
 
 
 def _compare(saved: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from trl import SFTConfig
 
 from multiflora.recipe import Recipe
+from multiflora.train.precision import uses_bf16
 
 __all__ = ["steps_of", "training_arguments"]
 
@@ -50,7 +51,7 @@ def training_arguments(
     """
     settings = recipe.train
     half = weights != torch.float32
-    autocast = (half and not casts_itself) or (settings.bf16 is True and not half)
+    autocast = (half and not casts_itself) or uses_bf16(recipe, weights)
     args = SFTConfig(
         output_dir=str(folder),
         max_steps=steps,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PrinterCallback
 
 from multiflora.context import find
@@ -17,8 +16,10 @@ from multiflora.data.prepare import Examples, TrainingData, fill_up
 from multiflora.errors import Interrupted
 from multiflora.recipe import Recipe
 from multiflora.train.arguments import steps_of, training_arguments
+from multiflora.train.baselines import schedules, training_settings
 from multiflora.train.checkpoint import CHECKPOINTS
 from multiflora.train.guard import Guard
+from multiflora.train.hooks import training_callbacks
 from multiflora.train.interrupt import stop_on_sigterm
 from multiflora.train.processes import is_first_process, num_processes, own_seed
 from multiflora.train.progress import progress_bar
@@ -48,7 +49,7 @@ def _per_step(recipe: Recipe, processes: int) -> int:
 
 
 def fit(
-    model: PeftModel,
+    model: Any,
     tokenizer: Any,
     recipe: Recipe,
     examples: Examples,
@@ -59,7 +60,7 @@ def fit(
     """Train the adapter.
 
     Args:
-        model: The base model with its adapter; trained in place.
+        model: The base model with its adapter, or one to be trained whole; trained in place.
         tokenizer: The model's tokenizer.
         recipe: The recipe.
         examples: The tasks' examples and their mixture.
@@ -72,9 +73,10 @@ def fit(
         Interrupted: SIGTERM came; a checkpoint was saved.
     """
     folder = recipe.output / CHECKPOINTS
-    weights = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    weights = next((p for p in model.parameters() if not p.requires_grad), next(model.parameters())).dtype
     processes = num_processes()
     data, steps = order_examples(recipe, examples, processes)
+    schedule = schedules(model, recipe, steps)
     rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
     with progress_bar(quiet=quiet) as callbacks, stop_on_sigterm() as stop, _none_left_empty(folder):
         guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
@@ -92,7 +94,8 @@ def fit(
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
-            callbacks=callbacks,
+            callbacks=[*callbacks, *schedule, *training_callbacks(model)],
+            **training_settings(recipe),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if not is_first_process():

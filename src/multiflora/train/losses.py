@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from multiflora.data.encode import IGNORED
 
-__all__ = ["loss_by_task", "predicted_positions", "project_only", "token_losses"]
+__all__ = ["behind", "loss_by_task", "predicted_positions", "project_only", "token_losses"]
 
 
 def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,21 @@ def predicted_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     positions = (shifted != IGNORED).nonzero().squeeze(1)
     return positions, shifted[positions]
+
+
+def behind(positions: Tensor, length: int, front: int) -> Tensor:
+    """Move positions in a batch of rows to where they lie once each row has more tokens in front.
+
+    Args:
+        positions: (n,) positions in the batch flattened to B × length.
+        length: Tokens of a row.
+        front: Tokens that come before each row: a learned prompt.
+    Example:
+        >>> behind(torch.tensor([0, 2, 4]), length=3, front=5)
+        tensor([ 5,  7, 14])
+    """
+    rows = torch.div(positions, length, rounding_mode="floor")
+    return positions + (rows + 1) * front if front else positions
 
 
 @contextmanager

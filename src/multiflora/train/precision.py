@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-__all__ = ["has_fast_bf16", "weight_dtype"]
+from multiflora.methods import METHODS
+
+if TYPE_CHECKING:
+    from multiflora.recipe import Recipe
+
+__all__ = ["has_fast_bf16", "uses_bf16", "weight_dtype", "weights_of"]
 
 
 def has_fast_bf16() -> bool:
@@ -35,3 +40,25 @@ def weight_dtype(dtype: Literal["auto", "float32", "bfloat16", "float16"], bf16:
         return chosen
     wanted = has_fast_bf16() if bf16 == "auto" else bf16
     return torch.bfloat16 if wanted else torch.float32
+
+
+def weights_of(recipe: Recipe) -> torch.dtype:
+    """Choose the type of a recipe's base weights: float32 where they are trained and the recipe leaves it open.
+
+    An AdamW step moves a weight by about the learning rate; bfloat16 has eight bits, so next to a weight of 0.1 all
+    steps below 0.0002 would be lost.
+
+    Args:
+        recipe: Its ``model``, ``method`` and ``train.bf16`` are read.
+    """
+    if METHODS[recipe.method.name].trains == "weights" and recipe.model.dtype == "auto":
+        return torch.float32
+    return weight_dtype(recipe.model.dtype, recipe.train.bf16)
+
+
+def uses_bf16(recipe: Recipe, weights: torch.dtype) -> bool:
+    """Tell whether float32 weights are multiplied in bfloat16: where asked for, or where the weights are trained."""
+    if weights != torch.float32:
+        return False
+    trained = METHODS[recipe.method.name].trains == "weights" and recipe.model.dtype == "auto"
+    return recipe.train.bf16 is True or (recipe.train.bf16 == "auto" and trained and has_fast_bf16())

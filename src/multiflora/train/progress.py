@@ -1,20 +1,84 @@
-"""What a person sees while a model trains: one bar, and one line for each entry of the log."""
+"""What a person sees while a model trains: in a terminal a table that stays in place, elsewhere lines of text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["ProgressBar", "log_line", "progress_bar"]
+__all__ = ["LiveView", "log_line", "progress_bar", "routing_line", "sparkline"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_POINTS = 24
+_AROUND = 8
+"""Lines of a terminal that are not tasks: the bar, the heading, the sum, the routing, and room for what was above."""
+
+
+class LiveView(Progress):
+    """A bar over a table: each task's loss, how it came there, and the routers' health."""
+
+    def __init__(self, console: Console) -> None:
+        self.history: dict[str, list[float]] = {}
+        self.routing = ""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        # the table is the record of the run, so it stays on the screen when the run is over
+        super().__init__(*columns, console=console, expand=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and below it whatever is known already."""
+        yield self.make_tasks_table(self.tasks)
+        if self.history:
+            yield self._losses()
+        if self.routing:
+            yield Text(self.routing, style="yellow" if "dead" in self.routing else "dim")
+
+    def add(self, logs: Mapping[str, Any]) -> None:
+        """Take an entry of the log."""
+        for key, value in logs.items():
+            if key == "loss" or key.startswith("loss/"):
+                self.history.setdefault(key, []).append(float(value))
+        self.routing = routing_line(logs)
+        self.refresh()
+
+    def _losses(self) -> Table:
+        """Every task's loss, the sum of all first and then the highest first; what does not fit is counted."""
+        room = max(1, self.console.height - _AROUND)
+        names = sorted((key for key in self.history if key != "loss"), key=lambda key: -self.history[key][-1])
+        table = Table(box=None, pad_edge=False, expand=False)
+        table.add_column(
+            "task", max_width=max(12, self.console.width - _POINTS - 24), no_wrap=True, overflow="ellipsis"
+        )
+        for heading in ("loss", "change"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, style="cyan")
+        for key in ["loss", *names[:room]]:
+            if key in self.history:
+                past = self.history[key]
+                name = "all tasks" if key == "loss" else key[5:]
+                change = f"{past[-1] - past[0]:+.3f}" if len(past) > 1 else ""
+                table.add_row(
+                    Text(name), f"{past[-1]:.3f}", change, sparkline(past), style="bold" if key == "loss" else ""
+                )
+        if len(names) > room:
+            table.add_row(Text(f"and {len(names) - room} more, all lower", style="dim"))
+        return table
 
 
 class ProgressBar(TrainerCallback):
-    """Shows steps, loss, tokens per second and the time left on stderr."""
+    """Feeds the steps and the log of a training to the screen."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -37,14 +101,16 @@ class ProgressBar(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Print the line, and put its figures beside the bar."""
+        """Show an entry of the log."""
         if self._bar is None or not logs or "loss" not in logs:
             return
-        figures = f"loss {logs['loss']:.3f}"
         if "tokens_per_second" in logs:
-            figures += f" · {logs['tokens_per_second']:,.0f} tokens/s"
-        self._progress.update(self._bar, figures=figures)
-        self._progress.console.print(log_line(state.global_step, logs), highlight=False, markup=False, soft_wrap=True)
+            self._progress.update(self._bar, figures=f"{logs['tokens_per_second']:,.0f} tokens/s")
+        if isinstance(self._progress, LiveView):
+            self._progress.add(logs)
+        else:
+            line = log_line(state.global_step, logs)
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
@@ -60,7 +126,40 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
         parts.append(f"({', '.join(by_task)})")
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+    if routing_line(logs):
+        parts.append(routing_line(logs))
     return "  ".join(parts)
+
+
+def routing_line(logs: Mapping[str, Any]) -> str:
+    """Say in one line how the routers fare; empty for a method without gates.
+
+    Example:
+        >>> log = {"routing/entropy": 0.97, "routing/least_load": 0.8, "routing/most_load": 1.25}
+        >>> routing_line({**log, "routing/dead_heads": 0.0})
+        'gates 97 % undecided, heads carry 0.80 to 1.25 of an equal load'
+    """
+    if "routing/entropy" not in logs:
+        return ""
+    dead = int(logs["routing/dead_heads"])
+    told = f", {dead} dead" if dead else ""
+    return (
+        f"gates {logs['routing/entropy']:.0%} undecided, heads carry ".replace("%", " %")
+        + f"{logs['routing/least_load']:.2f} to {logs['routing/most_load']:.2f} of an equal load{told}"
+    )
+
+
+def sparkline(values: list[float]) -> str:
+    """Draw the latest values as bars between their own least and most.
+
+    Example:
+        >>> sparkline([3.0, 2.0, 1.0, 1.0])
+        '█▅▁▁'
+    """
+    shown = [value for value in values[-_POINTS:] if value == value]  # one that is no number has no height
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in shown)
 
 
 @contextmanager
@@ -73,12 +172,8 @@ def progress_bar(*, quiet: bool) -> Iterator[list[TrainerCallback]]:
     if quiet:
         yield []
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # outside of a terminal nothing can be drawn over: only lines are written, and no bar
+    view = LiveView(console) if console.is_terminal else Progress(console=console, disable=True)
+    with view as progress:
         yield [ProgressBar(progress)]

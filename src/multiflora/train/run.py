@@ -10,23 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.data.prepare import encode_tasks
 from multiflora.evaluate import Results, evaluate
+from multiflora.evaluate.load import load_target
 from multiflora.evaluate.table import results_table
 from multiflora.files import write_text
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
-from multiflora.train.adapter import adapter_config, add_adapter, save_adapter
+from multiflora.train.adapter import (
+    adapter_config,
+    add_adapter,
+    is_saved_otherwise,
+    parameter_counts,
+    save_adapter,
+    start_of,
+)
 from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
-from multiflora.train.precision import weight_dtype
+from multiflora.train.precision import weights_of
 from multiflora.train.processes import is_first_process, is_sharded, own_device
 from multiflora.train.quiet import quiet_libraries
+from multiflora.train.trackers import require_trackers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +80,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     refuse_secrets([recipe.to_yaml()], "The recipe")
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
+    require_trackers(recipe.train.report_to)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
@@ -78,7 +89,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         examples = encode_tasks(recipe, tokenizer)
         for note in examples.notes:
             log.warning(note)
-        base = load_model(recipe.model, weight_dtype(recipe.model.dtype, recipe.train.bf16))
+        base = load_model(recipe.model, weights_of(recipe))
         if not is_sharded():  # else it may not fit; training spreads it
             base.to(own_device())
         if recipe.train.packing:
@@ -88,7 +99,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             with _timed(seconds, "evaluate_before"):
                 before = _score(base, tokenizer, recipe, quiet=quiet)
         model = add_adapter(base, recipe)
-        trainable, total = model.get_nb_trainable_parameters()
+        start = start_of(model)
+        trainable, total = parameter_counts(model)
         log.info(
             "%s trains %s of %s parameters (%.2f%%)",
             recipe.method.name,
@@ -98,14 +110,20 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         )
         with _timed(seconds, "train"):
             data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
-        save_adapter(model, recipe.output)
+        save_adapter(model, recipe.output, start=start)
         if is_first_process():
             write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
-        if is_sharded() and recipe.evaluate.before:  # only now is the base model there; all processes must join in
+            if not isinstance(model, PeftModel):
+                tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
+        if is_sharded() and recipe.evaluate.before and isinstance(model, PeftModel) and start is None:
+            # only now is the base model there; all processes must join in
             with _timed(seconds, "evaluate_before"), model.disable_adapter():
                 before = _score(model, tokenizer, recipe, quiet=quiet)
         if not is_first_process() and not is_sharded():  # one process scores; the others' adapters are the same
             return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
+        if is_saved_otherwise(model) and not is_sharded():  # score what others will load
+            del model, base
+            model = load_target(recipe.output).model
         with _timed(seconds, "evaluate_after"):
             place = recipe.output if is_first_process() else None
             after = _score(model, tokenizer, recipe, folder=place, quiet=quiet)
@@ -135,10 +153,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Keep of the log what the seed determines: the step, the losses and the learning rate."""
+    """Keep of the log what the seed determines: the step, the losses, the learning rate and the routers' figures."""
     kept = ("step", "epoch", "learning_rate", "grad_norm")
     return [
-        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] == "loss"}
+        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] in ("loss", "routing")}
         for line in history
         if "loss" in line
     ]

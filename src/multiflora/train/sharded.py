@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -17,24 +18,25 @@ __all__ = ["adapter_tensors", "keep_root_whole"]
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the adapter's tensors by their names in the model, whole and on the CPU.
+    """Return the adapter's tensors by their names in the model, whole and on the CPU; all of a model without adapters.
 
     Where parameters are spread over processes, all of these must call it at the same time.
 
     Args:
-        model: A model that peft has adapted.
+        model: A model that peft has adapted, or one that is trained whole.
     """
-    adapters = set(model.peft_config)
+    adapters = set(model.peft_config) if isinstance(model, PeftModel) else None
 
     def wanted(name: str, trained: bool) -> bool:
-        return trained or not adapters.isdisjoint(name.split("."))
+        return trained or (adapters is not None and not adapters.isdisjoint(name.split(".")))
 
     found: dict[str, Tensor] = {}
     for unit in FullyShardedDataParallel.fsdp_modules(model):
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
             found |= _copies((n, p) for n, p in _named(model, unit) if wanted(n, p.requires_grad))
     names = [(_plain(n), p) for n, p in model.named_parameters() if wanted(_plain(n), p.requires_grad)]
-    names += [(_plain(n), b) for n, b in model.named_buffers() if wanted(_plain(n), False)]
+    kept = model.state_dict().keys() if adapters is None else ()  # buffers that belong to a saved model
+    names += [(_plain(n), b) for n, b in model.named_buffers() if wanted(_plain(n), n in kept)]
     return _copies((name, tensor) for name, tensor in names if name not in found) | found
 
 

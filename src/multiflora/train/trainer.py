@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from trl import SFTConfig, SFTTrainer
 from multiflora.context import auxiliary_loss, find
 from multiflora.data.collate import Collator
 from multiflora.files import write_text
+from multiflora.methods.baselines import tokens_in_front
 from multiflora.train.adapter import save_adapter
+from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
 from multiflora.train.checkpoint import Window, remove_older, seal
 from multiflora.train.guard import Guard
-from multiflora.train.losses import loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.train.watch import RoutingWatch
 
 __all__ = ["MultitaskTrainer", "own_forward"]
 
@@ -53,8 +56,9 @@ class MultitaskTrainer(SFTTrainer):
     Differs from ``SFTTrainer`` in five points: the data come encoded and in the order to be trained in (see
     `multiflora.data.mixture`); the head of the model sees only positions with loss; the loss is the mean over
     the step's labelled tokens, whatever the padding, the packing or the gradient accumulation; an adapter's
-    auxiliary loss is added; and log lines carry ``loss/<task>`` and ``tokens_per_second``. Adapters that
-    route by task are told each row's or token's task.
+    auxiliary loss is added; and log lines carry ``loss/<task>``, ``tokens_per_second`` and, for methods with
+    gates, ``routing/…`` (see `multiflora.train.watch`). Adapters that route by task are told each row's or token's
+    task.
 
     Args:
         model: A causal language model, with an adapter or without.
@@ -66,6 +70,7 @@ class MultitaskTrainer(SFTTrainer):
         max_length: Longest folded row, in tokens.
         epoch_size: Examples in one epoch of the mixture; the log's ``epoch`` counts these. None: the whole
             data set.
+        loraplus_lr_ratio: LoRA+'s rate of B over that of A; None: one rate for all.
         num_examples: Examples to be trained on; rows after them only fill the last step up. None: all.
         guard: Told of every batch's losses; stops the run when they go bad or somebody asks it to stop.
         recipe: Text of the recipe, laid beside the checkpoints for a resumed run to compare with.
@@ -86,6 +91,7 @@ class MultitaskTrainer(SFTTrainer):
         packing: bool = False,
         max_length: int = 1024,
         epoch_size: int | None = None,
+        loraplus_lr_ratio: float | None = None,
         num_examples: int | None = None,
         guard: Guard | None = None,
         recipe: str | None = None,
@@ -111,11 +117,13 @@ class MultitaskTrainer(SFTTrainer):
         # transformers counts the labels of a step only for models that ask for the count
         self.model_accepts_loss_kwargs = True
         self.task_names = tuple(task_names)
-        self.num_examples = num_examples or len(train_dataset)
-        self.epoch_size = epoch_size or self.num_examples
+        self.examples_read = num_examples or len(train_dataset)
+        self.epoch_size = epoch_size or self.examples_read
         self.guard = guard
         self.recipe = recipe
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.routing = find(model)
+        self._watch = None if self.routing is None else RoutingWatch(self.routing)
         # sums over the log window, on the device: the steps' losses, nats and labelled tokens of each task, and all
         # tokens that were read
         self._loss: Tensor | None = None
@@ -139,7 +147,9 @@ class MultitaskTrainer(SFTTrainer):
             inputs["task_id"] = task_id
         positions, targets = predicted_positions(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with project_only(head, positions):
+        front = tokens_in_front(self.accelerator.unwrap_model(model))
+        listening = self._watch.listening() if self._watch is not None and self.model.training else nullcontext()
+        with listening, project_only(head, behind(positions, labels.shape[1], front)):
             outputs = model(**inputs, use_cache=False)
         losses = token_losses(outputs.logits, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
@@ -149,8 +159,12 @@ class MultitaskTrainer(SFTTrainer):
             # the latter
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
-            if self.routing is not None:
-                loss = loss + auxiliary_loss(model) / getattr(self, "current_gradient_accumulation_steps", 1)
+            own = (
+                auxiliary_loss(model)
+                if self.routing is not None
+                else orthogonality(self.accelerator.unwrap_model(model))
+            )
+            loss = loss + own / getattr(self, "current_gradient_accumulation_steps", 1)
             if task_id is not None:
                 self._count(losses.detach(), _of_positions(task_id, positions, labels.shape[1]), row_length)
             if example is not None and self.guard is not None:
@@ -178,7 +192,7 @@ class MultitaskTrainer(SFTTrainer):
             # transformers' own mean forgets, in a resumed run, what came before the checkpoint
             logs.update({name: value for name, value in figures.items() if name != "loss" or "loss" in logs})
             done = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-            self.state.epoch = min(done * self.args.world_size, self.num_examples) / self.epoch_size
+            self.state.epoch = min(done * self.args.world_size, self.examples_read) / self.epoch_size
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -188,6 +202,25 @@ class MultitaskTrainer(SFTTrainer):
             for name, parameter in model.named_parameters()
             if parameter.ndim > 1 and not any(word in name for word in _NOT_DECAYED)
         ]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser, with two rates for LoRA+."""
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:  # type: ignore[has-type]  # transformers' own
+            own = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = loraplus_optimizer(self.model, *self.get_optimizer_cls_and_kwargs(self.args), **own)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint's weights, and what some of peft's methods need to go on from them."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_training(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights."""
+        if not restore_training(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """Keep the order of the data set: the mixture has shuffled it, reproducibly and resumably."""
@@ -221,13 +254,16 @@ class MultitaskTrainer(SFTTrainer):
         """What the log has gathered since its last line."""
         gathered = {"loss": self._loss, "by_task": self._by_task, "tokens_read": self._tokens_read}
         known = {name: tensor for name, tensor in gathered.items() if tensor is not None}
-        return known | {"step": torch.tensor(self._window_step)}
+        routing = {} if self._watch is None else self._watch.state()
+        return known | routing | {"step": torch.tensor(self._window_step)}
 
     def _take_window(self, checkpoint: Path) -> None:
         """Go on with what the log had gathered when the checkpoint was saved."""
         kept = Window.load(checkpoint, self.args.process_index, self.args.device)
         self._loss, self._by_task, self._tokens_read = (kept.get(name) for name in ("loss", "by_task", "tokens_read"))
         self._window_step = int(kept["step"])
+        if self._watch is not None:
+            self._watch.restore(kept)
 
     def _count(self, losses: Tensor, tasks: Tensor, row_length: Tensor | None) -> None:
         """Add a batch to the log window, without waiting for the device."""
@@ -251,6 +287,10 @@ class MultitaskTrainer(SFTTrainer):
         if self._tokens_read is not None:
             tokens = int(self.accelerator.reduce(self._tokens_read, "sum"))
             figures["tokens_per_second"] = tokens / (time.perf_counter() - self._window_start)
+        if self._watch is not None:
+            figures |= self._watch.close(
+                lambda sums: self.accelerator.reduce(sums, "sum"), warn=self.is_world_process_zero()
+            )
         self._loss = self._by_task = self._tokens_read = self._window_start = None
         self._window_step = self.state.global_step
         return figures

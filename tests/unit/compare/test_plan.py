@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 from multiflora.compare.plan import base_cell, competitors, learning_rates, seed_cell, trial_cell
 from multiflora.compare.spec import load_comparison
 from multiflora.errors import ConfigError
+from multiflora.methods import build_config
+from multiflora.yaml_file import parse_yaml
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
 
@@ -130,3 +132,28 @@ def test_the_base_model_is_scored_on_the_same_rows():
 def test_the_search_s_range_is_round_the_usual_rate():
     plan = comparison(["lora"], learning_rate={"high": 1e-2})
     assert learning_rates(plan, competitors(plan, CONFIG)[0]) == (2e-4 / 16, 1e-2)
+
+
+def test_without_a_learning_rate_each_method_has_its_own():
+    plan = comparison(["lora", "ia3", "full", {"name": "dora", "train": {"learning_rate": 0.5}}])
+    rates = {item.label: seed_cell(plan, item, 0).recipe.train.learning_rate for item in competitors(plan, CONFIG)}
+    assert rates == {"lora": 2e-4, "ia3": 3e-3, "full": 2e-5, "dora": 0.5}
+    again = load_comparison(parse_yaml(plan.to_yaml(), "again"))
+    assert again == plan
+    assert "learning_rate" not in again.recipe.train.model_fields_set
+    given = comparison(["lora", "ia3"], train={"learning_rate": 1e-3})
+    assert {seed_cell(given, i, 0).recipe.train.learning_rate for i in competitors(given, CONFIG)} == {1e-3}
+
+
+def test_methods_without_a_rank_are_counted_on_the_model():
+    found = planned(["lora", "full", "ia3", "prompt", "prefix", "ptuning"])
+    assert found["full"].parameters > 100 * found["lora"].parameters
+    assert found["prompt"].parameters == 20 * 256
+    assert found["prefix"].parameters == 20 * 2 * 2 * 256
+    assert all(found[label].rank is None for label in found if label != "lora")
+
+
+def test_adalora_s_last_rank_follows_its_first():
+    found = planned(["lora", "adalora"], budget={"target": 50_000})["adalora"]
+    assert found.settings["init_r"] == found.rank > 2
+    assert build_config("adalora", found.settings).target_r == 2 * found.rank // 3

@@ -61,3 +61,13 @@ def test_folding_removes_nearly_all_padding() -> None:
 
 def test_folding_prefers_narrow_rows_where_padding_is_equal() -> None:
     assert fold([64] * 4, 1024) == [[0], [1], [2], [3]]
+
+
+def test_what_a_step_reads_does_not_depend_on_who_shares_it() -> None:
+    # the data loader deals a step's examples out in runs of a forward pass: the step's set is the same for any number
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    order = group_by_length(lengths, 16, seed=0)
+    assert sorted(order.tolist()) == list(range(200))
+    for step in range(200 // 16):
+        of_step = lengths[order[step * 16 : (step + 1) * 16]]
+        assert (np.diff(of_step) >= 0).all()  # so each of its forward passes has examples of like length, too

@@ -70,3 +70,11 @@ def test_an_example_in_a_folded_row_gets_the_logits_it_gets_alone(attention: str
     torch.testing.assert_close(folded[0, :5], alone[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(folded[1, :3], alone[2], atol=1e-5, rtol=0)
     torch.testing.assert_close(folded[1, 3:5], alone[1], atol=1e-5, rtol=0)
+
+
+def test_numbered_examples_keep_their_numbers() -> None:
+    numbered = [{**example, "example": 10 + i} for i, example in enumerate(EXAMPLES)]
+    assert Collator(pad_token_id=0)(numbered)["example"].tolist() == [10, 11, 12]
+    folded = Collator(pad_token_id=0, packing=True, max_length=6)(numbered[::2])["example"]
+    assert folded.tolist() == [[10] * 5, [12, 12, 12, -1, -1]]
+    assert "example" not in Collator(pad_token_id=0)(EXAMPLES)

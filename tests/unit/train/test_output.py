@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from multiflora.errors import ConfigError, EnvironmentProblem
 from multiflora.recipe import Recipe, recipe_from
-from multiflora.train.output import CHECKPOINTS, disk_guard, last_checkpoint, open_output
+from multiflora.train.checkpoint import CHECKPOINTS, Window, seal
+from multiflora.train.output import disk_guard, open_output
 
 
 def make_recipe(output: Path, **changes: Any) -> Recipe:
@@ -27,9 +28,9 @@ def make_recipe(output: Path, **changes: Any) -> Recipe:
 def make_checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
     checkpoint = folder / CHECKPOINTS / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "optimizer.pt").touch()
+    Window.save(checkpoint, 0, {"step": torch.tensor(step)})
     if whole:
-        (checkpoint / "trainer_state.json").write_text("{}")
+        seal(checkpoint, processes=1)
     return checkpoint
 
 
@@ -65,12 +66,11 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     newest = make_checkpoint(tmp_path, 10)
     make_checkpoint(tmp_path, 11, whole=False)
     (tmp_path / CHECKPOINTS / "recipe.yaml").write_text(recipe.to_yaml(tmp_path / CHECKPOINTS))
-    assert last_checkpoint(tmp_path) == newest
     assert open_output(recipe, resume=True) == newest
 
 
 def test_resuming_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing to resume.*has no checkpoint. Set train.save_every"):
+    with pytest.raises(ConfigError, match=r"nothing to resume.*has no whole checkpoint. Set train.save_every"):
         open_output(make_recipe(tmp_path), resume=True)
 
 
@@ -81,11 +81,24 @@ def test_resuming_with_another_recipe_is_refused(tmp_path: Path) -> None:
         open_output(make_recipe(tmp_path, seed=7), resume=True)
 
 
+def test_resuming_with_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(tmp_path)
+    make_checkpoint(tmp_path, 5)
+    (tmp_path / CHECKPOINTS / "recipe.yaml").write_text(recipe.to_yaml(tmp_path / CHECKPOINTS))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"was written by 1 processes, and this run has 2.*Resume with 1 processes"):
+        open_output(recipe, resume=True)
+
+
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 5)
+    recipe = make_recipe(tmp_path)
+    (tmp_path / CHECKPOINTS / "recipe.yaml").write_text(recipe.to_yaml(tmp_path / CHECKPOINTS))
     (tmp_path / "results.json").touch()
+    assert open_output(recipe, resume=True) is not None  # killed before its model card was written
+    (tmp_path / "README.md").touch()
     with pytest.raises(ConfigError, match=r"is finished; there is nothing to resume"):
-        open_output(make_recipe(tmp_path), resume=True)
+        open_output(recipe, resume=True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full (Linux)")

@@ -1,0 +1,72 @@
+"""The page is made of the samples and of nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from multiflora.bench.page import write_page
+from multiflora.bench.results import load
+
+from .made_results import machine, results
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def test_equal_results_give_equal_files(tmp_path):
+    for folder in ("one", "two"):
+        write_page(results(), tmp_path / folder / "performance.md")
+    for name in ("performance.md", "performance/layers.svg", "performance/steps.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_it_tells_targets_misses_floor_and_profile(tmp_path):
+    write_page(results(), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    assert "| R-LoRA step / peft LoRA, dropout 0.1 | ≤ 0.55 | 0.80 | 0.80 | 0.73 | missed (1 out of reach) |" in page
+    assert "Cases in which the floor alone is beyond the target: 1 of 1." in page
+    assert "| `aten::mul` | 2.00 |  |" in page
+    assert "Some Processor" in page
+    assert "torch 2.13.0" in page
+    for name in re.findall(r"\]\(<(.*?)>\)", page):
+        assert (tmp_path / name).is_file()
+
+
+def test_every_table_has_a_cell_for_every_column(tmp_path):
+    write_page(results(), tmp_path / "performance.md")
+    lines = (tmp_path / "performance.md").read_text("utf-8").splitlines()
+    tables = 0
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|[-:|]+\|", line):
+            tables += 1
+            j = i - 1
+            while j < len(lines) and lines[j].startswith("|"):
+                assert lines[j].count("|") == line.count("|"), lines[j]
+                j += 1
+            assert j > i + 1, f"an empty table below {lines[i - 1]}"
+    assert tables >= 11
+
+
+def test_a_part_is_a_page_too(tmp_path):
+    nothing = {"layers": (), "heads": (), "memory": (), "shared": (), "steps": (), "training": ()}
+    write_page(results(**nothing), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    assert page.count("not measured") == 14
+    assert "## Layers" not in page
+    assert "## Where a target is missed" not in page
+    assert not list((tmp_path / "performance").iterdir())
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "own processor time"), (2, "is the one on the wall")])
+def test_it_says_which_clock_was_read(tmp_path, threads, words):
+    write_page(results(machine=machine(threads=threads)), tmp_path / "performance.md")
+    assert words in (tmp_path / "performance.md").read_text("utf-8")
+
+
+def test_the_page_in_docs_is_the_one_its_samples_make(tmp_path):
+    write_page(load(DOCS / "performance" / "results.json"), tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text("utf-8") == (DOCS / "performance.md").read_text("utf-8"), (
+        "multiflora bench --report docs/performance/results.json --page docs/performance.md"
+    )

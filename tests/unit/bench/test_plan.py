@@ -1,0 +1,55 @@
+"""What a benchmark runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from multiflora.bench.plan import GENERATED_TASKS, PRESETS, SECTIONS, plan
+from multiflora.tasks import load_task
+
+OPTIONS = {"compiler": True, "tasks": GENERATED_TASKS}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_every_section(preset, kind):
+    jobs = plan(preset, kind=kind, **OPTIONS)
+    assert {job.section for job in jobs} == set(SECTIONS)
+    identities = [(job.section, tuple(sorted(job.identity.items()))) for job in jobs]
+    assert len(set(identities)) == len(identities), "a resumed run would take two cases for one"
+
+
+def test_presets_grow():
+    cost = [sum(job.cost for job in plan(preset, kind="cpu", **OPTIONS)) for preset in PRESETS]
+    assert cost == sorted(cost)
+    assert cost[0] < 150
+    assert cost[1] < 720
+
+
+def test_the_standard_preset_measures_what_the_targets_ask_for():
+    jobs = plan("standard", kind="cpu", **OPTIONS)
+    layers = [job.identity for job in jobs if job.section == "layer"]
+    assert {case["model"] for case in layers} == {"SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.1-8B"}
+    assert {case["dtype"] for case in layers} == {"float32", "bfloat16"}
+    for section in ("layer", "heads", "step"):
+        assert {job.identity["dropout"] for job in jobs if job.section == section} == {0.1, 0.0}
+    assert {(job.identity["d_in"], job.identity["d_out"]) for job in jobs if job.section == "memory"} == {(4096, 11008)}
+
+
+def test_the_compiled_loop_takes_part_only_where_there_is_a_compiler():
+    def with_compiler(there):
+        jobs = plan("standard", kind="cpu", compiler=there, tasks=GENERATED_TASKS)
+        return [job for job in jobs if "compiled loop" in job.settings.get("names", ())]
+
+    assert with_compiler(True)
+    assert not with_compiler(False)
+
+
+def test_a_gpu_gets_the_layers_and_tokens_of_its_targets():
+    cases = [job.identity for job in plan("quick", kind="cuda", only=["layer"], **OPTIONS)]
+    assert {(case["model"], case["tokens"], case["dtype"]) for case in cases} == {("Llama-3.1-8B", 8192, "bfloat16")}
+
+
+def test_the_generated_tasks_are_shipped():
+    for name in GENERATED_TASKS:
+        assert load_task(name).name == name

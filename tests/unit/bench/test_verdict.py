@@ -1,0 +1,101 @@
+"""Every target is judged by its own ratio, on the right side of its limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from multiflora.bench.table import cells
+from multiflora.bench.verdict import TARGETS, verdicts
+
+from .made_results import layer, machine, results, step
+
+
+def judge(name, measured):
+    (found,) = (verdict for verdict in verdicts(measured) if verdict.target.name == name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "floors", "word"),
+    [
+        # (12 - 10) / (30 - 10) and (16 - 10) / (30 - 10); the products alone: 1 / 20
+        ("R-LoRA layer / published loop", [0.1, 0.3], [0.05, 0.05], "held in 1 of 2"),
+        ("R-LoRA layer / peft LoRA, dropout 0.1", [0.4], [0.2], "held"),
+        ("R-LoRA layer / peft LoRA, dropout 0", [1.2], [0.2], "missed"),
+        ("16 heads / 2 heads", [1.1], [None], "held"),
+        # one byte a token over (90,000 - 30,400) / 128
+        ("memory kept a token / published loop", [128 / 59_600], [None], "held"),
+        ("MultiLoRA step / peft LoRA 3r, dropout 0.1", [1100 / 1400], [1000 / 1400], "held"),
+        ("MultiLoRA step / peft LoRA 3r, dropout 0", [1100 / 1400], [1000 / 1400], "held"),
+        ("R-LoRA step / peft LoRA, dropout 0.1", [1200 / 1500], [1100 / 1500], "missed"),
+        ("R-LoRA step / peft LoRA, dropout 0", [1200 / 1500], [1100 / 1500], "held"),
+        ("R-LoRA step / frozen model", [1.2, 1.2], [1.1, 1.1], "held"),
+        ("training speed / SFTTrainer with peft LoRA", [2.0], [None], "held"),
+        ("GPU: R-LoRA layer / peft LoRA", [], [], "not measured"),
+        ("GPU: R-LoRA layer / compiled loop", [], [], "not measured"),
+        ("GPU: R-LoRA layer / floor", [], [], "not measured"),
+    ],
+)
+def test_each_target(name, values, floors, word):
+    verdict = judge(name, results())
+    assert [line.estimate.value for line in verdict.lines] == pytest.approx(values)
+    assert [line.floor for line in verdict.lines] == [
+        floor if floor is None else pytest.approx(floor) for floor in floors
+    ]
+    assert verdict.word == word
+
+
+def test_the_parametrisation_above_leaves_no_target_out():
+    assert len(TARGETS) == len({target.name for target in TARGETS}) == 14
+
+
+def test_a_speed_must_be_high_and_a_time_low():
+    speed = judge("training speed / SFTTrainer with peft LoRA", results()).target
+    time = judge("R-LoRA step / frozen model", results()).target
+    assert (speed.held(1.3), speed.held(1.29), speed.bound) == (True, False, "≥ 1.3")
+    assert (time.held(1.25), time.held(1.26), time.bound) == (True, False, "≤ 1.25")
+
+
+def test_the_worst_case_is_the_farthest_on_the_wrong_side():
+    verdict = judge("R-LoRA layer / published loop", results())
+    assert "dropout 0," in verdict.worst.case
+    assert verdict.middle == pytest.approx(0.2)
+
+
+def test_a_floor_beyond_the_target_is_told():
+    # the frozen passes and the products alone take 1100 of the opponent's 1500: 0.55 cannot be reached
+    missed = judge("R-LoRA step / peft LoRA, dropout 0.1", results())
+    assert missed.out_of_reach == missed.lines
+    near = results(steps=(step(0.1, peft=2100.0),))
+    assert judge("R-LoRA step / peft LoRA, dropout 0.1", near).out_of_reach == ()
+
+
+def test_the_clock_decides_which_samples_are_read():
+    slow_wall = layer(0.1, packed=12.0)
+    slow_wall.seconds["packed"]["backward"]["wall"] = [1.0] * 4
+    by_cpu = results(layers=(slow_wall,))
+    by_wall = results(layers=(slow_wall,), machine=machine(threads=2))
+    name = "R-LoRA layer / published loop"
+    assert judge(name, by_cpu).lines[0].estimate.value == pytest.approx(0.1)
+    assert judge(name, by_cpu).lines[0].wall == judge(name, by_wall).lines[0].estimate
+    assert judge(name, by_wall).word == "missed"
+
+
+def test_a_gpu_is_judged_on_the_large_layers():
+    on_gpu = results(
+        machine=machine(kind="cuda"),
+        layers=(
+            layer(0.1, packed=12.0),
+            layer(0.1, packed=11.5, model="Llama-3.1-8B", compiled_loop=12.0),
+        ),
+    )
+    assert [line.estimate.value for line in judge("GPU: R-LoRA layer / floor", on_gpu).lines] == pytest.approx([1.5])
+    assert judge("GPU: R-LoRA layer / peft LoRA", on_gpu).word == "held"
+    assert judge("GPU: R-LoRA layer / compiled loop", on_gpu).lines[0].estimate.value == pytest.approx(0.75)
+
+
+def test_a_row_of_the_table():
+    rows = {row[0]: row for row in map(cells, verdicts(results()))}
+    assert rows["16 heads / 2 heads"][1:] == ("≤ 1.15", "1.10", "1.10", "", "held")
+    assert rows["memory kept a token / published loop"][2:4] == ("0.0021", "0.0021")
+    assert rows["GPU: R-LoRA layer / floor"][-1] == "not measured (no GPU)"
