@@ -32,6 +32,9 @@ def test_a_small_run_is_saved_judged_and_gone_on_with(multiflora: Command, tmp_p
     other = multiflora(*MEMORY, "--resume", "--threads", "2")
     refused(other, "was measured with threads 1, and here it is 2", "Leave --resume out")
 
+    other = multiflora("bench", "--only", "memory", "--resume")
+    refused(other, "was measured by `multiflora bench --quick`, and this is `multiflora bench`")
+
     report = multiflora("bench", "--report", "bench.json", "--json")
     assert json.loads(report.out) == json.loads(more.out)
 

@@ -174,7 +174,7 @@ def _shared(preset: Preset) -> list[Job]:
 def _steps(preset: Preset, kind: str) -> list[Job]:
     rows, length, labels, rounds = {
         "quick": (1, 128, 16, 2),
-        "standard": (2, 256, 32, 5),
+        "standard": (4, 256, 32, 3),
         "full": (4, 256, 32, 11),
     }[preset]
     if kind == "cuda":

@@ -64,7 +64,7 @@ def bench(
         All samples.
 
     Raises:
-        ConfigError: There is no such device, a task is missing, or ``path`` comes from another machine or version.
+        ConfigError: There is no such device, a task is missing, or ``path`` is of another machine, version or command.
         DataError: ``resume``, and ``path`` is no result.
 
     Example:
@@ -75,7 +75,7 @@ def bench(
     with threads(num_threads if where.type == "cpu" else None):
         here = machine(where)
         jobs = plan(preset, kind=here.kind, compiler=has_compiler(where), tasks=_tasks(tasks), only=only)
-        results = _started(path, here) if resume else Results(command=command, machine=here)
+        results = _started(path, here, command) if resume else Results(command=command, machine=here)
         jobs = [_shortened(job, rounds) for job in jobs if not _is_there(job, results)]
         save(results, path)
         with _bar(jobs, quiet=quiet) as report:
@@ -112,8 +112,8 @@ def _tasks(folder: Path | None) -> tuple[str, ...]:
     return tuple(map(str, found))
 
 
-def _started(path: Path, here: Machine) -> Results:
-    """What there is, if it was measured on this machine with these versions."""
+def _started(path: Path, here: Machine, command: str) -> Results:
+    """What there is, if it was measured on this machine with these versions and by the same command."""
     there = load(path)
     for what in ("device", "threads", "versions"):
         before, now = getattr(there.machine, what), getattr(here, what)
@@ -122,6 +122,11 @@ def _started(path: Path, here: Machine) -> Results:
                 f"{path} was measured with {what} {before}, and here it is {now}; cases of both do not go into one "
                 "table. Leave --resume out, or give another file with --output."
             )
+    if there.command != command:
+        raise ConfigError(
+            f"{path} was measured by `{there.command}`, and this is `{command}`; a page names one command for all "
+            "of its numbers. Give the same options (--only may differ), or another file with --output."
+        )
     return there
 
 
