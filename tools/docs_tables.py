@@ -90,12 +90,17 @@ def method_facts(name: str) -> Iterator[str]:
         "token": "the token: no task is needed, in training or afterwards",
         "task": "the row's task, in training and afterwards",
     }
+    depends = needs[reads]
+    if isinstance(method, Method) and method.chosen is not None:
+        depends = "what its gate reads: nothing, the row's task or the token"
+    elif isinstance(method, Method) and method.loss_reads_task(method.config()):
+        depends = "nothing: one update for all tokens; the loss needs the row's task, in training alone"
     python = f"`multiflora.{card.config}`" if card.module else f"`peft.{card.config}`"
     rows = [
         ("paper", paper_link(card.paper)),
         ("in a recipe", f"`method: {card.name}`"),
         ("in Python", python),
-        ("the update depends on", needs[reads]),
+        ("the update depends on", depends),
         ("merges", card.merges),
     ]
     yield from table(("", ""), rows)
