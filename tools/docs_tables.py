@@ -54,10 +54,10 @@ def methods() -> Iterator[str]:
 
 
 def _linked(card: MethodCard) -> str:
-    """A method's title, linked to its page where it has one."""
-    return (
-        f"[{card.title}](/methods/{card.name}.md)" if (DOCS / "methods" / f"{card.name}.md").is_file() else card.title
-    )
+    """A method's title, linked to its page, or to the one that all of peft's methods share."""
+    own = (card.name, "baselines" if card.module is None else None)
+    page = next((name for name in own if name and (DOCS / "methods" / f"{name}.md").is_file()), None)
+    return f"[{card.title}](/methods/{page}.md)" if page else card.title
 
 
 def peft_methods() -> Iterator[str]:
@@ -90,12 +90,17 @@ def method_facts(name: str) -> Iterator[str]:
         "token": "the token: no task is needed, in training or afterwards",
         "task": "the row's task, in training and afterwards",
     }
+    depends = needs[reads]
+    if isinstance(method, Method) and method.chosen is not None:
+        depends = "what its gate reads: nothing, the row's task or the token"
+    elif isinstance(method, Method) and method.loss_reads_task(method.config()):
+        depends = "nothing: one update for all tokens; the loss needs the row's task, in training alone"
     python = f"`multiflora.{card.config}`" if card.module else f"`peft.{card.config}`"
     rows = [
         ("paper", paper_link(card.paper)),
         ("in a recipe", f"`method: {card.name}`"),
         ("in Python", python),
-        ("the update depends on", needs[reads]),
+        ("the update depends on", depends),
         ("merges", card.merges),
     ]
     yield from table(("", ""), rows)

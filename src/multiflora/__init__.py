@@ -28,30 +28,40 @@ if TYPE_CHECKING:
     from multiflora.evaluate import evaluate
     from multiflora.export import to_lora
     from multiflora.methods.alignlora import AlignLoraConfig
+    from multiflora.methods.deltalora import DeltaLoraConfig
+    from multiflora.methods.gradient_pass import start_from_gradients
     from multiflora.methods.hydralora import HydraLoraConfig, suggest_num_heads
+    from multiflora.methods.loraga import LoraGaConfig
     from multiflora.methods.loramoe import LoraMoeConfig
     from multiflora.methods.mixlora import MixLoraConfig
     from multiflora.methods.mlora import MLoraConfig
     from multiflora.methods.moelora import MoeLoraConfig
     from multiflora.methods.mtllora import MtlLoraConfig
     from multiflora.methods.multilora import MultiLoraConfig
+    from multiflora.methods.parts import PartsConfig
     from multiflora.methods.rlora import RLoraConfig
     from multiflora.report import report
     from multiflora.train import train
+    from multiflora.train.hooks import training_callbacks
 
 # name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
 _LAZY = {
     "AlignLoraConfig": "multiflora.methods.alignlora",
+    "DeltaLoraConfig": "multiflora.methods.deltalora",
     "HydraLoraConfig": "multiflora.methods.hydralora",
+    "LoraGaConfig": "multiflora.methods.loraga",
     "LoraMoeConfig": "multiflora.methods.loramoe",
     "MixLoraConfig": "multiflora.methods.mixlora",
     "MLoraConfig": "multiflora.methods.mlora",
     "MoeLoraConfig": "multiflora.methods.moelora",
     "MtlLoraConfig": "multiflora.methods.mtllora",
     "MultiLoraConfig": "multiflora.methods.multilora",
+    "PartsConfig": "multiflora.methods.parts",
     "RLoraConfig": "multiflora.methods.rlora",
     "suggest_num_heads": "multiflora.methods.hydralora",
     "task": "multiflora.context",
+    "start_from_gradients": "multiflora.methods.gradient_pass",
+    "training_callbacks": "multiflora.train.hooks",
     "auxiliary_loss": "multiflora.context",
     "train": "multiflora.train",
     "evaluate": "multiflora.evaluate",
@@ -66,9 +76,11 @@ __all__ = [
     "AlignLoraConfig",
     "ConfigError",
     "DataError",
+    "DeltaLoraConfig",
     "EnvironmentProblem",
     "ExportError",
     "HydraLoraConfig",
+    "LoraGaConfig",
     "LoraMoeConfig",
     "MLoraConfig",
     "MixLoraConfig",
@@ -76,6 +88,7 @@ __all__ = [
     "MtlLoraConfig",
     "MultiLoraConfig",
     "MultifloraError",
+    "PartsConfig",
     "RLoraConfig",
     "__version__",
     "analyze",
@@ -83,10 +96,12 @@ __all__ = [
     "compare",
     "evaluate",
     "report",
+    "start_from_gradients",
     "suggest_num_heads",
     "task",
     "to_lora",
     "train",
+    "training_callbacks",
 ]
 
 

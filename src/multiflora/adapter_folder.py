@@ -119,7 +119,7 @@ def _config(folder: Path, error: type[MultifloraError]) -> Any:
     words = _json(path, error)
     kind = words.get("peft_type")
     known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise error(
             f"{path}: peft_type is {_shown(kind)}, which is not a kind of adapter; {did_you_mean(str(kind), known)}"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from multiflora.embedded import HUB_NAME
-from multiflora.methods import METHODS
+from multiflora.methods import METHODS, merges
 from multiflora.tasks.spec import GeneratorSource, HubSource
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _use_of(task: str) -> list[str]:
 
 
 def _routes_by_task(recipe: Recipe) -> bool:
-    return METHODS[recipe.method.name].merges == "per task"
+    return merges(recipe.method.name, recipe.method.settings) == "per task"
 
 
 def _scores(results: Mapping[str, Any]) -> str:

@@ -348,7 +348,7 @@ def override(recipe: Mapping[str, Any], item: str) -> dict[str, Any]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"--set {item!r} has no '='; expected key.path=value, e.g. train.learning_rate=1e-4.")
-    value = parse_yaml(text, f"--set {item}")
+    value = parse_yaml(text, f"--set {item if len(item) < 80 else f'{item[:77]}...'}")
     if isinstance(value, str) and (
         key == "output" or (key in {"model", "model.name"} and Path(value).expanduser().is_dir())
     ):

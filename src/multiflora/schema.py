@@ -125,10 +125,14 @@ _WORDS = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "path_type": "a path",
+    "invalid_key": "a word for a key",
+    "string_pattern_mismatch": "letters, digits, and _ - . after the first",
 }
 
 
 def _expected(found: ErrorDetails) -> str:
+    if found["type"] == "too_short":
+        return f"at least {found['ctx']['min_length']} of them"
     return _WORDS.get(found["type"], found["msg"].removeprefix("Input should be "))
 
 

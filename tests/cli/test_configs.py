@@ -15,7 +15,8 @@ from multiflora.yaml_file import parse_yaml
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*") if path.is_file())
 PAPERS = [name for name in SHIPPED if name.startswith("papers/")]
-RECIPES = [name for name in SHIPPED if name not in PAPERS]
+COMPARISONS = ["relatives.yaml"]
+RECIPES = [name for name in SHIPPED if name not in (*PAPERS, *COMPARISONS)]
 
 
 def test_all_shipped_recipes_are_tested() -> None:
@@ -23,6 +24,7 @@ def test_all_shipped_recipes_are_tested() -> None:
         "demo.yaml",
         "hydralora_single_domain.yaml",
         "multilora_mixture.yaml",
+        "relatives.yaml",
         "rlora_understanding.yaml",
     ]
     assert PAPERS == [
@@ -35,6 +37,17 @@ def test_all_shipped_recipes_are_tested() -> None:
         "papers/small_rlora_eight_tasks.yaml",
         "papers/small_rlora_five_tasks.yaml",
     ]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_shipped_comparison_resolves(name: str) -> None:
+    comparison = load_comparison(CONFIGS / name)
+    for entry in comparison.compare.methods:
+        build_config(entry.name, entry.settings)
+    assert {"lora", "alignlora", "loraga", "deltalora", "mixlora", "parts"} <= {
+        entry.name for entry in comparison.compare.methods
+    }
+    assert comparison.recipe.output == CONFIGS.parent / "runs" / name.removesuffix(".yaml")
 
 
 @pytest.mark.parametrize("name", RECIPES)

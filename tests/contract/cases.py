@@ -36,9 +36,7 @@ class Case:
     @property
     def merges(self) -> str:
         """ "no", "per task" or "exactly"."""
-        if self.method.why_not_mergeable is not None:
-            return "no"
-        return "per task" if self.method.needs_task() else "exactly"
+        return self.method.of(self.config()).merges()
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""

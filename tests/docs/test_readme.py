@@ -79,6 +79,11 @@ def test_the_table_of_methods_is_the_table_of_methods() -> None:
         "moelora",
         "loramoe",
         "mtllora",
+        "mixlora",
+        "alignlora",
+        "loraga",
+        "deltalora",
+        "parts",
     ]
     # the one equation is of our methods and of LoRA; peft's others have forms of their own
     assert {name for name, _ in rows} == {name for name, card in METHODS.items() if card.module} | {"lora"}

@@ -93,6 +93,8 @@ def _rank(rank: int, processes: int, port: int, words: list[str], out: int, envi
     )
     os.dup2(out, 1)
     os.dup2(out, 2)
+    # pytest's own would write to its files
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     torch.set_num_threads(1)
     if environment.get("ACCELERATE_USE_FSDP"):
         _let_the_cpu_shard()

@@ -75,6 +75,54 @@ def test_lorahub_finds_the_lora_the_examples_come_from(tiny_llama, tmp_path):
         assert torch.allclose(tensor, wanted, atol=1e-6), key
 
 
+def test_lorahub_improves_on_every_single_lora_where_the_examples_need_two(tiny_llama, tmp_path):
+    pytest.importorskip("nevergrad")
+    from transformers import AutoModelForCausalLM
+
+    from multiflora.export.compose import blend
+    from multiflora.export.examples import read_examples
+    from multiflora.export.few_shot import FewShotLoss
+    from multiflora.export.plain import read_lora
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    folders = []
+    for i in range(2):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = adapted("lora", base, r=2, lora_alpha=2, target_modules=["up_proj", "down_proj", "v_proj"])
+        torch.manual_seed(10 + i)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # each one has learned something in a layer of its own
+                parameter.data.normal_(std=0.5 if f"layers.{i}." in name else 0.0)
+        folders.append(save(model, tmp_path / str(i)))
+    loras = [read_lora(folder) for folder in folders]
+    each = [list(lora.pairs()) for lora in loras]
+    stacked = {
+        one.name: (torch.stack([one.A, two.A]), torch.stack([one.B, two.B])) for one, two in zip(*each, strict=True)
+    }
+
+    def loss_on(examples):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return FewShotLoss(base, loras[0].config, blend(stacked, [0.0, 0.0]), examples)
+
+    both = loss_on(read_examples([{"input_ids": [1, 2], "labels": [-100, 2]}], None))
+    both(blend(stacked, [1.0, 1.0]))
+    with torch.no_grad():  # what both of them say together
+        told = both.model(IDS).logits.argmax(-1)
+    rows = [
+        {"input_ids": row.tolist(), "labels": [-100, *said[:-1].tolist()]} for row, said in zip(IDS, told, strict=True)
+    ]
+    made = compose(folders, tmp_path / "hub", examples=rows, budget=40, tokenizer="none")
+    loss = loss_on(read_examples(rows, None))
+    alone = min(
+        loss(blend(stacked, [w, 0.0] if i == 0 else [0.0, w]))
+        for i in range(2)
+        for w in (-1.5, -1.0, -0.5, 0.5, 1, 1.5)
+    )
+    assert made.loss_after < alone < made.loss_before
+    assert all(abs(weight) > 0.3 for weight in made.weights)
+
+
 def test_what_cannot_be_put_together_is_refused(tiny_llama, tmp_path):
     small = save(adapted("lora", tiny_llama(), r=2), tmp_path / "small")
     large = save(adapted("lora", tiny_llama(), r=3), tmp_path / "large")

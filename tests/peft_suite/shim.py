@@ -69,7 +69,9 @@ SKIPS: tuple[tuple[str, Which, str], ...] = (
 
 def settings(config_class: type, **more: Any) -> dict[str, Any]:
     """Settings of a row: one task needs no id, and a small alpha suits the learning rates written into the tests."""
-    return {"lora_alpha": 2} | ({"num_tasks": 1} if OURS[config_class].needs_task() else {}) | more
+    method = OURS[config_class]
+    wants_tasks = method.needs_task() or method.loss_reads_task(config_class())
+    return {"lora_alpha": 2} | ({"num_tasks": 1} if wants_tasks else {}) | more
 
 
 def named(config_class: type) -> str:

@@ -3,6 +3,8 @@
 from peft_tests import test_custom_models as theirs
 from shim import OURS, LoraOrOurs, named, settings, testing_common
 
+from multiflora.methods.rlora import RandomHeadsConfig
+
 ROWS = {
     "1": {"target_modules": "lin0"},
     "2": {"target_modules": ["lin1"], "use_rslora": True},
@@ -17,9 +19,9 @@ theirs.TEST_CASES[:] = [
 ] + [
     (f"MLP 5 {named(config)} zero heads", "MLP", config, settings(config, target_modules=["lin0"], init_weights="zero"))
     for config in OURS
-    if OURS[config].offset(config(**settings(config)))
+    if issubclass(config, RandomHeadsConfig)
 ]
-theirs.ALL_PEFT_CONFIG_CLASSES[:] = [config for config in OURS if not OURS[config].needs_task()]
+theirs.ALL_PEFT_CONFIG_CLASSES[:] = [config for config in OURS if "num_tasks" not in settings(config)]
 theirs.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
     (
         f"{named(config)} {row}",

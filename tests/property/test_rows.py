@@ -64,7 +64,7 @@ def test_ids_per_token_equal_ids_per_row(name):
     assert torch.equal(per_row, per_token)
 
 
-@pytest.mark.parametrize("name", ["rlora", "hydralora", "loramoe", "mlora", "multilora"])
+@pytest.mark.parametrize("name", ["rlora", "hydralora", "loramoe", "mlora", "multilora", "mixlora", "parts"])
 def test_the_order_of_heads_is_of_no_account(name):
     model = tiny(name).eval()
     ids = torch.randint(1, 50, (2, 6))

@@ -96,6 +96,44 @@ def alignlora(p, x, xd, t, s, r, mask, config):
     return s * (p["B"] @ (p["A"] @ xd))
 
 
+def loraga(p, x, xd, t, s, r, mask, config):
+    """s · [ B A x − B⁰ A⁰ x ]."""
+    return s * (p["B"] @ (p["A"] @ xd) - p["B0"] @ (p["A0"] @ x))
+
+
+def deltalora(p, x, xd, t, s, r, mask, config):
+    """(W_t − W_0) x + s · B A x, where W_t − W_0 = λ s (B A − B_K A_K) has no gradient."""
+    moved = p["B"].detach() @ p["A"].detach()
+    if "A0" in p:
+        moved = moved - p["B0"] @ p["A0"]
+    return config.update_ratio * s * (moved @ x) + s * (p["B"] @ (p["A"] @ xd))
+
+
+def parts(p, x, xd, t, s, r, mask, config):
+    """s · [ Σ_h g_h B_h (m_h ⊙ M_t A_σ(h) x) − B̄⁰ A⁰ x ], each part as the config says."""
+    total = 0
+    for h in range(config.num_heads):
+        hidden = (stem(p, h, r) if config.stem == "own" else p["A"]) @ xd
+        if config.task_matrix != "none":
+            matrix = p["task_matrix"][t]
+            hidden = (matrix if config.task_matrix == "full" else torch.diag(matrix)) @ hidden
+        update = head(p, h, r) @ (mask[h] * hidden)
+        if config.gate == "mean":
+            update = update / config.num_heads
+        elif config.gate == "scale":
+            update = update * p["scale"][h]
+        elif config.gate == "token":
+            update = update * routed(p["router"] @ x, config.top_k)[h]
+        elif config.gate == "task":
+            update = update * torch.softmax(p["task_logits"][t] / config.temperature, 0)[h]
+        elif config.gate == "task_embedding":
+            update = update * torch.softmax(p["task_router"] @ p["task_embedding"][t], 0)[h]
+        total = total + update
+    if "A0" in p:
+        total = total - p["B0"] @ (p["A0"] @ x)
+    return s * total
+
+
 def mtllora(p, x, xd, t, s, r, mask, config):
     """s · Σ_h softmax(w_t / τ)_h B_h Λ_t A x."""
     weights = torch.softmax(p["task_logits"][t] / config.temperature, 0)

@@ -22,7 +22,7 @@ from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
 from multiflora.files import check_inside, saving, write_json
-from multiflora.methods import METHODS
+from multiflora.methods import METHODS, merges
 from multiflora.train.precision import weights_of
 
 __all__ = ["Analysis", "analyze", "measure_run"]
@@ -122,7 +122,7 @@ def measure_run(
         "spectra": spectra(updates),
         "heads": heads(model) if hasattr(model, "get_base_model") else {},
         "routing": {name: {**asdict(layer), "dead": layer.dead} for name, layer in routed.items()},
-        "notes": _notes(routed, recipe.method.name),
+        "notes": _notes(routed, recipe.method.name, merges(recipe.method.name, recipe.method.settings)),
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
@@ -143,14 +143,14 @@ def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Up
     return dense_updates(loaded.model, base)
 
 
-def _notes(routed: Mapping[str, LayerRouting], method: str) -> list[str]:
+def _notes(routed: Mapping[str, LayerRouting], method: str, how_it_merges: str) -> list[str]:
     """What a reader must know of how it was measured."""
-    if METHODS[method].merges.startswith("no"):
+    if how_it_merges.startswith("no"):
         how = "the mean gate over the examples" if routed else "equal weights"
         return [
             f"The update of {method} differs from token to token; its spectrum is that of the heads blended by {how}."
         ]
-    if METHODS[method].merges == "per task":
+    if how_it_merges == "per task":
         return [f"{method} has one update for each task; the spectrum is that of their mean."]
     return []
 

@@ -5,7 +5,7 @@ Per adapted layer, with the shapes :math:`\theta` of a method's trainable tensor
 .. math::
     P = \sum_\theta |\theta|, \qquad
     F = 2\,(|A| + |B| + |R|) + 2 r^2\,[\text{matrix per task}] + H r\,[\text{gate}]
-        + 2 r\,(d_{in}+d_{out})\,[\text{offset}]
+        + 2 k\,(d_{in}+d_{out})\,[\text{frozen term of rank } k]
 
 floating-point operations per token forward (a multiply-add counts as two). Training takes that again twice, for the
 gradients of the input and of the weight; the frozen offset needs only the first. What is done once a step and not once
@@ -124,6 +124,7 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         ConfigError: No rank decides the method's size.
     """
     learned = frozen = 0
+    method = _described(method, config)
     for layer in widths:
         shapes = _shapes(method, config, layer)
         learned += sum(2 * prod(shapes[name]) for name in _PER_TOKEN if name in shapes)
@@ -131,9 +132,10 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         if isinstance(method, Baseline):
             continue
         r = method.rank(config, _rank(method, config, layer))
+        frozen_rank = method.frozen_rank(config, _rank(method, config, layer))
         learned += 2 * r * r if "task_matrix" in shapes else 0
         learned += method.heads(config) * r if method.gate.reads != "nothing" else 0
-        frozen += 2 * r * (layer.d_in + layer.d_out) if method.offset(config) else 0
+        frozen += 2 * frozen_rank * (layer.d_in + layer.d_out)
     return Flops(forward=learned + frozen, training=3 * learned + 2 * frozen)
 
 
@@ -263,7 +265,14 @@ def count_on_meta(model_config: Any, name: str, settings: Mapping[str, Any], *, 
 def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, tuple[int, ...]]:
     if method.shapes is None:
         raise ConfigError(f"No rank decides the size of {method.name}; count the parameters on the model.")
-    return method.shapes(config, _rank(method, config, layer), layer.d_in, layer.d_out)
+    described = _described(method, config)
+    assert described.shapes is not None
+    return described.shapes(config, _rank(method, config, layer), layer.d_in, layer.d_out)
+
+
+def _described(method: Method | Baseline, config: Any) -> Method | Baseline:
+    """The description that holds for the config."""
+    return method if isinstance(method, Baseline) else method.of(config)
 
 
 def _rank(method: Method | Baseline, config: Any, layer: Width) -> int:

@@ -36,7 +36,7 @@ from multiflora.files import write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BOUND", "L1", "Composition", "blend", "compose"]
+__all__ = ["BOUND", "L1", "Composition", "blend", "compose", "penalised"]
 
 log = logging.getLogger(__name__)
 
@@ -211,10 +211,17 @@ def blend(stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor]], weights: Seq
         stacked: All A, (n, r, d_in), and all B, (n, d_out, r), of each layer.
         weights: n of them.
     """
-    w = torch.tensor([float(weight) for weight in weights])
-    return [
-        Pair(name, torch.einsum("n,nri->ri", w, A), torch.einsum("n,nor->or", w, B)) for name, (A, B) in stacked.items()
-    ]
+
+    def mean(factors: torch.Tensor) -> torch.Tensor:
+        w = torch.tensor([float(weight) for weight in weights], dtype=factors.dtype, device=factors.device)
+        return torch.einsum("n,nij->ij", w, factors)
+
+    return [Pair(name, mean(A), mean(B)) for name, (A, B) in stacked.items()]
+
+
+def penalised(loss: float, weights: Sequence[float]) -> float:
+    r"""LoraHub's objective: the few-shot loss plus :math:`0.05 \cdot \tfrac1n \sum_i |w_i|`."""
+    return loss + L1 * sum(abs(float(weight)) for weight in weights) / len(weights)
 
 
 def _search(
@@ -236,7 +243,7 @@ def _search(
     before = loss([])
 
     def objective(weights: Any) -> float:
-        value = loss(blend(stacked, weights)) + L1 * float(abs(weights).mean())
+        value = penalised(loss(blend(stacked, weights)), weights)
         log.info("loss %.4f with weights %s", value, " ".join(f"{weight:+.2f}" for weight in weights))
         return value
 

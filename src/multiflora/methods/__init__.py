@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from multiflora.errors import ConfigError
 
-__all__ = ["METHODS", "MethodCard", "build_config", "describe", "settings_of"]
+__all__ = ["METHODS", "MethodCard", "build_config", "describe", "merges", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,52 @@ METHODS: dict[str, MethodCard] = {
             config="AlignLoraConfig",
             module="multiflora.methods.alignlora",
         ),
+        MethodCard(
+            name="loraga",
+            title="LoRA-GA",
+            line="LoRA that starts along the gradient of the whole weight.",
+            paper="arXiv 2407.05000",
+            settings=("gamma", "gradient_batches"),
+            merges="exactly",
+            config="LoraGaConfig",
+            module="multiflora.methods.loraga",
+        ),
+        MethodCard(
+            name="deltalora",
+            title="Delta-LoRA",
+            line="LoRA whose change the weight follows, kept as low-rank factors.",
+            paper="arXiv 2309.02411",
+            settings=("update_ratio", "start_step"),
+            merges="exactly",
+            config="DeltaLoraConfig",
+            module="multiflora.methods.deltalora",
+        ),
+        MethodCard(
+            name="parts",
+            title="Parts",
+            line="A sum of your own: any stem, heads, gate and offset, spelled out in the recipe.",
+            paper="–",
+            settings=(
+                "num_heads",
+                "stem",
+                "heads",
+                "gate",
+                "offset",
+                "head_dropout",
+                "task_matrix",
+                "router_init",
+                "gamma",
+                "scale_shape",
+                "temperature",
+                "task_embedding_dim",
+                "top_k",
+                "router_balance_loss",
+                "router_z_loss",
+            ),
+            merges="depends (on the gate)",
+            config="PartsConfig",
+            module="multiflora.methods.parts",
+        ),
     )
 }
 
@@ -297,6 +343,22 @@ def describe(name: str) -> Any:
     if module is not None:
         return importlib.import_module(module).METHOD
     return importlib.import_module("multiflora.methods.baselines").BASELINES[name]
+
+
+def merges(name: str, settings: Mapping[str, Any]) -> str:
+    """Whether the update that these settings train is one matrix: "exactly", "per task" or "no ...".
+
+    It is what the method's card says, unless the settings decide it.
+
+    Example:
+        >>> merges("parts", {"gate": "task"})
+        'per task'
+    """
+    card = METHODS[name]
+    if not card.merges.startswith("depends"):
+        return card.merges
+    found: str = describe(name).of(build_config(name, settings)).merges()
+    return found
 
 
 def build_config(name: str, settings: Mapping[str, Any]) -> Any:

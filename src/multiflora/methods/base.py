@@ -10,7 +10,7 @@ whether a matrix per task M_t stands between stem and heads, and what is added t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,8 +24,6 @@ from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
     from multiflora.context import Routing
     from multiflora.methods.config import AdapterConfig
 
@@ -102,8 +100,10 @@ class Method:
     """Whether the loss needs the row's task, where the output does not."""
     moving: Callable[[Any, Parts], tuple[Tensor, Tensor]] | None = None
     """(config, parts) -> A⁰ and B⁰ of a frozen term that follows the trained weights, in place of the stored offset."""
-    callbacks: Callable[[Any], list[TrainerCallback]] = lambda config: []
-    """What a training loop has to do besides steps, see `multiflora.training_callbacks`."""
+    gradient_start: Callable[[Any, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    """(config, gradient of the whole weight, r) -> A and B to start from, see `multiflora.methods.gradient_pass`."""
+    after_step: Callable[[Any, Iterable[Parts], int], None] | None = None
+    """(config, every layer's parts, steps done): what follows each step of the optimiser."""
     why_not_mergeable: str | None = None
     """One sentence, for methods whose update is not a matrix."""
     chosen: Callable[[Any], Method] | None = None

@@ -9,7 +9,7 @@ merges exactly for each task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from multiflora.methods.base import Between, Method
 from multiflora.methods.config import AdapterConfig, above, at_least, one_of
@@ -46,15 +46,16 @@ class MtlLoraConfig(AdapterConfig):
         ]
 
 
+def task_matrix_shape(config: Any, rank: int) -> tuple[int, ...]:
+    """Of all tasks' matrices together: r x r each, or their diagonals."""
+    return (config.num_tasks, rank, rank) if config.task_matrix == "full" else (config.num_tasks, rank)
+
+
 METHOD = Method(
     name="mtllora",
     config=MtlLoraConfig,
     heads=lambda config: config.num_heads,
     gate=TaskTemperatureGate(),
-    between=Between(
-        shape=lambda config, rank: (
-            (config.num_tasks, rank, rank) if config.task_matrix == "full" else (config.num_tasks, rank)
-        )
-    ),
+    between=Between(shape=task_matrix_shape),
     start=start,
 )

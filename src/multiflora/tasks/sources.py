@@ -65,7 +65,24 @@ def _from_files(paths: Sequence[Path], split: Split) -> list[Row]:
 
 def _from_generator(source: GeneratorSource, split: Split) -> list[Row]:
     rows, place = generator_rows(source), f"{source.generator} (seed {source.seed}), row"
-    return [Row(f"{split}-{i}", f"{place} {i}", rows[i]) for i in split_range(source, split)]
+    made: list[Row] = []
+    try:
+        for i in split_range(source, split):
+            made.append(Row(f"{split}-{i}", f"{place} {i}", rows[i]))
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise DataError(
+            f"{place} {len(made)} of the {split} split cannot be made with the settings {source.settings}: "
+            f"{' '.join(str(error).split())[:200]}. Correct the settings, or leave them out."
+        ) from error
+    return made
 
 
 def _from_hub(source: HubSource, split: Split, task: str) -> list[Row]:

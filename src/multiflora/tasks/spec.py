@@ -39,8 +39,11 @@ Score = Literal["choices", "exact", "number", "rouge", "verifier", "nll"]
 MOST_ROWS = 1_000_000
 """Rows that a generator makes for one split: they are made one by one, and held in memory."""
 
+LARGEST = 10_000
+"""Largest number in a generator's settings, but for those that bound a value: the rest are counts and lengths."""
+
 # what `load_dataset` takes for the name of a reader, besides hub ids and folders
-_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow", "csv", "json", "text"))
+_READERS = frozenset(("pandas", "sql", "spark", "generator", "webdataset", "cache", "arrow"))
 
 
 class HubSource(Strict):
@@ -134,6 +137,18 @@ class GeneratorSource(Strict):
     """Rows of each split; the splits never share a row."""
     settings: dict[str, Any] = Field(default={})
     """The generator's own settings, e.g. ``{max_words: 5}``."""
+
+    @field_validator("settings")
+    @classmethod
+    def _within_reason(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """A grid of a billion rows would be made before anybody could stop it."""
+        for key, setting in value.items():
+            sizes = setting if isinstance(setting, list | tuple) else [setting]
+            if "value" not in key and any(isinstance(size, int | float) and abs(size) > LARGEST for size in sizes):
+                raise ValueError(
+                    f"{key} is {str(setting)[:40]}; a row of that size is not made. Give {LARGEST:,} or less."
+                )
+        return value
 
     @field_validator("sizes")
     @classmethod

@@ -19,6 +19,7 @@ from multiflora.train.arguments import steps_of, training_arguments
 from multiflora.train.baselines import schedules, training_settings
 from multiflora.train.checkpoint import CHECKPOINTS
 from multiflora.train.guard import Guard
+from multiflora.train.hooks import training_callbacks
 from multiflora.train.interrupt import stop_on_sigterm
 from multiflora.train.processes import is_first_process, num_processes, own_seed
 from multiflora.train.progress import progress_bar
@@ -93,7 +94,7 @@ def fit(
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
-            callbacks=[*callbacks, *schedule],
+            callbacks=[*callbacks, *schedule, *training_callbacks(model)],
             **training_settings(recipe),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words

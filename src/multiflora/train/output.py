@@ -47,7 +47,7 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
             f"There is nothing to resume: {folder / CHECKPOINTS} has no whole checkpoint. Set train.save_every to a "
             "number of steps before a run that may be interrupted, and start it without --resume."
         )
-    if (folder / "results.json").exists():
+    if (folder / "README.md").exists():  # the model card is what a run writes last
         raise ConfigError(
             f"The run in {folder} is finished; there is nothing to resume. Evaluate it, or choose another output."
         )

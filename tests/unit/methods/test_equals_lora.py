@@ -19,6 +19,10 @@ ONE_HEAD = {
     "moelora": {"num_experts": 1, "num_tasks": 1},
     "loramoe": {"num_experts": 1},
     "mtllora": {"num_heads": 1, "num_tasks": 1},
+    "mixlora": {"num_experts": 1, "top_k": None, "router_balance_loss": 0.0},
+    "alignlora": {"num_tasks": 1},
+    "loraga": {},
+    "parts": {"num_heads": 1},
 }
 
 

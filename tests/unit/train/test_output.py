@@ -92,9 +92,13 @@ def test_resuming_with_another_number_of_processes_is_refused(tmp_path: Path, mo
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 5)
+    recipe = make_recipe(tmp_path)
+    (tmp_path / CHECKPOINTS / "recipe.yaml").write_text(recipe.to_yaml(tmp_path / CHECKPOINTS))
     (tmp_path / "results.json").touch()
+    assert open_output(recipe, resume=True) is not None  # killed before its model card was written
+    (tmp_path / "README.md").touch()
     with pytest.raises(ConfigError, match=r"is finished; there is nothing to resume"):
-        open_output(make_recipe(tmp_path), resume=True)
+        open_output(recipe, resume=True)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full (Linux)")
