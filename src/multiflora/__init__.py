@@ -110,6 +110,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        # first, and not from within our modules: peft's arrival loads all of them, and one that waits for peft is not
+        # whole yet
+        import_module("peft")
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'multiflora' has no attribute {name!r}; it has {', '.join(__all__)}.")
 
