@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# and before anything imports triton: our kernels run in its interpreter, as there may be no GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

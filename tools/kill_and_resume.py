@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def main() -> int:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         # a line every two steps and a checkpoint every third: some fall between two lines of the log
-        recipe = make_toy(Path(place) / "toy", max_steps=asked.steps, save_every=3, log_every=2)
+        recipe = Path(place) / "toy" / "recipe.yaml"
+        # in a process of its own: a thread that a progress bar starts here could hold a lock while a run is forked
+        _joined(_fork(_make, recipe.parent, asked.steps))
         whole = Path(place) / "whole"
         start = time.monotonic()
-        _start(recipe, whole, resume=False).join()
+        _joined(_start(recipe, whole, resume=False))
         seconds = time.monotonic() - start
         expected = _outcome(whole)
         print(f"uninterrupted: {seconds:.1f} s, {len(expected['log'])} lines of log", flush=True)
@@ -82,9 +85,23 @@ def _one(recipe: Path, output: Path, seconds: float, draw: random.Random, expect
 
 def _start(recipe: Path, output: Path, *, resume: bool) -> multiprocessing.process.BaseProcess:
     """Train in a process of its own; forked, so that it need not import everything again."""
-    process = multiprocessing.get_context("fork").Process(target=_train, args=(recipe, output, resume))
+    return _fork(_train, recipe, output, resume)
+
+
+def _fork(target: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
     process.start()
     return process
+
+
+def _joined(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"The run that is not interrupted ended with exit code {process.exitcode}.")
+
+
+def _make(folder: Path, steps: int) -> None:
+    make_toy(folder, max_steps=steps, save_every=3, log_every=2)
 
 
 def _train(recipe: Path, output: Path, resume: bool) -> None:

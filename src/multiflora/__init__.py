@@ -24,6 +24,7 @@ from multiflora.errors import (
 if TYPE_CHECKING:
     from multiflora.analysis import analyze
     from multiflora.compare import compare
+    from multiflora.compress.saved import load_compressed
     from multiflora.context import auxiliary_loss, task
     from multiflora.evaluate import evaluate
     from multiflora.export import to_lora
@@ -69,6 +70,7 @@ _LAZY = {
     "analyze": "multiflora.analysis",
     "report": "multiflora.report",
     "to_lora": "multiflora.export",
+    "load_compressed": "multiflora.compress.saved",
 }
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "auxiliary_loss",
     "compare",
     "evaluate",
+    "load_compressed",
     "report",
     "start_from_gradients",
     "suggest_num_heads",
@@ -107,6 +110,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        # first, and not from within our modules: peft's arrival loads all of them, and one that waits for peft is not
+        # whole yet
+        import_module("peft")
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'multiflora' has no attribute {name!r}; it has {', '.join(__all__)}.")
 

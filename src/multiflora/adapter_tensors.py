@@ -133,8 +133,8 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
         if len(A) != 2 or len(B) != 2:
             yield f"tensors {stem}A and B have shapes {A} and {B}; expected matrices. Save the adapter again."
         shapes = method.shapes(config, r, A[-1], B[0])
-        rank = method.rank(config, r)
-        shapes |= {"A0": (rank, A[-1]), "B0": (B[0], rank)} if method.offset(config) else {}
+        rank = method.offset_rank(config, r)
+        shapes |= {"A0": (rank, A[-1]), "B0": (B[0], rank)} if rank else {}
         for part, shape in shapes.items():
             if layer.shapes[part] != shape:
                 yield (

@@ -207,6 +207,31 @@ def task(model: nn.Module, which: TaskName | Sequence[TaskName]) -> Iterator[Non
         routing.default = before
 
 
+@contextmanager
+def reference_loop(model: nn.Module) -> Iterator[None]:
+    """Compute head by head inside (:func:`multiflora.ops.loop`), as published code does: the same sum, slowly.
+
+    To see whether a doubtful result comes from the packed arithmetic. Under ``torch.compile`` enter it before the first
+    call. Models without multiflora adapters are left as they are.
+
+    Args:
+        model: Any model, wrapped by peft or not.
+
+    Example:
+        >>> with reference_loop(torch.nn.Linear(2, 2)):
+        ...     pass
+    """
+    routing = find(model)
+    if routing is None:
+        yield
+        return
+    before, routing.loop = routing.loop, True
+    try:
+        yield
+    finally:
+        routing.loop = before
+
+
 def auxiliary_loss(model: nn.Module) -> Tensor | float:
     """What the routers of the last forward pass add to the loss (balance and z-losses, already weighted): their sum.
 

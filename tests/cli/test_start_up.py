@@ -47,3 +47,10 @@ def test_no_torch_is_imported(words: list[str], code: int, tmp_path: Path) -> No
     exit_line, heavy_line = done.stdout.splitlines()[-2:]
     assert exit_line == f"EXIT {code}", done.stderr
     assert heavy_line == "HEAVY"
+
+
+@pytest.mark.parametrize("name", ["RLoraConfig", "MultiLoraConfig", "task", "to_lora"])
+def test_a_script_may_import_one_of_our_names_first(name: str) -> None:
+    script = f"from multiflora import {name}; import peft; print('MF_RLORA' in peft.PeftType.__members__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr

@@ -68,8 +68,10 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
+    # matplotlib, which reasoning-gym imports, keeps a list of fonts
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("caches")))
     monkeypatch.chdir(made.work)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))

@@ -91,7 +91,7 @@ def leave_run(recipe: Recipe, config: peft.PeftConfig) -> Path:
     """Write what a training leaves, with an adapter whose every trainable number is random."""
     from multiflora.evaluate.load import load_base
 
-    model, tokenizer = load_base(recipe.model, bf16="auto")
+    model, tokenizer = load_base(recipe.model)
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for weight in adapted.parameters():

@@ -26,6 +26,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 
 _STYLES = ("-", "--", "-.", ":")
 _INK = "#010203"  # a black no figure uses otherwise
+_LONGEST = 32  # letters of a name; a longer one would leave no room for the figure
 _WIDTH = 4.8  # inches: at the width of a phone, 10 points are still 10 pixels
 
 
@@ -281,7 +282,8 @@ def points(
 
 def _plain(name: str) -> str:
     """A name as it is: to matplotlib a dollar would begin a formula, and an underscore in front hides from a legend."""
-    return name.replace("$", r"\$") if not name.startswith("_") else f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
+    short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    return ("\N{ZERO WIDTH SPACE}" if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def _legend(figure: Any, labels: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from multiflora.cli.bench import bench
 from multiflora.cli.border import Border
 from multiflora.cli.compare import compare
 from multiflora.cli.compose import compose
+from multiflora.cli.compress import compress
 from multiflora.cli.convert import convert
 from multiflora.cli.doctor import doctor
 from multiflora.cli.evaluate import evaluate
@@ -80,6 +81,7 @@ app.command(rich_help_panel="Ship it")(merge)
 app.command(rich_help_panel="Ship it")(serve)
 app.command(rich_help_panel="Ship it")(expand)
 app.command(rich_help_panel="Ship it")(compose)
+app.command(rich_help_panel="Ship it")(compress)
 app.add_typer(tasks_app, rich_help_panel="What there is")
 app.add_typer(methods_app, rich_help_panel="What there is")
 app.command(rich_help_panel="What there is")(bench)

@@ -52,6 +52,11 @@ def load_target(target: str | Path) -> Loaded:
             f"{folder} holds an adapter but no recipe.yaml, so its base model is not known for sure. Evaluate a run's "
             "output folder, or load model and adapter yourself: multiflora.evaluate(model, tokenizer, tasks)."
         )
+    if (folder / "losparse.json").is_file():
+        from multiflora.compress.saved import load_compressed
+        from multiflora.train.processes import own_device
+
+        return Loaded(load_compressed(folder).to(own_device()), load_tokenizer(ModelSpec(name=str(folder))), None)
     model, tokenizer = load_base(ModelSpec(name=str(target)))
     return Loaded(model, tokenizer, None)
 

@@ -170,11 +170,14 @@ class Method:
             return self.moving(config, parts)
         return (parts["A0"], parts["B0"]) if "A0" in parts else None
 
+    def offset_rank(self, config: Any, r: int) -> int:
+        """The rank of the stored offset; 0 without one."""
+        stems = 1 if self.shared_stem else self.heads(config)
+        return stems * self.rank(config, r) if self.offset(config) else 0
+
     def frozen_rank(self, config: Any, r: int) -> int:
-        """k of the frozen term; 0 without one."""
-        rank = self.rank(config, r)
-        stored = (1 if self.shared_stem else self.heads(config)) * rank if self.offset(config) else 0
-        return stored + (0 if self.moving is None else rank)
+        """k of the frozen term, the stored offset and what moves along; 0 without one."""
+        return self.offset_rank(config, r) + (0 if self.moving is None else self.rank(config, r))
 
     def factors(
         self, config: Any, parts: Parts, gate: Tensor, scale: float, task: int | None = None

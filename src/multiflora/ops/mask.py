@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multiflora.ops import triton_kernels
+
 # Bernoulli draws compare 16 random bits with a threshold: four draws for one 64-bit random number, several times
 # faster on a CPU than a float each. The drop rate is then a multiple of 2^-16; survivors are scaled by the exact one.
 _LEVELS = 1 << 16
@@ -57,13 +59,15 @@ def dropout_mask(
 
 def survivor_weight(p: float) -> float:
     """What the elements that a mask keeps are multiplied with: 1/(1-p), for the p that is really drawn."""
-    return _LEVELS / (_LEVELS - _dropped_levels(p))
+    return _LEVELS / (_LEVELS - dropped_levels(p))
 
 
 def kept(
     shape: tuple[int, ...], p: float, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype
 ) -> Tensor:
     """The mask of :func:`dropout_mask` without its weight: 1 for what is kept, 0 for what is dropped."""
+    if triton_kernels.serve(device):
+        return triton_kernels.kept(shape, dropped_levels(p), seed, device=device, dtype=dtype)
     # four draws a word; the last axis is rounded up to whole words
     words = (*shape[:-1], (shape[-1] + 3) // 4)
     if torch.device(device).type == "cpu":
@@ -77,7 +81,7 @@ def kept(
     if draws.shape[-1] != shape[-1]:
         draws = draws[..., : shape[-1]]
     # compared in place: an int16 of 0 or 1 becomes a float faster than a bool does
-    return draws.ge_(_dropped_levels(p) - _LEVELS // 2).to(dtype)
+    return draws.ge_(dropped_levels(p) - _LEVELS // 2).to(dtype)
 
 
 class _AsItIs(np.random.bit_generator.ISeedSequence):
@@ -93,7 +97,8 @@ class _AsItIs(np.random.bit_generator.ISeedSequence):
         return np.full(n_words, self.seed, dtype)
 
 
-def _dropped_levels(p: float) -> int:
+def dropped_levels(p: float) -> int:
+    """How many of the 2^16 values of a draw drop an element."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 

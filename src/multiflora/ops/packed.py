@@ -12,6 +12,8 @@ own input), u, the gate and the seed of the masks, from which z is made again.
 Letters: T tokens, K stems, H heads, r rank of a branch, d_in and d_out the layer's widths. Large tensors have tokens
 first. The small ones (u, logits, gate, mask, z) have tokens last: H and r are too short to fill a vector register, T is
 not. Weights may be float32 masters: they are cast to x's dtype inside, so the large tensors never change dtype.
+
+The elementwise step is plain torch here; on a GPU :mod:`multiflora.ops.triton_kernels` does it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from multiflora.ops.mask import head_mask, kept, survivor_weight
+from multiflora.ops import triton_kernels
+from multiflora.ops.mask import dropped_levels, head_mask, kept, survivor_weight
 
 Dropout = tuple[float, int]
 """Probability and seed of a mask."""
@@ -54,7 +57,7 @@ def blend(u: Tensor, gate: Tensor | None, mask: Tensor | None, *, heads: int, ra
         >>> blend(torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [0.25]]), None, heads=2, rank=2).t()
         tensor([[0.5000, 1.0000, 0.2500, 0.5000]])
     """
-    z = u.view(-1, rank, u.shape[1])
+    z = u.view(len(u) // rank, rank, u.shape[1])
     if gate is not None:
         z = z * gate.to(u.dtype).unsqueeze(1)
     if mask is not None:
@@ -79,7 +82,7 @@ def blend_backward(
         The gradient of u, (K r, T); that of the gate, (H, T), or None; z, (H r, T).
     """
     tokens = u.shape[1]
-    z, du = u.view(-1, rank, tokens), dz.view(heads, rank, tokens)
+    z, du = u.view(len(u) // rank, rank, tokens), dz.view(heads, rank, tokens)
     shared, dgate = len(z) < heads, None
     if mask is not None:
         du = du * mask
@@ -94,7 +97,7 @@ def blend_backward(
 
 def _flat(z: Tensor, heads: int) -> Tensor:
     """(H or 1, r, T) to (H r, T); a single one stands for all heads."""
-    return (z if len(z) == heads else z.expand(heads, -1, -1)).reshape(-1, z.shape[2])
+    return (z if len(z) == heads else z.expand(heads, -1, -1)).reshape(heads * z.shape[1], z.shape[2])
 
 
 class _Stems(torch.autograd.Function):
@@ -115,13 +118,11 @@ class _Stems(torch.autograd.Function):
         A0: Tensor | None,
         scale: float,
     ) -> tuple[Tensor | None, ...]:
-        present = [part for part in (A, router, A0) if part is not None]
-        widths = (0 if A is None else len(A), 0 if router is None else len(router), 0 if A0 is None else len(A0))
-        factors = _factors(widths, scale, present[0].dtype, x.device)
-        rows = (torch.cat(present) * factors).to(x.dtype)
-        ctx.save_for_backward(x, weight, rows)
+        rows, widths = _rows(x, A, router, A0, scale), _widths(A, router, A0)
+        # not the packed rows: of all layers together they would outweigh what is kept for the tokens
+        ctx.save_for_backward(x, weight, A, router, A0)
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.factors, ctx.dtypes = widths, factors, [part.dtype for part in present]
+        ctx.widths, ctx.scale = widths, scale
         y = None if weight is None else F.linear(x, weight, bias)
         u, logits, u0 = torch.split_with_sizes(rows @ x.t(), widths)
         return y, u, logits if widths[1] else None, u0 if widths[2] else None
@@ -129,7 +130,7 @@ class _Stems(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dsmall: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, rows = ctx.saved_tensors
+        x, weight, A, router, A0 = ctx.saved_tensors
         dx = dA = drouter = None
         there = [
             x.new_zeros(width, len(x)) if small is None else small
@@ -138,6 +139,7 @@ class _Stems(torch.autograd.Function):
         ]
         together = there[0] if len(there) == 1 else torch.cat(there)
         if ctx.needs_input_grad[0]:
+            rows = _rows(x, A, router, A0, ctx.scale)
             if weight is None or dy is None:
                 dx = together.t() @ rows
             else:
@@ -145,11 +147,23 @@ class _Stems(torch.autograd.Function):
         stem_rows, trained = ctx.widths[0], ctx.widths[0] + ctx.widths[1]
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             grads = together[:trained] @ x
-            if stem_rows:
-                dA = grads[:stem_rows].to(ctx.dtypes[0]).mul_(ctx.factors[0])
-            if stem_rows < trained:
-                drouter = grads[stem_rows:].to(ctx.dtypes[-2 if ctx.widths[2] else -1])
+            if A is not None:
+                dA = grads[:stem_rows].to(A.dtype).mul_(ctx.scale)
+            if router is not None:
+                drouter = grads[stem_rows:].to(router.dtype)
         return dx, None, None, dA, drouter, None, None
+
+
+def _rows(x: Tensor, A: Tensor | None, router: Tensor | None, A0: Tensor | None, scale: float) -> Tensor:
+    """The rows that read x: [s A; R; -s A0] in its dtype."""
+    present = [part for part in (A, router, A0) if part is not None]
+    factors = _factors(_widths(A, router, A0), scale, present[0].dtype, x.device)
+    return (torch.cat(present) * factors).to(x.dtype)
+
+
+def _widths(A: Tensor | None, router: Tensor | None, A0: Tensor | None) -> tuple[int, int, int]:
+    """How many rows each has."""
+    return 0 if A is None else len(A), 0 if router is None else len(router), 0 if A0 is None else len(A0)
 
 
 @cache
@@ -199,9 +213,10 @@ class _Heads(torch.autograd.Function):
         dropout: Dropout,
         in_place: bool,
     ) -> Tensor:
-        z = blend(u, gate, _heads_mask(u, sizes, dropout), heads=sizes[0], rank=sizes[1])
+        z = _blend(u, gate, sizes, dropout)
         columns = pack(B, B0, dim=1, dtype=z.dtype)
-        ctx.save_for_backward(u, gate, columns)
+        # weights are there anyway and are packed once more; a B made on the way (with a scale folded in) is not
+        ctx.save_for_backward(u, gate, *((B, B0) if B.is_leaf else (columns, None)))
         ctx.sizes, ctx.dropout, ctx.dtype = sizes, dropout, B.dtype
         if u0 is not None:
             z = torch.cat((z, u0))
@@ -215,16 +230,35 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        u, gate, columns = ctx.saved_tensors
+        u, gate, B, B0 = ctx.saved_tensors
         heads, rank = ctx.sizes
-        grad = dy.to(u.dtype)
+        grad, columns = dy.to(u.dtype), pack(B, B0, dim=1, dtype=u.dtype)
         # multiplied with tokens first and turned then: much faster than the other order where d_out is large
         dz, du0 = (grad @ columns).t().contiguous().tensor_split((heads * rank,))
-        mask = _heads_mask(u, ctx.sizes, ctx.dropout)
-        du, dgate, z = blend_backward(dz, u, gate, mask, heads=heads, rank=rank)
+        du, dgate, z = _blend_backward(dz, u, gate, ctx.sizes, ctx.dropout)
         # the same holds here for heads first
         dB = (z @ grad).to(ctx.dtype).t() if ctx.needs_input_grad[4] else None
         return dy, du, du0 if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
+
+
+def _blend(u: Tensor, gate: Tensor | None, sizes: tuple[int, int], dropout: Dropout) -> Tensor:
+    """:func:`blend` under the mask of this seed, by a kernel where there is one."""
+    heads, rank = sizes
+    if triton_kernels.serve(u.device):
+        dropped, seed = dropped_levels(dropout[0]), dropout[1]
+        return triton_kernels.blend(u, gate, heads=heads, rank=rank, dropped=dropped, seed=seed)
+    return blend(u, gate, _heads_mask(u, sizes, dropout), heads=heads, rank=rank)
+
+
+def _blend_backward(
+    dz: Tensor, u: Tensor, gate: Tensor | None, sizes: tuple[int, int], dropout: Dropout
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`blend_backward` under the mask of this seed, by a kernel where there is one."""
+    heads, rank = sizes
+    if triton_kernels.serve(u.device):
+        dropped, seed = dropped_levels(dropout[0]), dropout[1]
+        return triton_kernels.blend_backward(dz, u, gate, heads=heads, rank=rank, dropped=dropped, seed=seed)
+    return blend_backward(dz, u, gate, _heads_mask(u, sizes, dropout), heads=heads, rank=rank)
 
 
 def _heads_mask(u: Tensor, sizes: tuple[int, int], dropout: Dropout) -> Tensor | None:

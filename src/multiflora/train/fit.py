@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from multiflora.context import find
 from multiflora.data.prepare import Examples, TrainingData, fill_up
@@ -56,6 +56,7 @@ def fit(
     *,
     checkpoint: Path | None = None,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[TrainingData, list[dict[str, Any]]]:
     """Train the adapter.
 
@@ -66,6 +67,7 @@ def fit(
         examples: The tasks' examples and their mixture.
         checkpoint: Go on from here.
         quiet: Show no progress.
+        callbacks: Further callbacks of the trainer.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
     Raises:
@@ -78,7 +80,7 @@ def fit(
     data, steps = order_examples(recipe, examples, processes)
     schedule = schedules(model, recipe, steps)
     rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
-    with progress_bar(quiet=quiet) as callbacks, stop_on_sigterm() as stop, _none_left_empty(folder):
+    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop, _none_left_empty(folder):
         guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
         trainer = MultitaskTrainer(
             model=model,
@@ -94,7 +96,7 @@ def fit(
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
-            callbacks=[*callbacks, *schedule, *training_callbacks(model)],
+            callbacks=[*bars, *schedule, *training_callbacks(model), *callbacks],
             **training_settings(recipe),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -82,7 +83,8 @@ def figures_of(layers: Mapping[str, LayerRouting]) -> dict[str, float]:
     """
     shares = [share for layer in layers.values() for share in layer.shares]
     return {
-        "routing/entropy": sum(layer.entropy for layer in layers.values()) / len(layers),
+        # exact whatever the order of the layers, which a checkpoint does not keep
+        "routing/entropy": math.fsum(layer.entropy for layer in layers.values()) / len(layers),
         "routing/least_load": min(shares),
         "routing/most_load": max(shares),
         "routing/dead_heads": float(sum(len(layer.dead) for layer in layers.values())),

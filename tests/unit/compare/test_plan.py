@@ -147,7 +147,7 @@ def test_without_a_learning_rate_each_method_has_its_own():
 
 def test_methods_without_a_rank_are_counted_on_the_model():
     found = planned(["lora", "full", "ia3", "prompt", "prefix", "ptuning"])
-    assert found["full"].parameters > 100 * found["lora"].parameters
+    assert found["full"].parameters > 10 * found["lora"].parameters
     assert found["prompt"].parameters == 20 * 256
     assert found["prefix"].parameters == 20 * 2 * 2 * 256
     assert all(found[label].rank is None for label in found if label != "lora")

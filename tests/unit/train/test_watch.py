@@ -16,7 +16,7 @@ from multiflora.methods.load import LayerRouting, RoutingCounter
 from multiflora.train.watch import RoutingWatch, figures_of
 from tests.unit.train.test_trainer import make_model, make_trainer
 
-HYDRA = {"num_heads": 3, "target_modules": ["up_proj", "q_proj"], "task_names": ["a", "b", "c"]}
+HYDRA = {"num_heads": 3, "lora_dropout": 0.0, "target_modules": ["up_proj", "q_proj"], "task_names": ["a", "b", "c"]}
 KEYS = ("routing/entropy", "routing/least_load", "routing/most_load", "routing/dead_heads")
 
 
