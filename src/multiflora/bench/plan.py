@@ -182,7 +182,7 @@ def _steps(preset: Preset, kind: str) -> list[Job]:
     jobs = []
     for dropout in _DROPOUTS:
         settings = {"rows": rows, "length": length, "dtype": "bfloat16", "dropout": dropout}
-        cost = 0.033 * rows * length * (rounds + 2)
+        cost = 0.027 * rows * length * (rounds + 2)
         # with dropout a step keeps more, so that is where memory is looked at
         more = {"labels": labels, "rounds": rounds, "memory": dropout > 0}
         jobs.append(Job("step", {**settings, **more}, {"labels": labels, **settings}, cost))
