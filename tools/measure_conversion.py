@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import peft  # noqa: F401  # before modules of ours: peft's arrival loads them
 import torch
 from safetensors.torch import save_file
 

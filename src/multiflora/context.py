@@ -55,13 +55,17 @@ class Routing:
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The forward pre-hook of the base model: remember the batch's tasks and padding, take ``task_id`` out."""
-        ids = kwargs.pop("task_id", None)
+        """The forward pre-hook of the base model: remember the batch's tasks and padding, take our own words out.
+
+        ``task_id`` is one. ``real_tokens``, (rows, length), is the other: it tells fill from text where that is in no
+        ``attention_mask``, as in packed rows.
+        """
+        ids, real = kwargs.pop("task_id", None), kwargs.pop("real_tokens", None)
         first = next(
             (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0),
             None,
         )
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("attention_mask") if real is None else real
         self._batch = None if first is None else first.shape[0]
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._ids = None if ids is None else self._checked(ids)

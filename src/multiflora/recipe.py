@@ -70,7 +70,8 @@ class ModelSpec(Strict):
         """A folder beside the recipe wins over a hub id; ``./x`` and ``../x`` are always folders."""
         path = absolute(value, info)
         starts = value.startswith((".", "~", "/")) or Path(value).is_absolute()
-        return str(path) if starts or path.is_dir() else value
+        # os.path: a name too long for the file system is no folder, and no error
+        return str(path) if starts or os.path.isdir(path) else value
 
 
 class MethodSpec(Strict):

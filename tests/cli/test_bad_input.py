@@ -117,7 +117,7 @@ def test_yaml_that_is_not_yaml_or_is_more_than_a_recipe(multiflora: Command, rec
     change(recipe, "train: {", "train: ")
     refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line 4", "not valid YAML", "Check the indentation")
     recipe.write_text("a: &a [x, x]\n" + "\n".join(f"k{i}: &a [*a, *a, *a, *a]" for i in range(20)), "utf-8")
-    refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line", "found duplicate anchor")
+    refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line 2", "stands within itself; write it out")
     recipe.write_text("model: m\nmodel: n\n", "utf-8")
     refused(multiflora("train", "recipe.yaml"), "recipe.yaml, line 2", "the key 'model' is given twice")
 

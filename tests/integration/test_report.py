@@ -61,7 +61,8 @@ def test_what_is_saved_reads_back_as_it_was(comparison: Path) -> None:
 
 
 def unfinished(comparison: Path, to: Path, *gone: str) -> Path:
-    """A copy as it was before some cells were finished."""
+    """A copy beside it (paths in it are relative to its folder) as it was before some cells were finished."""
+    to = comparison.with_name(to.name)
     shutil.copytree(comparison, to, ignore=shutil.ignore_patterns("summary.json", "analysis"))
     for cell in gone:
         (found,) = (to / "cells").glob(f"{cell}-*.json")

@@ -72,6 +72,8 @@ def fill_up(dataset: Dataset, multiple: int) -> Dataset:
         return dataset
     shortest = dataset[int(_column(dataset, "length").argmin())]
     row = {**shortest, "labels": [IGNORED] * shortest["length"], "loss_tokens": 0}
+    if "example" in row:
+        row["example"] = -1  # none of the data's; what is counted over examples leaves it out
     return concatenate_datasets([dataset, Dataset.from_list([row] * missing, features=dataset.features)])
 
 

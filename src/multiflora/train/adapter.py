@@ -76,7 +76,13 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
     if low_cpu_mem_usage and _starts_by_svd(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
-    return get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        # on the meta device parameters are made anew, and AdaLoRA's count of ranks forgets that it is not trained
+        for name, parameter in adapted.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)
+    return adapted
 
 
 def _check_size(model: Any, config: Any) -> None:

@@ -145,6 +145,8 @@ class MultitaskTrainer(SFTTrainer):
         task_id, example = inputs.pop("task_id", None), inputs.pop("example", None)
         if task_id is not None and self.routing is not None:
             inputs["task_id"] = task_id
+        if example is not None and self.routing is not None:
+            inputs["real_tokens"] = _real(example, inputs.get("attention_mask"))
         positions, targets = predicted_positions(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         front = tokens_in_front(self.accelerator.unwrap_model(model))
@@ -294,6 +296,12 @@ class MultitaskTrainer(SFTTrainer):
         self._loss = self._by_task = self._tokens_read = self._window_start = None
         self._window_step = self.state.global_step
         return figures
+
+
+def _real(example: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Tell tokens of examples from the fill of rows and steps, (B, T), by the examples' numbers, (B,) or (B, T)."""
+    known = example >= 0
+    return known if attention_mask is None else attention_mask.bool() & (known if known.ndim == 2 else known[:, None])
 
 
 def _of_positions(of: Tensor, positions: Tensor, length: int) -> Tensor:

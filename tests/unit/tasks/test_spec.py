@@ -92,7 +92,7 @@ def test_names_are_fit_for_files_and_logs():
         ({"source": {}}, "a source of files names either 'folder' or some of"),
         ({"source": {"folder": "a", "train": "b"}}, "a source of files names either 'folder' or some of"),
         ({"source": {"path": "a/b", "splits": {"dev": "x"}}}, "source.splits.dev"),
-        ({"source": {"generator": "gcd", "sizes": {"train": -1}}}, "train is -1 rows; expected 0 or more"),
+        ({"source": {"generator": "gcd", "sizes": {"train": -1}}}, "train is -1 rows; expected 0 to 1,000,000"),
         ({"split_sizes": {"test": 0}}, "split_sizes.test is 0; expected greater than 0"),
         ({"split_from": "dev"}, "split_from is 'dev'; known: test, train, validation."),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; expected greater than 0"),
