@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 from multiflora.embedded import embedded_model
@@ -97,7 +97,7 @@ def _say_remote_code(spec: ModelSpec) -> None:
 def _not_loaded(spec: ModelSpec, place: str, what: str, error: Exception) -> ConfigError:
     """Say what was looked for, where, and the library's own first line on why it was not found."""
     why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
-    kind = "folder" if Path(place).is_dir() else "hub id or folder"
+    kind = "folder" if os.path.isdir(place) else "hub id or folder"
     return ConfigError(
         f"model.name: no {what} could be loaded from the {kind} {spec.name!r}: {why}. Give a folder with a model in "
         "Hugging Face format, the id of one on the hub (which needs the network once), or 'embedded'."

@@ -70,7 +70,7 @@ class ModelSpec(Strict):
         """A folder beside the recipe wins over a hub id; ``./x`` and ``../x`` are always folders."""
         path = absolute(value, info)
         starts = value.startswith((".", "~", "/")) or Path(value).is_absolute()
-        # os.path: a name too long for the file system is no folder, and no error
+        # os.path, here and wherever names are a user's: one too long for the file system is no folder, and no error
         return str(path) if starts or os.path.isdir(path) else value
 
 
@@ -351,7 +351,7 @@ def override(recipe: Mapping[str, Any], item: str) -> dict[str, Any]:
         raise ConfigError(f"--set {item!r} has no '='; expected key.path=value, e.g. train.learning_rate=1e-4.")
     value = parse_yaml(text, f"--set {item if len(item) < 80 else f'{item[:77]}...'}")
     if isinstance(value, str) and (
-        key == "output" or (key in {"model", "model.name"} and Path(value).expanduser().is_dir())
+        key == "output" or (key in {"model", "model.name"} and os.path.isdir(Path(value).expanduser()))
     ):
         value = str(Path(value).expanduser().absolute())
     replaced = _replace(recipe, key.split("."), value, item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
@@ -39,13 +40,13 @@ def split_files(source: FilesSource) -> dict[Split, tuple[Path, ...]]:
 
 
 def _folder_files(folder: Path) -> dict[Split, tuple[Path, ...]]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{folder} {_why_missing(folder, 'folder')} A hub data set is written source: {{path: owner/name}}."
         )
     found: dict[Split, tuple[Path, ...]] = {}
     for split in SPLITS:
-        files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+        files = [folder / f"{split}{suffix}" for suffix in SUFFIXES if os.path.isfile(folder / f"{split}{suffix}")]
         if len(files) > 1:
             both = " and ".join(f.name for f in files)
             raise DataError(f"{folder} has {both}; expected one file for the split {split}. Remove the others.")
@@ -63,10 +64,10 @@ def _folder_files(folder: Path) -> dict[Split, tuple[Path, ...]]:
 def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     files: list[Path] = []
     for path in paths:
-        if path.is_file():
+        if os.path.isfile(path):
             files.append(path)
         elif has_magic(str(path)):
-            matched = sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
+            matched = sorted(Path(p) for p in glob(str(path), recursive=True) if os.path.isfile(p))
             if not matched:
                 raise DataError(f"{path} matches no file. Check the pattern and the folder it starts from.")
             files.extend(matched)
@@ -76,9 +77,9 @@ def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 def _why_missing(path: Path, what: str) -> str:
-    if path.exists():
+    if os.path.exists(path):
         return f"is not a {what}; expected one."
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"does not exist, nor does its folder {path.parent}. Relative paths are relative to the recipe file."
     there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) or "nothing"
     return f"does not exist; {path.parent} holds {there}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _from_word(word: str, base: Path) -> Any:
 
 def _is_path(word: str, base: Path) -> bool:
     path = base / Path(word).expanduser()
-    return "/" in word or "\\" in word or path.suffix in {*SUFFIXES, ".yaml", ".yml"} or path.is_dir()
+    return "/" in word or "\\" in word or path.suffix in {*SUFFIXES, ".yaml", ".yml"} or os.path.isdir(path)
 
 
 def _unknown(name: str, shipped: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -71,7 +72,7 @@ class HubSource(Strict):
                 "code. Name files with 'train:', 'validation:' and 'test:'."
             )
         path = absolute(value, info)
-        return str(path) if value.startswith((".", "~", "/")) or path.is_dir() else value
+        return str(path) if value.startswith((".", "~", "/")) or os.path.isdir(path) else value
 
     @field_validator("name", mode="before")
     @classmethod
