@@ -17,7 +17,7 @@ TEMPLATES = [
     "{{ prompt.__class__.__mro__ }}",
     "{{ ''.__class__.__base__.__subclasses__() }}",
     "{{ self.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.system('touch /tmp/x') }}",
+    "{{ cycler.__init__.__globals__.os.system('touch x') }}",
     "{% import 'os' as os %}{{ os.getcwd() }}",
     "{% include '/etc/passwd' %}",
     "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}",
