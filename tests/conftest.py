@@ -12,7 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # and before anything imports triton: our kernels run in its interpreter, as there may be no GPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
+
+# an example that takes long on a busy machine is not a wrong one
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
