@@ -54,3 +54,29 @@ def test_a_script_may_import_one_of_our_names_first(name: str) -> None:
     script = f"from multiflora import {name}; import peft; print('MF_RLORA' in peft.PeftType.__members__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+# what `pip install multiflora` alone does not bring; the modules that are nothing without one of them import it at once
+OPTIONAL = {
+    "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "optuna", "ray", "submitit",
+    "tensorboard", "triton", "uvicorn",
+}  # fmt: skip
+NEEDS_ITS_PACKAGE = {"multiflora.serve.app"}
+
+WALK = """
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))
+import multiflora
+for module in pkgutil.walk_packages(multiflora.__path__, "multiflora."):
+    try:
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    except ImportError:
+        print(module.name)
+"""
+
+
+def test_all_modules_import_without_the_optional_packages() -> None:
+    done = subprocess.run([sys.executable, "-c", WALK, *OPTIONAL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == NEEDS_ITS_PACKAGE

@@ -32,9 +32,9 @@ try:
 except ImportError:  # a CPU build of torch comes without it; the kernels are never called then
     triton = None
 
-    def jit(function: Any) -> Any:
-        """Leave the kernel as it is."""
-        return function
+    def jit(function: Any = None, **_: Any) -> Any:
+        """Leave the kernel as it is, with settings or without."""
+        return jit if function is None else function
 
 
 __all__ = ["blend", "blend_backward", "kept", "serve"]
