@@ -27,7 +27,11 @@ class Stems(NamedTuple):
 
 def apart(x: Tensor, weights: Sequence[Tensor], stems: Sequence[Stems]) -> list[Tensor]:
     """Each layer's base output, u, logits and u0, layer after layer, as the packed op takes them."""
-    made = [ops.stems(x, *own, (weight, None)) for own, weight in zip(stems, weights, strict=True)]
+    made = [ops.stems(x, *own, weight) for own, weight in zip(stems, weights, strict=True)]
+    with torch.no_grad():  # the op makes a place for the base output, which its second half fills
+        for (y, *_), weight in zip(made, weights, strict=True):
+            assert y is not None
+            torch.mm(x, weight.t(), out=y)
     return [part for parts in made for part in parts if part is not None]
 
 

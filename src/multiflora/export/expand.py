@@ -155,12 +155,13 @@ def _prove(method: Method, config: Any, layer: Layer, pair: Pair) -> None:
     """Send random inputs through the heads one by one, and through the LoRA."""
     parts = layer.parts
     x = torch.randn(4, pair.A.shape[1], generator=torch.Generator().manual_seed(0))
-    logits = x @ parts["router"].t() if "router" in parts else None
+    logits = parts["router"] @ x.t() if "router" in parts else None
+    gate = method.gate.weights(config, parts, logits, None)
     looped = ops.loop(
         torch.zeros(len(x), pair.B.shape[0]),
         x,
         parts["A"],
-        method.gate.weights(config, parts, logits, None),
+        None if gate is None else gate.t(),
         method.gate.fold(config, parts, parts["B"]),
         parts.get("A0"),
         parts.get("B0"),

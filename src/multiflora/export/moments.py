@@ -59,8 +59,9 @@ def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor
     """
     x = x.to(torch.float32)
     wide = {name: part.detach().to(torch.float32) for name, part in parts.items()}
-    gate = method.gate.weights(config, wide, x @ wide["router"].t(), None)
-    assert gate is not None
+    by_token = method.gate.weights(config, wide, wide["router"] @ x.t(), None)
+    assert by_token is not None
+    gate = by_token.t()
     u = x @ wide["A"].t()
     heads = gate.shape[1]
     by_head = u.unsqueeze(1) if method.shared_stem else u.view(len(x), heads, -1)

@@ -59,11 +59,11 @@ def loss(config: AlignLoraConfig, seen: Seen) -> Tensor | None:
     """λ times the layer's share of the mean divergence between tasks."""
     if not config.align_weight or config.num_tasks == 1:
         return None
-    tokens = len(seen.stems)
+    tokens = seen.stems.shape[1]
     tasks = seen.routing.tasks(config, torch.Size([tokens]), seen.stems.device)
     if tasks is None:
         raise missing(config)
-    divergence = alignment(seen.stems, tasks, config.num_tasks or 1, seen.routing.keep(tokens))
+    divergence = alignment(seen.stems.t(), tasks, config.num_tasks or 1, seen.routing.keep(tokens))
     return config.align_weight / seen.layers * divergence
 
 

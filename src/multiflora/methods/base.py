@@ -33,14 +33,14 @@ Merges = Literal["exactly", "per task", "no"]
 
 
 class Seen(NamedTuple):
-    """What one layer made of a batch in training: all that a method's loss may read."""
+    """What one layer made of a batch in training: all that a method's loss may read. Tokens come last."""
 
     stems: Tensor
-    """s A x of each token, (T, K r)."""
+    """s A x of each token, (K r, T)."""
     gate: Tensor | None
-    """Weight of each head, (T, H); None where all weigh 1."""
+    """Weight of each head, (H, T); None where all weigh 1."""
     logits: Tensor | None
-    """The router's, (T, H), or None where there is no router."""
+    """The router's, (H, T), or None where there is no router."""
     routing: Routing
     layers: int
     """How many layers carry the adapter: for losses that are a mean over them."""

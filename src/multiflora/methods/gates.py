@@ -46,7 +46,10 @@ class Gate:
         return B
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
-        """Weight of each head for each token, (T, H), at least float32; None means 1 for all."""
+        """Weight of each head for each token, (H, T), at least float32, given logits (H, T) and tasks (T,).
+
+        Tokens come last, as in :mod:`multiflora.ops.packed`. None means 1 for all.
+        """
         return None
 
     def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
@@ -115,12 +118,11 @@ class TokenRouter(Gate):
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert logits is not None
-        # over the first axis of the transpose, because tokens lie innermost in memory (see multiflora.ops.packed)
-        rows, k = logits.t(), self.top_k(config)
+        k = self.top_k(config)
         if k is not None:
-            left_out = torch.ones_like(rows, dtype=torch.bool).scatter(0, rows.topk(k, 0).indices, False)
-            rows = rows.masked_fill(left_out, -torch.inf)
-        return torch.softmax(rows, 0, dtype=torch.promote_types(logits.dtype, torch.float32)).t()
+            left_out = torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, False)
+            logits = logits.masked_fill(left_out, -torch.inf)
+        return torch.softmax(logits, 0, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class TaskGate(Gate):
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert tasks is not None
-        return self.table(config, parts)[tasks]
+        return self.table(config, parts)[tasks].t()
 
     def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
         return self.table(config, parts)[task]

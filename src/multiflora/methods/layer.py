@@ -157,7 +157,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         flat = x.reshape(-1, x.shape[-1])
         assert isinstance(base, nn.Linear)
-        y = self._branches(flat, x.shape[:-1], adapter_name, base=(base.weight, base.bias))
+        y = self._branches(flat, x.shape[:-1], adapter_name, base=(flat, base.weight, base.bias))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _add_branches(
@@ -177,7 +177,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         lead: torch.Size,
         adapter_name: str,
         *,
-        base: tuple[Tensor, Tensor | None] | None = None,
+        base: ops.Base | None = None,
         y: Tensor | None = None,
         rows: Tensor | None = None,
         of: int | None = None,
@@ -188,28 +188,17 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
         scale, p = self.scaling[adapter_name], config.lora_dropout if self.training else 0.0
         dropout = (p, ops.draw_seed()) if p > 0 else (0.0, 0)
-        own, u, logits, u0 = ops.stems(x, parts["A"], router, A0, base, scale=scale, dropout=dropout)
-        if base is not None:
-            y = own
-        # inside the op tokens come last, everywhere else first
-        logits = None if logits is None else logits.t()
-        stems = u
+        weight = None if base is None else base[1]
+        place, u, logits, u0 = ops.stems(x, parts["A"], router, A0, weight, scale=scale, dropout=dropout)
+        y, stems = place if y is None else y, u
         if method.between is not None:
             matrices = method.between.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
         self._report(adapter_name, stems, gate, logits, tasks)
+        B = method.gate.fold(config, parts, parts["B"])
         assert y is not None
-        return ops.heads(
-            y,
-            u,
-            u0,
-            None if gate is None else gate.t(),
-            method.gate.fold(config, parts, parts["B"]),
-            B0,
-            in_place=base is not None,
-            **self._sizes(adapter_name),
-        )
+        return ops.heads(y, u, u0, gate, B, B0, base, **self._sizes(adapter_name))
 
     def _loop(
         self, x: Tensor, lead: torch.Size, adapter_name: str, y: Tensor, rows: Tensor | None, of: int | None
@@ -222,14 +211,15 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             x if p == 0 else x * ops.dropout_mask(tuple(x.shape), p, ops.draw_seed(), device=x.device, dtype=x.dtype)
         )
         router = parts.get("router")
-        logits = None if router is None else F.linear(x, router.to(x.dtype))
+        logits = None if router is None else router.to(x.dtype) @ x.t()
         gate = method.gate.weights(config, parts, logits, tasks)
         scale = self.scaling[adapter_name]
         self._report(adapter_name, (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t(), gate, logits, tasks)
         between = None if method.between is None else method.between.matrices(parts)[tasks]
         B = method.gate.fold(config, parts, parts["B"])
         sizes = self._sizes(adapter_name)
-        y = ops.loop(y, dropped, parts["A"], gate, B, None, None, between=between, scale=scale, **sizes)
+        by_token = None if gate is None else gate.t()
+        y = ops.loop(y, dropped, parts["A"], by_token, B, None, None, between=between, scale=scale, **sizes)
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
@@ -272,12 +262,12 @@ class BranchLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         method, routing = self.method_of(adapter_name), self.routing
         if self.training and method.loss is not None:
-            seen = Seen(stems.t(), gate, logits, routing, routing.layers.get(adapter_name, 1))
+            seen = Seen(stems, gate, logits, routing, routing.layers.get(adapter_name, 1))
             loss = method.loss(self.configs[adapter_name], seen)
             if loss is not None:
                 routing.losses.append(loss)
         if gate is not None and routing.recorder is not None:
-            routing.recorder(self.name, gate.detach(), tasks)
+            routing.recorder(self.name, gate.detach().t(), tasks)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 

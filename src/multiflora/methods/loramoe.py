@@ -74,8 +74,9 @@ class LoraMoeConfig(RouterConfig):
 
 def loss(config: LoraMoeConfig, seen: Seen) -> Tensor | None:
     """Localized balance loss plus the router's own, each with its weight."""
-    total, gate, routing = router_loss(config, seen), seen.gate, seen.routing
-    if config.balance_weight and gate is not None:
+    total, routing = router_loss(config, seen), seen.routing
+    if config.balance_weight and seen.gate is not None:
+        gate = seen.gate.t()
         load = per_row(gate, routing.rows(gate.shape[0]), routing.keep(gate.shape[0]))
         knowledge = torch.zeros(load.shape[0], dtype=torch.bool, device=load.device)
         if config.balance_delta:

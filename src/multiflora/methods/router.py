@@ -58,12 +58,14 @@ def sparse_routing_problems(config: Any, heads_setting: str) -> list[str]:
 
 def router_loss(config: Any, seen: Seen) -> Tensor | None:
     """The load-balance loss and the z-loss with their weights, or None when both are off."""
-    if seen.gate is None or seen.logits is None:
+    balance, z = config.router_balance_loss, config.router_z_loss
+    if not (balance or z) or seen.gate is None or seen.logits is None:
         return None
-    keep = seen.routing.keep(len(seen.logits))
-    terms = []
-    if config.router_balance_loss:
-        terms.append(config.router_balance_loss * load_balance(seen.logits, seen.gate, keep))
-    if config.router_z_loss:
-        terms.append(config.router_z_loss * router_z(seen.logits, keep))
-    return sum(terms[1:], terms[0]) if terms else None
+    logits, gate = seen.logits.t(), seen.gate.t()
+    keep = seen.routing.keep(len(logits))
+    terms: list[Tensor] = []
+    if balance:
+        terms.append(balance * load_balance(logits, gate, keep))
+    if z:
+        terms.append(z * router_z(logits, keep))
+    return sum(terms[1:], terms[0])

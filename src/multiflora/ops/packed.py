@@ -18,6 +18,7 @@ The elementwise step is plain torch here; on a GPU :mod:`multiflora.ops.triton_k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,8 @@ from multiflora.ops.mask import dropped_levels, head_mask, kept, survivor_weight
 
 Dropout = tuple[float, int]
 """Probability and seed of a mask."""
+Base = tuple[Tensor, Tensor, "Tensor | None"]
+"""A frozen layer's input, weight and bias."""
 
 
 def pack(*parts: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
@@ -104,7 +107,8 @@ class _Stems(torch.autograd.Function):
     """``x -> (y, u, logits, u0)``: all that reads x, and the base product too when its frozen weight is given.
 
     Taking the base product in lets its input gradient and the stems' be accumulated by one call, without a second
-    tensor of x's size.
+    tensor of x's size. y is only the place for it: :class:`_Heads` computes the product, after the small steps. A large
+    product empties the caches, and each small step that comes after one takes several times as long.
     """
 
     @staticmethod
@@ -112,62 +116,72 @@ class _Stems(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
-        bias: Tensor | None,
         A: Tensor | None,
         router: Tensor | None,
         A0: Tensor | None,
         scale: float,
     ) -> tuple[Tensor | None, ...]:
-        rows, widths = _rows(x, A, router, A0, scale), _widths(A, router, A0)
+        rows, widths = _rows((A, router, A0), scale, x.dtype)
         # not the packed rows: of all layers together they would outweigh what is kept for the tokens
         ctx.save_for_backward(x, weight, A, router, A0)
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.scale = widths, scale
-        y = None if weight is None else F.linear(x, weight, bias)
+        ctx.scale = scale
+        y = None if weight is None else x.new_empty(x.shape[0], weight.shape[0])
         u, logits, u0 = torch.split_with_sizes(rows @ x.t(), widths)
         return y, u, logits if widths[1] else None, u0 if widths[2] else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dsmall: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, A, router, A0 = ctx.saved_tensors
+        x, weight, *small = ctx.saved_tensors
+        rows, widths = _rows(small, ctx.scale, x.dtype)
+        needs_x, _, needs_A, needs_router, *_ = ctx.needs_input_grad
         dx = dA = drouter = None
         there = [
-            x.new_zeros(width, len(x)) if small is None else small
-            for small, width in zip(dsmall, ctx.widths, strict=True)
+            x.new_zeros(width, x.shape[0]) if grad is None else grad
+            for grad, width in zip(dsmall, widths, strict=True)
             if width
         ]
         together = there[0] if len(there) == 1 else torch.cat(there)
-        if ctx.needs_input_grad[0]:
-            rows = _rows(x, A, router, A0, ctx.scale)
+        if needs_A or needs_router:
+            grads = together[: widths[0] + widths[1]] @ x
+            if needs_A:
+                dA = grads[: widths[0]].to(small[0].dtype).mul_(ctx.scale)
+            if needs_router:
+                drouter = grads[widths[0] :].to(small[1].dtype)
+        if needs_x:
             if weight is None or dy is None:
                 dx = together.t() @ rows
             else:
                 dx = (dy @ weight).addmm_(together.t(), rows)
-        stem_rows, trained = ctx.widths[0], ctx.widths[0] + ctx.widths[1]
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grads = together[:trained] @ x
-            if A is not None:
-                dA = grads[:stem_rows].to(A.dtype).mul_(ctx.scale)
-            if router is not None:
-                drouter = grads[stem_rows:].to(router.dtype)
-        return dx, None, None, dA, drouter, None, None
+        return dx, None, dA, drouter, None, None
 
 
-def _rows(x: Tensor, A: Tensor | None, router: Tensor | None, A0: Tensor | None, scale: float) -> Tensor:
-    """The rows that read x: [s A; R; -s A0] in its dtype."""
-    present = [part for part in (A, router, A0) if part is not None]
-    factors = _factors(_widths(A, router, A0), scale, present[0].dtype, x.device)
-    return (torch.cat(present) * factors).to(x.dtype)
+class _Base(torch.autograd.Function):
+    """The base product's part of :class:`_Stems`, for layers whose stems read a dropped x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return dy @ weight if ctx.needs_input_grad[0] else None, None
 
 
-def _widths(A: Tensor | None, router: Tensor | None, A0: Tensor | None) -> tuple[int, int, int]:
-    """How many rows each has."""
-    return 0 if A is None else len(A), 0 if router is None else len(router), 0 if A0 is None else len(A0)
+def _rows(parts: Sequence[Tensor | None], scale: float, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]]:
+    """The rows that read x, [s A; R; -s A0], and how many each of the three has."""
+    present = [part for part in parts if part is not None]
+    widths = tuple(0 if part is None else part.shape[0] for part in parts)
+    factors = _factors(widths, scale, present[0].dtype, present[0].device)
+    return (torch.cat(present) * factors).to(dtype), widths
 
 
 @cache
-def _factors(widths: tuple[int, int, int], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _factors(widths: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What each row of the packed stems is multiplied with: s for A, 1 for the router, -s for the offset."""
     values = [scale] * widths[0] + [1.0] * widths[1] + [-scale] * widths[2]
     return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
@@ -198,7 +212,11 @@ class _DroppedStem(torch.autograd.Function):
 
 
 class _Heads(torch.autograd.Function):
-    """``(y, u, gate, ...) -> y + z B^T``, keeping u, the gate, the masks' seed and the packed heads."""
+    """``(y, u, gate, ...) -> y + z B^T``, keeping u, the gate and the masks' seed.
+
+    With ``base``, the layer's x, weight and bias, y is a place to compute ``W x`` in first; its gradient goes to
+    :class:`_Stems`, which made the place.
+    """
 
     @staticmethod
     def forward(
@@ -211,18 +229,17 @@ class _Heads(torch.autograd.Function):
         B0: Tensor | None,
         sizes: tuple[int, int],
         dropout: Dropout,
-        in_place: bool,
+        base: Base | None,
     ) -> Tensor:
-        z = _blend(u, gate, sizes, dropout)
-        columns = pack(B, B0, dim=1, dtype=z.dtype)
+        z, columns = _blend(u, gate, sizes, dropout), pack(B, B0, dim=1, dtype=u.dtype)
         # weights are there anyway and are packed once more; a B made on the way (with a scale folded in) is not
         ctx.save_for_backward(u, gate, *((B, B0) if B.is_leaf else (columns, None)))
         ctx.sizes, ctx.dropout, ctx.dtype = sizes, dropout, B.dtype
         if u0 is not None:
             z = torch.cat((z, u0))
-        if in_place:
+        if base is not None:
             ctx.mark_dirty(y)
-            return y.addmm_(z.t(), columns.t())
+            return _linear(*base, out=y).addmm_(z.t(), columns.t())
         if y.dtype == z.dtype:
             return torch.addmm(y, z.t(), columns.t())
         return y + (z.t() @ columns.t()).to(y.dtype)
@@ -234,11 +251,18 @@ class _Heads(torch.autograd.Function):
         heads, rank = ctx.sizes
         grad, columns = dy.to(u.dtype), pack(B, B0, dim=1, dtype=u.dtype)
         # multiplied with tokens first and turned then: much faster than the other order where d_out is large
-        dz, du0 = (grad @ columns).t().contiguous().tensor_split((heads * rank,))
-        du, dgate, z = _blend_backward(dz, u, gate, ctx.sizes, ctx.dropout)
+        small = (grad @ columns).t().contiguous()
+        du, dgate, z = _blend_backward(small[: heads * rank], u, gate, ctx.sizes, ctx.dropout)
         # the same holds here for heads first
         dB = (z @ grad).to(ctx.dtype).t() if ctx.needs_input_grad[4] else None
-        return dy, du, du0 if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
+        return dy, du, small[heads * rank :] if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    """``F.linear`` into a tensor that is there."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _blend(u: Tensor, gate: Tensor | None, sizes: tuple[int, int], dropout: Dropout) -> Tensor:
@@ -278,7 +302,7 @@ def stems(
     A: Tensor,
     router: Tensor | None,
     A0: Tensor | None,
-    base: tuple[Tensor, Tensor | None] | None = None,
+    weight: Tensor | None = None,
     *,
     scale: float = 1.0,
     dropout: Dropout = (0.0, 0),
@@ -290,29 +314,28 @@ def stems(
         A: Stems one under another, (K r, d_in).
         router: Router rows, (H, d_in), or None.
         A0: Frozen stem of the offset, (r, d_in), or None.
-        base: Frozen weight (d_out, d_in) and bias of the base layer, to compute its output along; None leaves y out.
+        weight: Frozen weight of the base layer, (d_out, d_in), where its output's gradient is to be taken along.
         scale: s.
         dropout: Probability and seed of the mask on what the stems read; router and offset read x as it is.
 
     Returns:
-        y (T, d_out) or None; u = s A x (K r, T); the router's logits (H, T) or None; u0 = -s A0 x (r, T) or None.
+        y, an empty (T, d_out) for :func:`heads` to fill, or None without weight; u = s A x (K r, T); the router's
+        logits (H, T) or None; u0 = -s A0 x (r, T) or None.
     """
-    weight, bias = base if base is not None else (None, None)
     if torch.compiler.is_compiling():
         # the compiler replays its own dropout in the backward pass and could not trace a seed that becomes a number
         dropped = F.dropout(x, dropout[0]) if dropout[0] > 0 else x
         logits = None if router is None else router.to(x.dtype) @ x.t()
         u0 = None if A0 is None else (A0 * -scale).to(x.dtype) @ x.t()
-        y = None if weight is None else F.linear(x, weight, bias)
-        return y, (A * scale).to(x.dtype) @ dropped.t(), logits, u0
+        return None, (A * scale).to(x.dtype) @ dropped.t(), logits, u0
     if dropout[0] > 0:
         u = _DroppedStem.apply(x, A, scale, dropout)  # type: ignore[no-untyped-call]
         if router is None and A0 is None:
-            return None if weight is None else F.linear(x, weight, bias), u, None, None
-        y, _, logits, u0 = _Stems.apply(x, weight, bias, None, router, A0, scale)  # type: ignore[no-untyped-call]
+            return None if weight is None else _Base.apply(x, weight), u, None, None  # type: ignore[no-untyped-call]
+        y, _, logits, u0 = _Stems.apply(x, weight, None, router, A0, scale)  # type: ignore[no-untyped-call]
         return y, u, logits, u0
     out: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
-    out = _Stems.apply(x, weight, bias, A, router, A0, scale)  # type: ignore[no-untyped-call]
+    out = _Stems.apply(x, weight, A, router, A0, scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -323,25 +346,25 @@ def heads(
     gate: Tensor | None,
     B: Tensor,
     B0: Tensor | None,
+    base: Base | None = None,
     *,
     num_heads: int,
     rank: int,
     dropout: Dropout = (0.0, 0),
-    in_place: bool = False,
 ) -> Tensor:
     """Add the branches to the base output: ``y + [blend(u); u0]^T [B | B0]^T``.
 
     Args:
-        y: Output of the base layer, (T, d_out); overwritten when ``in_place``.
+        y: Output of the base layer, (T, d_out); with ``base``, the place for it that :func:`stems` made.
         u: From :func:`stems`, (K r, T).
         u0: The offset's, (r, T), or None.
         gate: (H, T) or None for 1.
         B: Heads side by side, (d_out, H r).
         B0: Frozen mean head of the offset, (d_out, r), or None.
+        base: x, weight and bias of a frozen base layer whose output is to be computed along.
         num_heads: H.
         rank: r.
         dropout: Probability and seed of the mask on each head's input.
-        in_place: Accumulate into y's memory (only when nothing else holds y).
 
     Returns:
         (T, d_out) in y's dtype.
@@ -352,5 +375,5 @@ def heads(
         z = blend(u, gate, mask, heads=num_heads, rank=rank)
         z = z if u0 is None else torch.cat((z, u0))
         return y + (z.t() @ pack(B, B0, dim=1, dtype=z.dtype).t()).to(y.dtype)
-    out: Tensor = _Heads.apply(y, u, u0, gate, B, B0, sizes, dropout, in_place)  # type: ignore[no-untyped-call]
+    out: Tensor = _Heads.apply(y, u, u0, gate, B, B0, sizes, dropout, base)  # type: ignore[no-untyped-call]
     return out
