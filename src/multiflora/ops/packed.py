@@ -18,9 +18,8 @@ The elementwise step is plain torch here; on a GPU :mod:`multiflora.ops.triton_k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +33,9 @@ Dropout = tuple[float, int]
 """Probability and seed of a mask."""
 Base = tuple[Tensor, Tensor, "Tensor | None"]
 """A frozen layer's input, weight and bias."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size in bytes."""
 
 
 def pack(*parts: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
@@ -103,6 +105,53 @@ def _flat(z: Tensor, heads: int) -> Tensor:
     return (z if len(z) == heads else z.expand(heads, -1, -1)).reshape(heads * z.shape[1], z.shape[2])
 
 
+class _Reading(NamedTuple):
+    """Rows that read one input: x, or what dropout leaves of it."""
+
+    x: Tensor
+    """(T, d_in)."""
+    parts: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """A, router and A0, or None in place of those that read the other input."""
+    scale: float
+    bits: Tensor | None = None
+    """Of the mask: integers of x's size with all bits set where x is kept and none where it is dropped."""
+
+    def rows(self) -> tuple[Tensor, tuple[int, ...]]:
+        """[s A; R; -s A0] in x's dtype, and how many rows each of the three has."""
+        present = [part for part in self.parts if part is not None]
+        widths = tuple(0 if part is None else part.shape[0] for part in self.parts)
+        factors = _factors(widths, self.scale, present[0].dtype, self.x.device)
+        return (torch.cat(present) * factors).to(self.x.dtype), widths
+
+
+@cache
+def _factors(widths: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each row of the packed stems is multiplied with: s for A, 1 for the router, -s for the offset."""
+    values = [scale] * widths[0] + [1.0] * widths[1] + [-scale] * widths[2]
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+
+
+def _readings(
+    x: Tensor, A: Tensor, router: Tensor | None, A0: Tensor | None, scale: float, dropout: Dropout, *, spend: bool
+) -> list[_Reading]:
+    """One reading; with dropout one of router and offset, and the stems' of what is left of x.
+
+    A mask of bits is applied in half the time of one of numbers, and can be in place: ``spend`` gives the mask's memory
+    to the dropped x.
+    """
+    p, seed = dropout
+    if p == 0:
+        return [_Reading(x, (A, router, A0), scale)]
+    integer = _INTEGERS[x.element_size()]
+    bits = kept(tuple(x.shape), p, seed, device=x.device, dtype=integer).neg_()
+    left = torch.bitwise_and(x.view(integer), bits, out=bits if spend else None).view(x.dtype)
+    # the survivors' weight goes into the rows, too
+    of_dropped = _Reading(left, (A, None, None), scale * survivor_weight(p), bits)
+    if router is None and A0 is None:
+        return [of_dropped]
+    return [_Reading(x, (None, router, A0), scale), of_dropped]
+
+
 class _Stems(torch.autograd.Function):
     """``x -> (y, u, logits, u0)``: all that reads x, and the base product too when its frozen weight is given.
 
@@ -116,99 +165,57 @@ class _Stems(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
-        A: Tensor | None,
+        A: Tensor,
         router: Tensor | None,
         A0: Tensor | None,
         scale: float,
+        dropout: Dropout,
     ) -> tuple[Tensor | None, ...]:
-        rows, widths = _rows((A, router, A0), scale, x.dtype)
         # not the packed rows: of all layers together they would outweigh what is kept for the tokens
         ctx.save_for_backward(x, weight, A, router, A0)
         ctx.set_materialize_grads(False)
-        ctx.scale = scale
+        ctx.scale, ctx.dropout = scale, dropout
         y = None if weight is None else x.new_empty(x.shape[0], weight.shape[0])
-        u, logits, u0 = torch.split_with_sizes(rows @ x.t(), widths)
-        return y, u, logits if widths[1] else None, u0 if widths[2] else None
+        read: list[Tensor | None] = [None] * 3
+        for reading in _readings(x, A, router, A0, scale, dropout, spend=True):
+            rows, widths = reading.rows()
+            split = torch.split_with_sizes(rows @ reading.x.t(), widths)
+            read = [part if width else other for part, width, other in zip(split, widths, read, strict=True)]
+        return y, *read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *dsmall: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, *small = ctx.saved_tensors
-        rows, widths = _rows(small, ctx.scale, x.dtype)
+    def backward(ctx: Any, dy: Tensor | None, *dread: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, A, router, A0 = ctx.saved_tensors
         needs_x, _, needs_A, needs_router, *_ = ctx.needs_input_grad
-        dx = dA = drouter = None
-        there = [
-            x.new_zeros(width, x.shape[0]) if grad is None else grad
-            for grad, width in zip(dsmall, widths, strict=True)
-            if width
-        ]
-        together = there[0] if len(there) == 1 else torch.cat(there)
-        if needs_A or needs_router:
-            grads = together[: widths[0] + widths[1]] @ x
-            if needs_A:
-                dA = grads[: widths[0]].to(small[0].dtype).mul_(ctx.scale)
-            if needs_router:
-                drouter = grads[widths[0] :].to(small[1].dtype)
+        dA = drouter = dx = None
+        small = []
+        for reading in _readings(x, A, router, A0, ctx.scale, ctx.dropout, spend=False):
+            rows, widths = reading.rows()
+            there = [
+                x.new_zeros(width, x.shape[0]) if grad is None else grad
+                for grad, width in zip(dread, widths, strict=True)
+                if width
+            ]
+            together = there[0] if len(there) == 1 else torch.cat(there)
+            small.append((reading, rows, together))
+            if (needs_A and widths[0]) or (needs_router and widths[1]):
+                grads = together[: widths[0] + widths[1]] @ reading.x
+                if needs_A and widths[0]:
+                    dA = grads[: widths[0]].to(A.dtype).mul_(reading.scale)
+                if needs_router and widths[1]:
+                    drouter = grads[widths[0] :].to(router.dtype)
         if needs_x:
-            if weight is None or dy is None:
-                dx = together.t() @ rows
-            else:
-                dx = (dy @ weight).addmm_(together.t(), rows)
-        return dx, None, dA, drouter, None, None
-
-
-class _Base(torch.autograd.Function):
-    """The base product's part of :class:`_Stems`, for layers whose stems read a dropped x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return dy @ weight if ctx.needs_input_grad[0] else None, None
-
-
-def _rows(parts: Sequence[Tensor | None], scale: float, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]]:
-    """The rows that read x, [s A; R; -s A0], and how many each of the three has."""
-    present = [part for part in parts if part is not None]
-    widths = tuple(0 if part is None else part.shape[0] for part in parts)
-    factors = _factors(widths, scale, present[0].dtype, present[0].device)
-    return (torch.cat(present) * factors).to(dtype), widths
-
-
-@cache
-def _factors(widths: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each row of the packed stems is multiplied with: s for A, 1 for the router, -s for the offset."""
-    values = [scale] * widths[0] + [1.0] * widths[1] + [-scale] * widths[2]
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
-
-class _DroppedStem(torch.autograd.Function):
-    """``x -> s A (m ⊙ x)``, keeping x and the mask's seed in place of the dropped input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, scale: float, dropout: Dropout) -> Tensor:
-        # the survivors' weight goes into the rows, too
-        factor = scale * survivor_weight(dropout[0])
-        rows = (A * factor).to(x.dtype)
-        ctx.save_for_backward(x, rows)
-        ctx.factor, ctx.dropout, ctx.dtype = factor, dropout, A.dtype
-        return rows @ _kept_inputs(x, dropout).mul_(x).t()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        x, rows = ctx.saved_tensors
-        mask = _kept_inputs(x, ctx.dropout)
-        dx = (du.t() @ rows).mul_(mask) if ctx.needs_input_grad[0] else None
-        dA = None
-        if ctx.needs_input_grad[1]:
-            dA = (du @ mask.mul_(x)).to(ctx.dtype).mul_(ctx.factor)
-        return dx, dA, None, None
+            dx = None if weight is None or dy is None else dy @ weight
+            for reading, rows, together in small:
+                if reading.bits is None:
+                    dx = together.t() @ rows if dx is None else dx.addmm_(together.t(), rows)
+                else:
+                    # the dropped x has been read and gives its memory
+                    part = torch.mm(together.t(), rows, out=reading.x)
+                    part.view(reading.bits.dtype).bitwise_and_(reading.bits)
+                    dx = part if dx is None else dx.add_(part)
+        return dx, None, dA, drouter, None, None, None
 
 
 class _Heads(torch.autograd.Function):
@@ -291,12 +298,6 @@ def _heads_mask(u: Tensor, sizes: tuple[int, int], dropout: Dropout) -> Tensor |
     return head_mask(u.shape[1], *sizes, p, seed, device=u.device, dtype=u.dtype) if p > 0 else None
 
 
-def _kept_inputs(x: Tensor, dropout: Dropout) -> Tensor:
-    """1 for the inputs that are kept and 0 for the others, (T, d_in)."""
-    p, seed = dropout
-    return kept(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype)
-
-
 def stems(
     x: Tensor,
     A: Tensor,
@@ -328,14 +329,8 @@ def stems(
         logits = None if router is None else router.to(x.dtype) @ x.t()
         u0 = None if A0 is None else (A0 * -scale).to(x.dtype) @ x.t()
         return None, (A * scale).to(x.dtype) @ dropped.t(), logits, u0
-    if dropout[0] > 0:
-        u = _DroppedStem.apply(x, A, scale, dropout)  # type: ignore[no-untyped-call]
-        if router is None and A0 is None:
-            return None if weight is None else _Base.apply(x, weight), u, None, None  # type: ignore[no-untyped-call]
-        y, _, logits, u0 = _Stems.apply(x, weight, None, router, A0, scale)  # type: ignore[no-untyped-call]
-        return y, u, logits, u0
     out: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
-    out = _Stems.apply(x, weight, A, router, A0, scale)  # type: ignore[no-untyped-call]
+    out = _Stems.apply(x, weight, A, router, A0, scale, dropout)  # type: ignore[no-untyped-call]
     return out
 
 
