@@ -41,7 +41,11 @@ def figures(results: Results) -> dict[str, str]:
     Raises:
         EnvironmentProblem: matplotlib is absent.
     """
-    layers = [case for case in results.layers if case.dropout > 0]
+    # of one layer the largest batch, so that the figure fits a screen; the page's tables have all
+    largest: dict[Any, LayerCase] = {}
+    for case in sorted((case for case in results.layers if case.dropout > 0), key=lambda case: case.tokens):
+        largest[case.model, case.layer, case.dtype] = case
+    layers = [case for case in results.layers if case in largest.values()]
     drawn = {}
     if layers:
         drawn["layers"] = _layers(layers, results.clock)
