@@ -150,7 +150,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once_each)
         except json.JSONDecodeError as error:
             shown = line.strip() if len(line) < 80 else f"{line.strip()[:77]}..."
             raise DataError(
@@ -164,7 +164,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
         hint = " One object a line is JSONL: name the file .jsonl." if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
@@ -179,8 +179,23 @@ def _json(path: Path) -> Iterator[Row]:
         yield where, _object(row, where)
 
 
+class _TwiceError(ValueError):
+    """A key stands twice in an object."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python would let the last of two values of a key win, and lose the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
 def _beyond(where: str, error: Exception) -> str:
-    """JSON that is valid and that Python does not read."""
+    """JSON that is valid and that is not read all the same."""
+    if isinstance(error, _TwiceError):
+        return f"{where}: the key {str(error)!r} stands twice in one object; expected each once. Take one of them out."
     if isinstance(error, RecursionError):
         return f"{where}: lists and objects stand too deep within one another. Expected a flat object of columns."
     return f"{where}: a number has too many digits for Python to read ({error}). Write it as text."
@@ -197,13 +212,17 @@ def _object(row: Any, where: str) -> Mapping[str, Any]:
 def _csv(path: Path) -> Iterator[Row]:
     reader = csv.DictReader(_lines(path, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # of two columns of one name, only the last would be read
+            raise DataError(f"{path}: the header names the column {twice!r} twice; expected each once. Rename one.")
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             # csv marks a long row by the key None and a short one by the value None
             if None in row or None in row.values():
                 raise DataError(
-                    f"{where} does not have the {len(reader.fieldnames or ())} values of the header "
-                    f"({', '.join(reader.fieldnames or ())}). Put values with separators or line ends in quotes."
+                    f"{where} does not have the {len(names)} values of the header "
+                    f"({', '.join(names)}). Put values with separators or line ends in quotes."
                 )
             yield where, row
     except csv.Error as error:

@@ -116,6 +116,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, name)
     [
         ('{"a": ' + "[" * 100_000, "stand too deep within one another"),
         ('{"a": ' + "9" * 5000 + "}", "a number has too many digits for Python"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice in one object"),
     ],
 )
 def test_json_that_python_does_not_read_is_said(tmp_path, row, message):
@@ -125,6 +126,12 @@ def test_json_that_python_does_not_read_is_said(tmp_path, row, message):
     (tmp_path / "r.json").write_text(f"[{row}]")
     with pytest.raises(DataError, match=rf"r\.json: .*{message}"):
         columns(tmp_path / "r.json")
+
+
+def test_a_column_of_which_one_value_would_be_lost_is_refused(tmp_path):
+    (tmp_path / "r.csv").write_text("prompt,answer,prompt\na,b,c\n")
+    with pytest.raises(DataError, match=r"r\.csv: the header names the column 'prompt' twice"):
+        columns(tmp_path / "r.csv")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
