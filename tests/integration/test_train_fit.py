@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -54,6 +54,20 @@ def test_the_same_recipe_gives_the_same_adapter_twice(tiny_llama: TinyLlama, tmp
     assert all(torch.equal(first[name], second[name]) for name in first)
     other, _ = run(tiny_llama, make_recipe(tmp_path, settings, seed=1, max_steps=6))
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_model_that_is_trained_twice_is_computed_in_the_same_type_both_times(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    recipe, tokenizer = make_recipe(tmp_path, "lora", max_steps=4, log_every=1), make_tokenizer()
+    base = tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2).to(torch.bfloat16)
+    model = add_adapter(base, recipe)
+    start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    logs = []
+    for _ in range(2):
+        set_peft_model_state_dict(model, start)
+        logs.append(fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True)[1])
+    assert losses(logs[0], "loss") == losses(logs[1], "loss")
 
 
 @pytest.mark.parametrize("method", ["lora", "rlora"])

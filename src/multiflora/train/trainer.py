@@ -45,7 +45,9 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         vars(model).pop("forward", None)
-        vars(model).pop("_original_forward", None)  # accelerate's note of what it wrapped
+        # accelerate's notes of what it wrapped, and that it did: a second training would otherwise run without autocast
+        vars(model).pop("_original_forward", None)
+        vars(model).pop("_is_accelerate_prepared", None)
         if before is not None:
             vars(model)["forward"] = before
 
