@@ -79,9 +79,9 @@ def test_lorahub_improves_on_every_single_lora_where_the_examples_need_two(tiny_
     pytest.importorskip("nevergrad")
     from transformers import AutoModelForCausalLM
 
-    from multiflora.export.compose import blend
     from multiflora.export.examples import read_examples
-    from multiflora.export.few_shot import FewShotLoss
+    from multiflora.export.few_shot import FewShotLoss, with_lora
+    from multiflora.export.lorahub import blend
     from multiflora.export.plain import read_lora
 
     tiny_llama().save_pretrained(tmp_path / "base")
@@ -103,7 +103,7 @@ def test_lorahub_improves_on_every_single_lora_where_the_examples_need_two(tiny_
 
     def loss_on(examples):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        return FewShotLoss(base, loras[0].config, blend(stacked, [0.0, 0.0]), examples)
+        return FewShotLoss(with_lora(base, loras[0].config, each[0]), examples)
 
     both = loss_on(read_examples([{"input_ids": [1, 2], "labels": [-100, 2]}], None))
     both(blend(stacked, [1.0, 1.0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multiflora.export.compose import BOUND, blend, penalised
+from multiflora.export.lorahub import BOUND, blend, penalised
 
 
 def test_both_factors_are_weighted_so_the_product_has_cross_terms():

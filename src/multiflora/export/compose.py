@@ -1,21 +1,13 @@
-r"""Several LoRAs as one: their exact weighted sum, or LoraHub's weights found on a few examples, without gradients.
+r"""Several LoRAs as one: their exact weighted sum, or LoraHub's weights found on a few examples (see `lorahub`).
 
-LoraHub (Huang et al. 2023, arXiv 2307.13269) weighs both factors,
-
-.. math::
-    \hat A = \sum_i w_i A_i, \quad \hat B = \sum_i w_i B_i, \qquad
-    \min_w\ \operatorname{loss}(\hat B \hat A) + 0.05 \cdot \tfrac1n \sum_i |w_i|, \quad w_i \in [-1.5, 1.5]
-
-so the product has cross terms :math:`w_i w_j B_i A_j`, and all LoRAs must have one rank. The weights start at 0 and
-are searched by Nevergrad's NGOpt. The exact sum :math:`\sum_i w_i B_i A_i` stacks the factors: any ranks, no search.
+The exact sum :math:`\sum_i w_i B_i A_i` stacks the factors: any ranks, no search.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from multiflora.errors import ConfigError, EnvironmentProblem, ExportError
-from multiflora.export.examples import Tokens, read_examples
-from multiflora.export.few_shot import FewShotLoss
+from multiflora.errors import ConfigError, ExportError
+from multiflora.export.examples import read_examples
+from multiflora.export.few_shot import FewShotLoss, with_lora
+from multiflora.export.lorahub import load_nevergrad, search
 from multiflora.export.low_rank import stack
 from multiflora.export.plain import Pair, PlainLora, read_config, read_lora, write_lora
 from multiflora.export.saved import method_of
@@ -36,14 +29,7 @@ from multiflora.files import write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["BOUND", "L1", "Composition", "blend", "compose", "penalised"]
-
-log = logging.getLogger(__name__)
-
-BOUND = 1.5
-"""Largest weight, up or down (LoraHub)."""
-L1 = 0.05
-"""Weight of the mean absolute weight in the objective (LoraHub)."""
+__all__ = ["Composition", "compose"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +104,8 @@ def compose(
     Example:
         >>> compose(["runs/a", "runs/b"], "runs/both", examples="few.jsonl")  # doctest: +SKIP
     """
+    if examples is not None:
+        load_nevergrad()  # before anything is read that takes time
     folders, output = [Path(adapter).expanduser() for adapter in adapters], Path(folder).expanduser()
     _check_words(folders, weights, examples, budget)
     check_free(output)
@@ -132,7 +120,11 @@ def compose(
             _check_same_shape(loras)
             place = base_name(folders[0], base)
             rows = read_examples(examples, tokenizer or load_tokenizer_of(folders[0], place))
-            pairs, made = _search(loras, rows, place, budget, seed, output, names)
+            each = [list(lora.pairs()) for lora in loras]
+            loss = FewShotLoss(with_lora(load_base(place), loras[0].config, each[0]), rows)
+            found = search(each, loss, budget=budget, seed=seed)
+            pairs = found.pairs
+            made = Composition(output, names, found.weights, "lorahub", found.loss_before, found.loss_after, budget)
         with staged(output) as where:
             write_lora(where, pairs, _naming(loras[0].config, pairs))
             write_json(where / "composition.json", made.to_dict())
@@ -202,65 +194,3 @@ def _naming(config: Any, pairs: Sequence[Pair]) -> Any:
     named.target_modules = sorted(pair.name for pair in pairs)
     named.exclude_modules = named.layers_to_transform = named.layers_pattern = None
     return named
-
-
-def blend(stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float]) -> list[Pair]:
-    r"""LoraHub's :math:`\hat A = \sum_i w_i A_i` and :math:`\hat B = \sum_i w_i B_i`, layer by layer.
-
-    Args:
-        stacked: All A, (n, r, d_in), and all B, (n, d_out, r), of each layer.
-        weights: n of them.
-    """
-
-    def mean(factors: torch.Tensor) -> torch.Tensor:
-        w = torch.tensor([float(weight) for weight in weights], dtype=factors.dtype, device=factors.device)
-        return torch.einsum("n,nij->ij", w, factors)
-
-    return [Pair(name, mean(A), mean(B)) for name, (A, B) in stacked.items()]
-
-
-def penalised(loss: float, weights: Sequence[float]) -> float:
-    r"""LoraHub's objective: the few-shot loss plus :math:`0.05 \cdot \tfrac1n \sum_i |w_i|`."""
-    return loss + L1 * sum(abs(float(weight)) for weight in weights) / len(weights)
-
-
-def _search(
-    loras: Sequence[PlainLora],
-    rows: Sequence[Tokens],
-    base: str,
-    budget: int,
-    seed: int,
-    output: Path,
-    names: tuple[str, ...],
-) -> tuple[list[Pair], Composition]:
-    ng = _nevergrad()
-    each = [list(lora.pairs()) for lora in loras]
-    stacked = {
-        same[0].name: (torch.stack([pair.A for pair in same]), torch.stack([pair.B for pair in same]))
-        for same in zip(*each, strict=True)
-    }
-    loss = FewShotLoss(load_base(base), loras[0].config, blend(stacked, [0.0] * len(loras)), rows)
-    before = loss([])
-
-    def objective(weights: Any) -> float:
-        value = penalised(loss(blend(stacked, weights)), weights)
-        log.info("loss %.4f with weights %s", value, " ".join(f"{weight:+.2f}" for weight in weights))
-        return value
-
-    space = ng.p.Array(init=[0.0] * len(loras), lower=[-BOUND] * len(loras), upper=[BOUND] * len(loras))
-    space.random_state.seed(seed)
-    found = ng.optimizers.NGOpt(parametrization=space, budget=budget).minimize(objective)
-    chosen = tuple(float(weight) for weight in found.value)
-    pairs = blend(stacked, chosen)
-    return pairs, Composition(output, names, chosen, "lorahub", before, loss(pairs), budget)
-
-
-def _nevergrad() -> Any:
-    try:
-        import nevergrad  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "Searching weights needs the package nevergrad: pip install 'multiflora[compose]'. An exact sum, with "
-            "--weights, needs none."
-        ) from error
-    return nevergrad

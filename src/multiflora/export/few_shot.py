@@ -12,42 +12,82 @@ import torch.nn.functional as F
 
 from multiflora.data.encode import IGNORED
 from multiflora.export.examples import Tokens
-from multiflora.export.plain import Pair, write_lora
+from multiflora.export.plain import ROOT, Pair, write_lora
 
-__all__ = ["FewShotLoss"]
+__all__ = ["FewShotLoss", "factors_of", "put_factors", "with_lora"]
 
 _ROWS = 8
 """Examples of a forward pass."""
 
 
-class FewShotLoss:
-    """Mean loss on the examples' answers, in nats per token, of a base model with a plain LoRA whose factors change.
+def with_lora(base: Any, config: Any, pairs: Sequence[Pair]) -> Any:
+    """Put a plain LoRA on a base model, in eval mode.
 
     Args:
         base: The base model.
         config: A peft config that names the adapted modules.
+        pairs: The factors.
+    """
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_lora(Path(scratch), pairs, config)
+        return PeftModel.from_pretrained(base, scratch).eval()
+
+
+def factors_of(model: Any) -> list[Pair]:
+    """Copy the factors of a model's LoRA, as they are: its scale is not inside B.
+
+    Args:
+        model: A model with one plain LoRA.
+    """
+    return [
+        Pair(name, layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone())
+        for name, layer in _layers(model).items()
+    ]
+
+
+@torch.no_grad()
+def put_factors(model: Any, pairs: Sequence[Pair]) -> None:
+    """Give a model's LoRA other factors.
+
+    Args:
+        model: A model with one plain LoRA.
         pairs: Factors of the right shapes.
+    """
+    layers = _layers(model)
+    for pair in pairs:
+        layers[pair.name].lora_A["default"].weight.copy_(pair.A)
+        layers[pair.name].lora_B["default"].weight.copy_(pair.B)
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """The linear layers that a LoRA adapts, by their names in the base model."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return {
+        name.removeprefix(ROOT): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and "default" in module.lora_A
+    }
+
+
+class FewShotLoss:
+    """Mean loss on the examples' answers, in nats per token, of a model whose LoRA's factors change.
+
+    Args:
+        model: A model with one plain LoRA; afterwards it has the factors that were asked for last.
         examples: As tokens; at least one must carry loss.
     """
 
-    def __init__(self, base: Any, config: Any, pairs: Sequence[Pair], examples: Sequence[Tokens]) -> None:
-        from peft import PeftModel
-
-        with tempfile.TemporaryDirectory() as scratch:
-            write_lora(Path(scratch), pairs, config)
-            self.model = PeftModel.from_pretrained(base, scratch).eval()
-        self.layers: dict[str, Any] = {
-            pair.name: self.model.get_submodule(f"base_model.model.{pair.name}") for pair in pairs
-        }
+    def __init__(self, model: Any, examples: Sequence[Tokens]) -> None:
+        self.model = model.eval()
         self.batches = [_padded(examples[start : start + _ROWS]) for start in range(0, len(examples), _ROWS)]
 
     def __call__(self, pairs: Sequence[Pair]) -> float:
         """The loss with these factors; without any, that of the base model."""
+        put_factors(self.model, pairs)
         with torch.inference_mode():
-            for pair in pairs:
-                layer = self.layers[pair.name]
-                layer.lora_A["default"].weight.copy_(pair.A)
-                layer.lora_B["default"].weight.copy_(pair.B)
             if pairs:
                 return self._mean()
             with self.model.disable_adapter():
