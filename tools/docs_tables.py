@@ -73,7 +73,7 @@ def peft_methods() -> Iterator[str]:
             ", ".join(f"`{word}`" for word in card.settings),
         )
         for card in METHODS.values()
-        if card.module is None
+        if card.module is None and card.name not in ("lorahub", "losparse")  # which are not peft's
     ]
     yield from table(("method", "in a recipe", "idea", "paper", "its own settings"), rows)
 
@@ -99,7 +99,7 @@ def method_facts(name: str) -> Iterator[str]:
     rows = [
         ("paper", paper_link(card.paper)),
         ("in a recipe", f"`method: {card.name}`"),
-        ("in Python", python),
+        *([("in Python", python)] if card.config else []),
         ("the update depends on", depends),
         ("merges", card.merges),
     ]
@@ -207,7 +207,7 @@ def recipe_keys(name: str) -> Iterator[str]:
 
 def recipe_model(name: str) -> type[BaseModel]:
     """A model of the recipe by its name, wherever it is defined."""
-    for module in ("multiflora.recipe", "multiflora.tasks.spec", "multiflora.compare.spec"):
+    for module in ("multiflora.recipe", "multiflora.tasks.spec", "multiflora.compare.spec", "multiflora.compress.spec"):
         found = getattr(import_module(module), name, None)
         if found is not None:
             model: type[BaseModel] = found

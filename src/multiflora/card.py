@@ -62,7 +62,7 @@ def _header(recipe: Recipe) -> str:
     is_folder = recipe.model.name != "embedded" and Path(recipe.model.name).is_absolute()
     values = {
         **({} if is_folder else {"base_model": base_name(recipe.model)}),
-        "library_name": "transformers" if _is_whole(recipe) else "peft",
+        "library_name": "multiflora" if _is_compressed(recipe) else "transformers" if _is_whole(recipe) else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["multiflora", recipe.method.name],
     }
@@ -71,7 +71,12 @@ def _header(recipe: Recipe) -> str:
 
 def _is_whole(recipe: Recipe) -> bool:
     """Whether the folder holds a model, and no adapter."""
-    return METHODS[recipe.method.name].trains == "weights"
+    return METHODS[recipe.method.name].trains in ("weights", "factors")
+
+
+def _is_compressed(recipe: Recipe) -> bool:
+    """Whether that model has a form that only we can read."""
+    return METHODS[recipe.method.name].trains == "factors"
 
 
 def base_name(model: ModelSpec) -> str:
@@ -87,6 +92,15 @@ def base_name(model: ModelSpec) -> str:
 
 def _loading(recipe: Recipe, dtype: str) -> str:
     """The lines that load the adapter, and what must be known to use it."""
+    if _is_compressed(recipe):
+        return (
+            "```python\n"
+            "import multiflora\n"
+            "from transformers import AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained(".")  # this folder\n'
+            'model = multiflora.load_compressed(".")  # a transformers model\n'
+            "```" + _prompts_note(recipe)
+        )
     if _is_whole(recipe):
         return (
             "```python\n"
@@ -221,6 +235,10 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     if counts.get("trainable"):
         share = f" ({counts['trainable'] / counts['total']:.2%} of {counts['total']:,})" if counts.get("total") else ""
         size = f" It has {counts['trainable']:,} trainable parameters{share}."
+    if counts.get("saved"):
+        share = f"{counts['saved'] / counts['base']:.1%}"
+        size += f" The saved model has {counts['saved']:,}, {share} of the base model's {counts['base']:,}."
+    size += _weights(results["training"].get("composition"))
     steps = results["training"].get("steps", train.max_steps)
     length = _count(steps, "step") if steps else f"{train.epochs:g} epochs"
     rows = train.batch_size * train.gradient_accumulation
@@ -231,9 +249,20 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     )
 
 
+def _weights(composition: Mapping[str, Any] | None) -> str:
+    """What LoraHub's search has found."""
+    if composition is None:
+        return ""
+    weights = ", ".join(f"{task} {weight:+.2f}" for task, weight in composition["weights"].items())
+    return (
+        f" It is put together from one such adapter of each task, with the weights {weights}: on a few training "
+        f"examples {composition['loss_before']:.3f} nats per token before and {composition['loss_after']:.3f} after."
+    )
+
+
 def _harness(recipe: Recipe, dtype: str, device: str) -> str:
     """How to have lm-evaluation-harness alone score the adapter."""
-    if _routes_by_task(recipe):
+    if _routes_by_task(recipe) or _is_compressed(recipe):
         return "To score it again: `multiflora evaluate .`"
     embedded = recipe.model.name == "embedded" and not _is_whole(recipe)
     base = "str(embedded_model())" if embedded else json.dumps(base_name(recipe.model))

@@ -31,7 +31,7 @@ FEATURES: Mapping[str, str] = {
     "gpu": "fused kernels on NVIDIA GPUs",
     "plot": "figures of `multiflora analyze`",
     "compare": "`multiflora compare`: the search for settings",
-    "compose": "`multiflora compose --examples`",
+    "compose": "`multiflora compose --examples`, `method: lorahub`",
     "serve": "`multiflora serve`",
 }
 """Extra -> what it is for; an extra that is not here goes by its own name."""

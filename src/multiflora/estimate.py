@@ -138,6 +138,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.train.adapter import adapter_config
     from multiflora.train.baselines import adalora_steps
     from multiflora.train.fit import order_examples
+    from multiflora.train.lorahub import steps_of_tasks
 
     adapter_config(recipe)  # the cheapest of the checks goes first
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
@@ -145,6 +146,8 @@ def estimate(recipe: Recipe) -> Estimate:
     data, steps = order_examples(recipe, examples)
     if recipe.method.name == "adalora":
         adalora_steps(recipe.method.settings, steps)  # the run would be refused where it is too short for them
+    if recipe.method.name == "lorahub":
+        steps_of_tasks(examples.mixture, steps)
     trainable, parameters = count_parameters(model)
     totals = {key: sum(row[key] for row in data.report.values()) for key in ("tokens", "loss_tokens")}
     activations = max(

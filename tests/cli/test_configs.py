@@ -49,7 +49,7 @@ def test_a_shipped_comparison_resolves(name: str) -> None:
     comparison = load_comparison(CONFIGS / name)
     for entry in comparison.compare.methods:
         build_config(entry.name, entry.settings)
-    assert {"lora", "alignlora", "loraga", "deltalora", "mixlora", "parts"} <= {
+    assert {"lora", "alignlora", "loraga", "deltalora", "lorahub", "mixlora", "parts"} <= {
         entry.name for entry in comparison.compare.methods
     }
     assert comparison.recipe.output == CONFIGS.parent / "runs" / name.removesuffix(".yaml")

@@ -26,6 +26,10 @@ HEAD = """\
 What every method does, and what it refuses to do. Made by `make docs-contract` from the results of `tests/contract`,
 where each row is one test that runs on every method; a new method joins by being in `METHODS`.
 
+Methods that are no class of ours (peft's own, full fine-tuning, LoraHub, LoSparse) have a shorter one in
+`tests/integration/test_baselines.py`: learned, saved whole, the base untouched, read back on the pristine base with the
+same scores, and resumed as if never stopped, or refused.
+
 ✓ does it · refused: says why and changes nothing (see the notes) · – does not apply
 """
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
-from contract.table import PAGE, TITLES, Cell, behaviours
+from contract.cases import CASES
+from contract.table import HEAD, HERE, PAGE, TITLES, Cell, behaviours
+from multiflora.methods import METHODS
 
 
 def rows():
@@ -19,6 +22,19 @@ def test_the_page_has_every_behaviour_and_every_method():
     assert all(head == list(TITLES.values()) for head in heads)
     labels = [row[0] for row in rows() if row[0]]
     assert labels == [behaviour.label for behaviour in behaviours()], "run `make docs-contract`"
+
+
+def test_the_page_begins_as_the_table_does():
+    assert PAGE.read_text().startswith(HEAD)
+
+
+def test_no_method_is_without_a_contract():
+    baselines = ast.parse((HERE.parent / "integration" / "test_baselines.py").read_text())
+    (names,) = (ast.unparse(node) for node in baselines.body if ast.unparse(node).startswith("BASELINES = "))
+    assert names == "BASELINES = [name for name, card in METHODS.items() if card.module is None]"
+    assert (
+        list(TITLES) == [case.name for case in CASES] == [n for n, card in METHODS.items() if card.module is not None]
+    )
 
 
 def test_every_cell_is_an_answer():

@@ -18,7 +18,6 @@ from pages import HUB_NAME, ROOT, Block, blocks, blocks_of, lay_out, pages
 
 from multiflora.cli import app
 from multiflora.compare.spec import load_comparison
-from multiflora.compress.spec import load_compression
 from multiflora.methods import METHODS
 from multiflora.recipe import recipe_from
 from multiflora.train.adapter import adapter_config
@@ -80,8 +79,6 @@ def test_a_recipe_is_read(block: Block, desk: dict[str, str]) -> None:
     written = REST | yaml.safe_load(block.text)
     if "compare" in written:
         assert load_comparison(written).compare.methods
-    elif "compress" in written:
-        assert load_compression(written).compress
     else:
         adapter_config(recipe_from({"method": "lora"} | written))
 

@@ -1,4 +1,7 @@
-"""Each of peft's methods, and full fine-tuning: trained, saved, loaded on the pristine base in a fresh load, scored."""
+"""The contract of every method that is no class of ours: trained, saved, loaded on the pristine base, scored, resumed.
+
+These are peft's methods, full fine-tuning, LoraHub and LoSparse; a method joins by being in ``METHODS``.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,18 @@ from tests.integration.toys import make_recipe, make_tokenizer
 TinyLlama = Callable[..., LlamaForCausalLM]
 
 BASELINES = [name for name, card in METHODS.items() if card.module is None]
+# what a script with peft and torch alone can be asked for
+PEFT_S = [name for name in BASELINES if name not in ("lorahub", "losparse")]
+# LoraHub refuses to go on from within: tests/integration/test_whole_field.py
+RESUMED = [name for name in BASELINES if name != "lorahub"]
 # rates at which ten steps of a tiny model show; the paper's schedule for AdaLoRA needs more than a few steps
 TRAIN: dict[str, Any] = {"max_steps": 10, "batch_size": 8, "log_every": 1}
 RATES = {"full": 3e-3, "prompt": 0.1, "prefix": 0.1, "ia3": 0.05, "ptuning": 2e-2, "loraplus": 5e-3}
-SETTINGS: dict[str, dict[str, Any]] = {"adalora": {"tinit": 2, "tfinal": 3, "init_r": 4, "lora_alpha": 16}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adalora": {"tinit": 2, "tfinal": 3, "init_r": 4, "lora_alpha": 16},
+    "losparse": {"low_rank": 0.2, "keep": 0.2, "every": 2},
+    "lorahub": {"budget": 6},
+}
 STEPS = 6
 IDS = torch.tensor([[5, 9, 11, 3, 7, 22, 8], [39, 2, 17, 30, 6, 12, 19]])
 
@@ -166,7 +177,7 @@ def plain_model(recipe: Recipe, base: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", PEFT_S)
 def test_peft_s_own_numbers_are_reproduced(name: str, model_folder: str, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, name, model_folder, max_steps=STEPS, bf16=False)
     tokenizer = make_tokenizer()
@@ -178,7 +189,7 @@ def test_peft_s_own_numbers_are_reproduced(name: str, model_folder: str, tmp_pat
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_one_that_never_stopped(name: str, model_folder: str, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     recipe = recipe_for(tmp_path, name, model_folder, max_steps=8, save_every=5)
@@ -235,6 +246,9 @@ def test_adalora_ends_with_the_mean_rank_it_was_given(model_folder: str, tmp_pat
         ({"name": "pissa", "init_lora_weights": "gaussian"}, {}, r"pissa starts by a singular value decomposition"),
         ({"name": "loraplus", "loraplus_lr_ratio": 0}, {}, r"loraplus_lr_ratio is 0; it must be a number above 0"),
         ({"name": "full", "r": 8}, {}, r"method.r is not a setting of full"),
+        ({"name": "losparse", "r": 8}, {}, r"method.r is not a setting of losparse"),
+        ({"name": "losparse", "keep": 1.5}, {}, r"method: keep is 1.5; expected less than 1"),
+        ({"name": "losparse", "start": 0.6, "end": 0.5}, {}, r"start is 0.6 and end is 0.5; together they must be"),
         ({"name": "rslora", "use_rslora": False}, {}, r"rslora is peft's LoraConfig with use_rslora=True"),
     ],
 )

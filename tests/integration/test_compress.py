@@ -16,7 +16,6 @@ import multiflora
 from multiflora import ConfigError, ExportError
 from multiflora.cli import app
 from multiflora.compress.run import compress
-from multiflora.compress.spec import load_compression
 from multiflora.evaluate.load import load_target
 from tests.integration.toys import make_tokenizer, write_tasks
 
@@ -29,7 +28,7 @@ def plan(folder: Path, **more: Any) -> dict[str, Any]:
         "tasks": write_tasks(folder / "tasks"),
         "train": {"max_steps": 20, "max_length": 40, "learning_rate": 5e-3, "log_every": 5},
         "evaluate": {"limit": 4, "batch_size": 4},
-        "compress": {"low_rank": 0.2, "keep": 0.2, "every": 2},
+        "method": {"name": "losparse", "low_rank": 0.2, "keep": 0.2, "every": 2},
         "output": str(folder / "small"),
         **more,
     }
@@ -59,7 +58,7 @@ def test_a_model_is_made_smaller_and_comes_back(folder: Path) -> None:
     loaded = load_target(folder / "small").model
     assert torch.equal(model(ids).logits, loaded(ids).logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 9)
-    with pytest.raises(ExportError, match="exists and is not empty"):
+    with pytest.raises(ConfigError, match="holds a run already; nothing was changed there"):
         compress(plan(folder), quiet=True)
     form = json.loads((folder / "small/losparse.json").read_text())
     form["layers"].popitem()
@@ -69,14 +68,14 @@ def test_a_model_is_made_smaller_and_comes_back(folder: Path) -> None:
 
 
 def test_what_cannot_be_compressed_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"compress: low_rank is 0.6 and keep is 0.5; together they must be below 1"):
-        load_compression(plan(folder, compress={"low_rank": 0.6, "keep": 0.5}))
-    with pytest.raises(ConfigError, match="has both 'method' and 'compress'"):
-        load_compression(plan(folder, method="lora"))
-    with pytest.raises(ConfigError, match="has no section 'compress'"):
-        load_compression({"model": "embedded"})
+    with pytest.raises(ConfigError, match=r"method: low_rank is 0.6 and keep is 0.5; together they must be below 1"):
+        compress(plan(folder, method={"name": "losparse", "low_rank": 0.6, "keep": 0.5}))
+    with pytest.raises(ConfigError, match=r"method is lora, which makes no model smaller"):
+        compress(plan(folder, method="lora"))
     with pytest.raises(ExportError, match="holds no compressed model"):
         multiflora.load_compressed(folder / "model")
-    (folder / "recipe.yaml").write_text("model: embedded\n")
-    done = CliRunner().invoke(app, ["compress", str(folder / "recipe.yaml")])
+    (folder / "recipe.yaml").write_text(json.dumps(plan(folder)))
+    words = ["compress", str(folder / "recipe.yaml"), "--set", "method.every=0"]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
+    assert not (folder / "small").exists()

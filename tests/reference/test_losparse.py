@@ -152,6 +152,7 @@ def test_a_layer_with_a_few_rows_gives_what_the_whole_one_gives_in_any_shape_and
     layer.slim()
     assert layer.rows.tolist() == [1, 2, 5, 6, 7]
     assert torch.allclose(layer(x), whole, atol=1e-6)
+    assert torch.allclose(x @ layer.dense().T + layer.bias, whole, atol=1e-6)
     assert torch.allclose(layer(x[0, 0]), whole[0, 0], atol=1e-6)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert torch.allclose(layer(x.bfloat16()).float(), whole, atol=0.05)

@@ -243,5 +243,5 @@ def test_a_recipe_without_a_learning_rate_gets_the_method_s_usual_one() -> None:
 def test_only_methods_that_have_target_modules_are_given_some() -> None:
     plain = {"model": "embedded", "tasks": ["rg_chain_sum"], "output": "out"}
     assert recipe_from({**plain, "method": "dora"}).method.settings == {"target_modules": "all-linear"}
-    for name in ("full", "ia3", "prompt", "prefix", "ptuning"):
+    for name in ("full", "losparse", "ia3", "prompt", "prefix", "ptuning"):
         assert recipe_from({**plain, "method": name}).method.settings == {}

@@ -24,5 +24,7 @@ def has_update(method: str) -> bool:
     """
     from multiflora.methods.baselines import BASELINES
 
-    own = method in METHODS and METHODS[method].module is not None
-    return own or method == "full" or (method in BASELINES and BASELINES[method].shapes is not None)
+    if method not in METHODS:
+        return False
+    card = METHODS[method]
+    return card.module is not None or card.trains in ("weights", "factors") or BASELINES[method].shapes is not None

@@ -126,14 +126,14 @@ def measure_run(
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
-    if with_conflict and batches and hasattr(model, "set_adapter"):
+    if with_conflict and batches and hasattr(model, "get_base_model"):
         model.set_adapter("default")  # loaded for inference, its weights would have no gradient
         measures["conflict"] = conflict(model, batches)
     return measures
 
 
 def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Update]:
-    """A run's updates: an adapter's, or those of full fine-tuning against its base model."""
+    """A run's updates: an adapter's, or those of trained weights against its base model."""
     if hasattr(loaded.model, "get_base_model"):
         gates = {name: torch.tensor(layer.load) for name, layer in routed.items()}
         return adapter_updates(loaded.model, gates)

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from multiflora.analysis.spectrum import low_rank_svd
+from multiflora.compress.layer import LoSparseLinear
 from multiflora.errors import AdapterError
 from multiflora.methods.initial import head_views
 from multiflora.methods.layer import BranchLinear
@@ -110,7 +111,7 @@ def _of_lora(layer: Any, adapter: str) -> Update:
 
 
 def dense_updates(model: Any, base: Any) -> dict[str, Update]:
-    """What full fine-tuning changed in each linear layer but the head.
+    """What full fine-tuning, or LoSparse, changed in each linear layer but the head.
 
     Args:
         model: The model after training.
@@ -118,10 +119,15 @@ def dense_updates(model: Any, base: Any) -> dict[str, Update]:
     """
     before = dict(base.named_modules())
     return {
-        name: Update(layer.weight.detach().float() - before[name].weight.detach().float(), None)
+        name: Update(_weight(layer) - before[name].weight.detach().float(), None)
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings()
+        if isinstance(layer, nn.Linear | LoSparseLinear) and layer is not model.get_output_embeddings()
     }
+
+
+def _weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.dense() if isinstance(layer, LoSparseLinear) else layer.weight
+    return weight.detach().float()
 
 
 def decompose(update: Update) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,25 +14,23 @@ __all__ = ["compress"]
 
 
 def compress(
-    recipe: Annotated[
-        Path, typer.Argument(help="Recipe with a section `compress` in place of `method`, YAML.", metavar="RECIPE")
-    ],
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, YAML, whose method is losparse.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key: compress.keep=0.1. May be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key: method.keep=0.1. May be repeated."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Write here instead of the recipe's output.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Fine-tune a model and make it smaller: a low-rank part and the most important rows of the rest (LoSparse)."""
-    from multiflora.compress.spec import load_compression
+    """Train with LoSparse, and say what came of it: size, speed and every score, before and after."""
+    from multiflora.recipe import load_recipe
 
     words = list(overrides or [])
     if output is not None:
         words.append(f"output={json.dumps(str(output.absolute()))}")
-    plan = load_compression(recipe, words)
+    plan = load_recipe(recipe, words)
     with log_on_stderr():
         from multiflora.compress.run import compress as run
 

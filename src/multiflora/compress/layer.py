@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multiflora.compress.losparse import decompose, kept_rank
+from multiflora.compress.losparse import Averages, decompose, kept_rank
 from multiflora.errors import ConfigError
 
 __all__ = ["LoSparseLinear", "compressed_layers", "put_layers", "sparsify"]
@@ -35,13 +35,19 @@ class LoSparseLinear(nn.Module):
         self.S = nn.Parameter(torch.empty(rows, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.rows: Tensor
+        self.importance: Tensor
+        self.uncertainty: Tensor
         self.register_buffer("rows", torch.arange(rows))
 
     @classmethod
     def of(cls, linear: nn.Linear, rank: int) -> LoSparseLinear:
-        """The layer that starts as a linear layer, its factors in float32."""
+        """The layer that starts as a linear layer, its factors in float32, and that is ready to be trained."""
         d_out, d_in = linear.weight.shape
-        made = cls(d_in, d_out, rank, d_out, bias=linear.bias is not None).to(linear.weight.device)
+        with torch.device(linear.weight.device):
+            made = cls(d_in, d_out, rank, d_out, bias=linear.bias is not None)
+            # buffers, so that they are counted in the memory and move with the layer; no part of what is saved
+            for name in Averages._fields:
+                made.register_buffer(name, torch.zeros(d_out, d_in), persistent=False)
         with torch.no_grad():
             for part, value in zip(
                 (made.L, made.R, made.S), decompose(linear.weight.detach().float(), rank), strict=True
@@ -58,11 +64,27 @@ class LoSparseLinear(nn.Module):
         sparse = F.linear(x, self.S.to(x.dtype)).to(low.dtype)
         return low + sparse if len(self.rows) == self.out_features else low.index_add(-1, self.rows, sparse)
 
+    @property
+    def averages(self) -> Averages:
+        """The running means of S's importance, which a layer has while it is trained."""
+        return Averages(self.importance, self.uncertainty)
+
+    @averages.setter
+    def averages(self, found: Averages) -> None:
+        self.importance.copy_(found.importance)
+        self.uncertainty.copy_(found.uncertainty)
+
     def slim(self) -> None:
-        """Drop the rows of S that are zero."""
+        """Drop the rows of S that are zero; the training is over."""
         kept = self.S.detach().any(1).nonzero().flatten()
         self.rows = self.rows[kept]
         self.S = nn.Parameter(self.S.detach()[kept].clone())
+        for name in Averages._fields:
+            self._buffers.pop(name, None)
+
+    def dense(self) -> Tensor:
+        """The weight it stands for, L R + S, (d_out, d_in)."""
+        return (self.L @ self.R).index_add(0, self.rows, self.S)
 
     def numbers(self) -> int:
         """How many numbers it stores."""

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multiflora.compress.layer import LoSparseLinear, compressed_layers
-from multiflora.compress.losparse import Averages, kept_rows, remaining, update
+from multiflora.compress.losparse import kept_rows, remaining, update
 from multiflora.compress.spec import CompressSpec
 
 __all__ = ["Pruner"]
@@ -28,13 +28,19 @@ class Pruner(TrainerCallback):
     def __init__(self, model: torch.nn.Module, spec: CompressSpec) -> None:
         self.spec = spec
         self.layers = list(compressed_layers(model).values())
-        self.averages = [Averages(torch.zeros_like(layer.S), torch.zeros_like(layer.S)) for layer in self.layers]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimiser's step, while the gradients are still there."""
         self.after(state.global_step + 1, state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the rows that are zero: what is saved and scored is the smaller model."""
+        for layer in self.layers:
+            layer.slim()
 
     @torch.no_grad()
     def after(self, step: int, steps: int) -> None:
@@ -45,9 +51,9 @@ class Pruner(TrainerCallback):
             steps: All of them.
         """
         spec = self.spec
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             if layer.S.grad is not None:
-                self.averages[i] = update(self.averages[i], layer.S, layer.S.grad, beta1=spec.beta1, beta2=spec.beta2)
+                layer.averages = update(layer.averages, layer.S, layer.S.grad, beta1=spec.beta1, beta2=spec.beta2)
         share = remaining(step, steps, keep=spec.keep, start=spec.start, end=spec.end)
         if share < 1 and (step % spec.every == 0 or share == spec.keep or step == steps):
             self.prune(share)
@@ -55,7 +61,7 @@ class Pruner(TrainerCallback):
     @torch.no_grad()
     def prune(self, share: float) -> None:
         """Set all rows but the most important to zero."""
-        scores = [averages.rows() for averages in self.averages]
+        scores = [layer.averages.rows() for layer in self.layers]
         for layer, kept in zip(self.layers, kept_rows(scores, _widths(self.layers), share), strict=True):
             layer.S[~kept] = 0
 

@@ -1,33 +1,26 @@
-"""A recipe in, a smaller model out: compressed while it trains, scored before and after, timed beside the original."""
+"""LoSparse, and what it came to: the main job, then sizes and the time of a forward pass beside the original's."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from multiflora.base_model import load_model, load_tokenizer
-from multiflora.compress.layer import compressed_layers, sparsify
-from multiflora.compress.pruner import Pruner
-from multiflora.compress.saved import load_compressed, save_compressed
-from multiflora.compress.spec import Compression, load_compression
-from multiflora.data.prepare import encode_tasks
-from multiflora.evaluate import Results, evaluate
+from multiflora.compress.layer import compressed_layers
+from multiflora.errors import ConfigError
+from multiflora.evaluate import Results
+from multiflora.evaluate.load import load_base, load_target
 from multiflora.evaluate.table import results_table
-from multiflora.export.stage import check_free, staged
-from multiflora.files import write_json, write_text
-from multiflora.redact import refuse_secrets
-from multiflora.train.fit import fit
-from multiflora.train.precision import weight_dtype
-from multiflora.train.processes import own_device
-from multiflora.train.quiet import quiet_libraries
-from multiflora.yaml_file import dump_yaml
+from multiflora.files import write_json
+from multiflora.recipe import Recipe, recipe_from
+from multiflora.train import train
+from multiflora.train.adapter import parameter_counts
+from multiflora.train.precision import weights_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,15 +36,15 @@ class Compressed:
     """What a compression came to."""
 
     output: Path
-    """Folder of the model; `multiflora.load_compressed` and `multiflora evaluate` read it."""
+    """Folder of the run; `multiflora.load_compressed` and `multiflora evaluate` read it."""
     parameters: Mapping[str, int]
     """Numbers stored ``before`` and ``after``; ``layers_before`` and ``layers_after``: the compressed layers alone."""
     seconds: Mapping[str, float]
     """A forward pass of one row of 128 tokens ``before`` and ``after``: medians of rounds that took turns."""
     rows_left: float
     """Share of S's rows that is left."""
-    base: Results
-    """Scores of the original model."""
+    base: Results | None
+    """Scores of the original model; None where the recipe does not ask for them."""
     compressed: Results
     """Scores of the model that was written, read back."""
 
@@ -73,86 +66,54 @@ class Compressed:
         ]
 
 
-def compress(source: Compression | Mapping[str, Any] | str | Path, *, quiet: bool = False) -> Compressed:
-    """Fine-tune a model on a recipe's tasks while it is made smaller (LoSparse, arXiv 2306.11222).
+def compress(
+    source: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), *, quiet: bool = False
+) -> Compressed:
+    """Train a recipe whose method is ``losparse``, and measure what came of it beside the original model.
 
     Every linear layer but the output head becomes L R + S; all three are trained and rows of S are taken away, see
-    `multiflora.compress.losparse`. Differs from the paper: embeddings and norms stay frozen.
+    `multiflora.compress.losparse`. The training is `multiflora.train`'s; this adds ``compression.json`` to its folder.
 
     Args:
-        source: A recipe with a section ``compress`` in place of ``method``: a mapping, or the path of a YAML file.
+        source: A recipe, a mapping with its keys, or the path of a YAML file.
+        overrides: ``key.path=value`` items, e.g. ``method.keep=0.1``.
         quiet: Show no progress.
 
     Returns:
         Sizes, times and scores; the model is in the recipe's output folder.
 
     Raises:
-        ConfigError: The recipe has problems or holds a secret.
-        ExportError: The output folder holds something already.
+        ConfigError: The recipe has another method, or problems, or its output folder holds something already.
         DataError: A task's data cannot be used.
 
     Example:
         >>> compress("small.yaml").parameters  # doctest: +SKIP
     """
-    plan = load_compression(source)
-    recipe, spec = plan.recipe, plan.compress
-    text = dump_yaml(plan.model_dump(mode="json", exclude_none=True))
-    refuse_secrets([text], "The recipe")
-    check_free(recipe.output)
-    torch.manual_seed(recipe.seed)
-    with quiet_libraries():
-        tokenizer = load_tokenizer(recipe.model)
-        examples = encode_tasks(recipe, tokenizer)
-        dtype = weight_dtype(recipe.model.dtype, recipe.train.bf16)
-        base = load_model(recipe.model, dtype).to(own_device()).eval()
-        before = _score(base, tokenizer, plan, quiet)
-        model = copy.deepcopy(base)
-        sizes = {"before": _numbers(model), "layers_before": 0}
-        sparsify(model, spec.low_rank)
-        layers = compressed_layers(model)
-        sizes["layers_before"] = sum(layer.S.numel() for layer in layers.values())
-        all_rows = sum(layer.out_features for layer in layers.values())
-        fit(model, tokenizer, recipe, examples, quiet=quiet, callbacks=[Pruner(model, spec)])
-        for layer in layers.values():
-            layer.slim()
-        with staged(recipe.output) as folder:
-            save_compressed(model, folder, dtype)
-            tokenizer.save_pretrained(str(folder))
-            loaded = load_compressed(folder).to(own_device())
-            found = Compressed(
-                output=recipe.output,
-                parameters=sizes
-                | {"after": _numbers(loaded), "layers_after": sum(layer.numbers() for layer in layers.values())},
-                seconds=_side_by_side(base, loaded),
-                rows_left=sum(len(layer.rows) for layer in layers.values()) / all_rows,
-                base=before,
-                compressed=_score(loaded, tokenizer, plan, quiet),
-            )
-            write_json(folder / "compression.json", found.to_dict())
-            write_text(folder / "compress.yaml", text)
-    return found
-
-
-def _numbers(model: Any) -> int:
-    """Parameters, those that are another's counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _score(model: Any, tokenizer: Any, plan: Compression, quiet: bool) -> Results:
-    wanted = plan.recipe.evaluate
-    return evaluate(
-        model,
-        tokenizer,
-        plan.recipe.tasks,
-        split=wanted.split,
-        limit=wanted.limit,
-        batch_size=wanted.batch_size,
-        max_new_tokens=wanted.max_new_tokens,
-        extra_tasks=wanted.extra_tasks,
-        harness_tasks=wanted.harness_tasks,
-        chat_template=plan.recipe.model.chat_template,
-        progress=not quiet,
+    recipe = recipe_from(source, overrides)
+    if recipe.method.name != "losparse":
+        raise ConfigError(
+            f"method is {recipe.method.name}, which makes no model smaller; `multiflora compress` takes recipes with "
+            "method: losparse. Train this one with `multiflora train`."
+        )
+    scores = train(recipe, quiet=quiet).results
+    small = load_target(recipe.output).model
+    base, _ = load_base(recipe.model, weights_of(recipe))
+    layers = compressed_layers(small).values()
+    found = Compressed(
+        output=recipe.output,
+        parameters={
+            "before": parameter_counts(base)[1],
+            "after": parameter_counts(small)[1],
+            "layers_before": sum(layer.in_features * layer.out_features for layer in layers),
+            "layers_after": sum(layer.numbers() for layer in layers),
+        },
+        seconds=_side_by_side(base.eval(), small),
+        rows_left=sum(len(layer.rows) for layer in layers) / sum(layer.out_features for layer in layers),
+        base=scores["base"],
+        compressed=scores["adapted"],
     )
+    write_json(recipe.output / "compression.json", found.to_dict())
+    return found
 
 
 @torch.inference_mode()

@@ -19,15 +19,17 @@ FORM = "losparse.json"
 WEIGHTS = "model.safetensors"
 
 
-def save_compressed(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model whose layers were slimmed; every tensor is read back and compared.
+def save_compressed(model: Any, folder: Path) -> None:
+    """Write a model whose layers are L R + S; every tensor is read back and compared.
+
+    All numbers are written in the type of the embeddings, which are as they were loaded: the factors were float32 only
+    to be trained.
 
     Args:
         model: The model.
         folder: An empty folder.
-        dtype: Of the factors' numbers.
     """
-    layers = compressed_layers(model)
+    layers, dtype = compressed_layers(model), model.get_input_embeddings().weight.dtype
     form = {
         name: {"d_in": layer.in_features, "d_out": layer.out_features, "rank": layer.L.shape[1], "rows": len(layer.S),
                "bias": layer.bias is not None}
@@ -47,7 +49,7 @@ def save_compressed(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load_compressed(folder: str | Path) -> Any:
-    """Load a model that `multiflora compress` has written, in eval mode.
+    """Load a model that a run with ``method: losparse`` has written, in eval mode.
 
     Args:
         folder: Its folder.
@@ -64,7 +66,7 @@ def load_compressed(folder: str | Path) -> Any:
     place = Path(folder).expanduser()
     if not (place / FORM).is_file() or not (place / WEIGHTS).is_file():
         raise ExportError(
-            f"{place} holds no compressed model ({FORM} and {WEIGHTS}). `multiflora compress` writes one."
+            f"{place} holds no compressed model ({FORM} and {WEIGHTS}). A run with method: losparse writes one."
         )
     form = json.loads((place / FORM).read_text("utf-8"))
     dtype = getattr(torch, form["dtype"])

@@ -45,6 +45,9 @@ def load_target(target: str | Path) -> Loaded:
             _require(folder, "config.json", "model")
             trained = recipe.model.model_copy(update={"name": str(folder), "revision": None})
             return Loaded(*load_base(trained, weights_of(recipe)), recipe)
+        if METHODS[recipe.method.name].trains == "factors":
+            _require(folder, "losparse.json", "model")
+            return _compressed(folder, recipe)
         base, tokenizer = load_base(recipe.model, weights_of(recipe))
         return Loaded(_with_adapter(base, folder), tokenizer, recipe)
     if (folder / "adapter_config.json").is_file():
@@ -53,10 +56,7 @@ def load_target(target: str | Path) -> Loaded:
             "output folder, or load model and adapter yourself: multiflora.evaluate(model, tokenizer, tasks)."
         )
     if (folder / "losparse.json").is_file():
-        from multiflora.compress.saved import load_compressed
-        from multiflora.train.processes import own_device
-
-        return Loaded(load_compressed(folder).to(own_device()), load_tokenizer(ModelSpec(name=str(folder))), None)
+        return _compressed(folder, None)
     model, tokenizer = load_base(ModelSpec(name=str(target)))
     return Loaded(model, tokenizer, None)
 
@@ -77,6 +77,14 @@ def load_base(spec: ModelSpec, dtype: torch.dtype | None = None) -> tuple[Any, A
         tokenizer = load_tokenizer(spec)
         model = load_model(spec, dtype or weight_dtype(spec.dtype, "auto"))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _compressed(folder: Path, recipe: Recipe | None) -> Loaded:
+    """A model that LoSparse has made smaller, and its tokenizer, which lies beside it."""
+    from multiflora.compress.saved import load_compressed
+    from multiflora.train.processes import own_device
+
+    return Loaded(load_compressed(folder).to(own_device()), load_tokenizer(ModelSpec(name=str(folder))), recipe)
 
 
 def _with_adapter(base: Any, folder: Path) -> Any:

@@ -30,15 +30,16 @@ class MethodCard:
     merges: str
     """Whether the trained update is one weight matrix."""
     config: str | None
-    """Name of its config class; None for full fine-tuning, which needs none."""
+    """Name of its config class; None where the weights themselves are trained, which needs none."""
     module: str | None = None
     """Where it lives here; None for peft's own methods."""
     preset: Mapping[str, Any] = field(default_factory=dict)
     """What makes peft's class this method, e.g. ``{"use_dora": True}``."""
     learning_rate: float = 2e-4
     """What the method is usually trained with: taken where a recipe gives none, and where a search starts."""
-    trains: Literal["adapter", "prompt", "weights"] = "adapter"
-    """Small matrices beside linear layers, virtual tokens before the input, or every weight of the model."""
+    trains: Literal["adapter", "prompt", "weights", "factors"] = "adapter"
+    """Small matrices beside linear layers, virtual tokens before the input, every weight of the model, or factors in
+    the weights' place, of which a smaller model is made."""
     target_modules: str | None = "all-linear"
     """The modules that a recipe means when it names none; None: peft's own choice, or there is no such setting."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -300,6 +301,37 @@ METHODS: dict[str, MethodCard] = {
             module="multiflora.methods.deltalora",
         ),
         MethodCard(
+            name="lorahub",
+            title="LoraHub",
+            line="A LoRA for each task, put together with weights searched on a few examples.",
+            paper="arXiv 2307.13269",
+            settings=("examples", "budget"),
+            merges="exactly",
+            config="LoraConfig",
+            training={"examples": 5, "budget": 40},
+        ),
+        MethodCard(
+            name="losparse",
+            title="LoSparse",
+            line="Every weight becomes a low-rank part and the rows that matter of the rest: a smaller model.",
+            paper="arXiv 2306.11222",
+            settings=("low_rank", "keep", "start", "end", "every", "beta1", "beta2"),
+            merges="exactly",
+            config=None,
+            learning_rate=9e-5,
+            trains="factors",
+            target_modules=None,
+            training={
+                "low_rank": 0.05,
+                "keep": 0.15,
+                "start": 0.05,
+                "end": 0.3,
+                "every": 10,
+                "beta1": 0.85,
+                "beta2": 0.85,
+            },
+        ),
+        MethodCard(
             name="parts",
             title="Parts",
             line="A sum of your own: any stem, heads, gate and offset, spelled out in the recipe.",
@@ -369,7 +401,7 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
         settings: Keyword arguments of its config class.
 
     Returns:
-        A ``peft.PeftConfig``; None for full fine-tuning, which has none.
+        A ``peft.PeftConfig``; for LoSparse a `multiflora.compress.spec.CompressSpec`; None for full fine-tuning.
 
     Raises:
         ConfigError: No such method or setting (with the nearest names), or a value out of range.
@@ -396,7 +428,7 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
     if card.module is None:
         describe(name).check({**card.training, **settings})
     if card.config is None:
-        return None
+        return describe(name).plan(settings)
     own = {key: value for key, value in settings.items() if key not in card.training}
     given = {**card.defaults, **card.preset, **own}
     try:

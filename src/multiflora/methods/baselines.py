@@ -1,16 +1,21 @@
-r"""peft's own methods, as far as they need more than a config: the baselines every comparison has to have.
+r"""Methods without a config class of ours: peft's own, the baselines every comparison has to have, and two besides.
 
-Each is one :class:`Baseline`: which tensors it trains (so that ranks can be solved for), which settings of peft it has
-no use for, and what must hold among the others. What they need while they train is in `multiflora.train.baselines`.
+Those are LoraHub, whose adapters are plain LoRAs, and LoSparse, which has no adapter. Each is one :class:`Baseline`:
+which tensors it trains (so that ranks can be solved for), which settings of peft it has no use for, and what must hold
+among the others. What they need while they train is in `multiflora.train.baselines`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multiflora.compress.spec import CompressSpec
 
 __all__ = ["BASELINES", "Baseline", "tokens_in_front", "virtual_tokens"]
 
@@ -72,6 +77,24 @@ def _shrinks(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"method.{key} is {value!r}; it must be a whole number of steps, at least {least}.")
 
 
+def _searches(settings: Mapping[str, Any]) -> None:
+    for key, what in (("examples", "training examples of each task"), ("budget", "evaluations of the search")):
+        value = settings[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"method.{key} is {value!r}; it must be a whole number of {what}, at least 1.")
+
+
+def _nothing(settings: Mapping[str, Any]) -> None:
+    """No config: every weight is trained."""
+
+
+def _compression(settings: Mapping[str, Any]) -> CompressSpec:
+    from multiflora.compress.spec import CompressSpec
+    from multiflora.schema import build
+
+    return build(CompressSpec, dict(settings), where="method", base=Path.cwd())
+
+
 _INIT_R = 12
 
 
@@ -89,7 +112,7 @@ def _with_schedule(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One of peft's methods, as a value."""
+    """One of these methods, as a value."""
 
     name: str
     """The word recipes use."""
@@ -103,10 +126,26 @@ class Baseline:
     """Refuses settings that peft would take and that cannot work."""
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _same
     """Adds settings that follow from the others."""
+    plan: Callable[[Mapping[str, Any]], Any] = _nothing
+    """What stands for the config where peft has no class for it."""
 
 
 # what a prompt learner's config knows of the model, filled in by peft; modules_to_save and the like do not exist there
 _OF_MODEL = frozenset({"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"})
+
+# what makes a LoRA more than two factors a layer: LoraHub weighs factors, and nothing else
+_MORE_THAN_A_PAIR = frozenset(
+    {
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+        "use_dora",
+        "init_lora_weights",
+    }
+)
 
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
@@ -129,6 +168,8 @@ BASELINES: dict[str, Baseline] = {
         Baseline("prefix", unused=_OF_MODEL),
         Baseline("ptuning", unused=_OF_MODEL),
         Baseline("full"),
+        Baseline("lorahub", _pair, check=_searches, unused=_MORE_THAN_A_PAIR),
+        Baseline("losparse", plan=_compression),
     )
 }
 

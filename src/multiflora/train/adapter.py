@@ -15,12 +15,15 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from multiflora.adapter_tensors import method_of
+from multiflora.compress.layer import compressed_layers, sparsify
+from multiflora.compress.saved import save_compressed
+from multiflora.compress.spec import CompressSpec
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
 from multiflora.train.baselines import adalora_steps
-from multiflora.train.processes import is_first_process
+from multiflora.train.processes import is_first_process, is_sharded
 from multiflora.train.sharded import adapter_tensors
 
 __all__ = [
@@ -38,10 +41,10 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
     """Put the recipe's adapter on a base model; its start is drawn from the recipe's seed.
 
     Methods of ours learn the names of the tasks here, so that they can route by task. Full fine-tuning has no adapter:
-    the model itself is returned, with every weight to be trained.
+    the model itself is returned, with every weight to be trained; LoSparse puts factors in its weights' place.
 
     Args:
-        model: The base model, which is not written to (but by full fine-tuning, and while it trains by PiSSA, see
+        model: The base model, which is not written to (but by those two, and while it trains by PiSSA, see
             `start_of`).
         recipe: Its ``method``, ``tasks``, ``seed`` and ``train.packing`` are read.
         low_cpu_mem_usage: Make the adapter on the meta device, where it has shapes and no values.
@@ -68,11 +71,14 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
 
     Args:
         model: The base model.
-        config: The adapter's ``peft.PeftConfig``, or None.
+        config: The adapter's ``peft.PeftConfig``, or LoSparse's settings, or None.
         low_cpu_mem_usage: Make the adapter on the meta device.
     """
     if config is None:
         return model.requires_grad_(True)
+    if isinstance(config, CompressSpec):
+        sparsify(model, config.low_rank)
+        return model
     if low_cpu_mem_usage and _starts_by_svd(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
@@ -104,12 +110,12 @@ def _check_size(model: Any, config: Any) -> None:
 
 
 def adapter_config(recipe: Recipe) -> Any:
-    """Return the ``peft.PeftConfig`` of a recipe; cheap, so that a run is refused before it reads or scores anything.
+    """Return the config of a recipe's method; cheap, so that a run is refused before it reads or scores anything.
 
     Args:
         recipe: Its ``method``, ``tasks`` and ``train`` are read.
     Returns:
-        The config; None for full fine-tuning.
+        The config; see `multiflora.methods.build_config`.
     Raises:
         ConfigError: A setting is unknown or out of range, or does not go with how it shall be trained.
     """
@@ -133,6 +139,15 @@ def adapter_config(recipe: Recipe) -> Any:
         )
     if name == "adalora" and train.max_steps is not None:
         adalora_steps(recipe.method.settings, train.max_steps)
+    if name == "lorahub":
+        from multiflora.train.lorahub import check_lorahub  # which trains, and so needs this module
+
+        check_lorahub(recipe)
+    if METHODS[name].trains == "factors" and is_sharded():
+        raise ConfigError(
+            f"method is {name}, whose rows compete over all layers, and the weights are spread over processes (FSDP or "
+            "ZeRO-3), of which each sees a part. Start it on one device, or with as many whole copies (DDP)."
+        )
     return config
 
 
@@ -161,11 +176,12 @@ def _starts_by_svd(config: Any) -> bool:
 def is_saved_otherwise(model: Any) -> bool:
     """Whether an adapter is saved in another form than it was trained in, so that both agree up to rounding only.
 
-    PiSSA's base lacks what the adapter took from it; AdaLoRA's pruned directions are kept as zeros while it trains.
+    PiSSA's base lacks what the adapter took from it; AdaLoRA's pruned directions are kept as zeros while it trains;
+    LoSparse's factors are float32 while they train, whatever the model is saved in.
     """
-    return isinstance(model, PeftModel) and (
-        _starts_by_svd(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
-    )
+    if not isinstance(model, PeftModel):
+        return bool(compressed_layers(model))
+    return _starts_by_svd(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
 
 
 def start_of(model: Any) -> dict[str, torch.Tensor] | None:
@@ -188,7 +204,7 @@ def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] 
 
     So ``folder`` never holds half an adapter, and never one that lacks a tensor, as saving under sharded training has
     produced elsewhere without a word. All processes call it, to hand in their parts; the first one writes. A fully
-    fine-tuned model is saved whole, in the same way.
+    fine-tuned model is saved whole, in the same way, and one of LoSparse's in its own form.
 
     Args:
         model: A model with one adapter, or one without any that was trained whole.
@@ -197,28 +213,40 @@ def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] 
     Raises:
         AdapterError: What was read back is not what was saved.
     """
-    held = adapter_tensors(model)
+    is_compressed = not isinstance(model, PeftModel) and bool(compressed_layers(model))
+    held = {} if is_compressed else adapter_tensors(model)  # LoSparse is never spread over processes
     if not is_first_process():
         return
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        if not isinstance(model, PeftModel):
-            model.save_pretrained(str(scratch), state_dict=held)
-            expected = held
+        if is_compressed:
+            save_compressed(model, scratch)  # which compares what it reads back itself
         else:
-            model.save_pretrained(str(scratch), safe_serialization=True, state_dict=held)
-            expected = get_peft_model_state_dict(model, state_dict=held)
-        if start is not None:
-            expected = _difference(expected, start)
-            save_file(expected, scratch / "adapter_model.safetensors")
-            _of_twice_the_rank(model.active_peft_config).save_pretrained(str(scratch))
-        _compare(_read_all(scratch), expected, folder)
+            expected = _write(model, scratch, held, start)
+            _compare(_read_all(scratch), expected, folder)
         for path in scratch.glob("*.*"):
             if path.suffix in (".safetensors", ".json"):
                 path.replace(folder / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(
+    model: Any, folder: Path, held: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor] | None
+) -> Mapping[str, torch.Tensor]:
+    """Save an adapter, or a model that was trained whole, and return what must be found there."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), state_dict=dict(held))
+        return held
+    model.save_pretrained(str(folder), safe_serialization=True, state_dict=dict(held))
+    expected: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=dict(held))
+    if start is None:
+        return expected
+    expected = _difference(expected, start)
+    save_file(expected, folder / "adapter_model.safetensors")
+    _of_twice_the_rank(model.active_peft_config).save_pretrained(str(folder))
+    return expected
 
 
 def _read_all(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-r"""What peft's own methods need while they train, besides their config.
+r"""What peft's own methods, and LoSparse, need while they train, besides their config.
 
 ==============  =======================================================================================
 LoRA+           an optimiser whose rate for B is a multiple of that for A (arXiv 2402.12354)
@@ -6,6 +6,8 @@ AdaLoRA         a schedule over the run's steps, and a loss that keeps its direc
 AdaLoRA,        checkpoints that hold what peft's own leave out: the importance of each direction;
 learned         the network behind a prompt, of which peft saves only the result
 prompts
+LoSparse        a callback that takes rows away as its schedule says, and checkpoints that hold the
+                rows' importance
 ==============  =======================================================================================
 
 AdaLoRA's loss is peft's, :math:`w \cdot \operatorname{mean}_P \lVert P P^\top - I \rVert_F` over all A and
@@ -25,8 +27,11 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from multiflora.compress.layer import compressed_layers
+from multiflora.compress.losparse import Averages
+from multiflora.compress.pruner import Pruner
 from multiflora.errors import ConfigError
-from multiflora.methods import METHODS
+from multiflora.methods import METHODS, build_config
 from multiflora.recipe import Recipe
 
 __all__ = [
@@ -89,7 +94,7 @@ def adalora_steps(settings: Mapping[str, Any], steps: int) -> dict[str, int]:
 
 
 def schedules(model: Any, recipe: Recipe, steps: int) -> list[TrainerCallback]:
-    """Return what acts between the steps of a run: AdaLoRA's schedule, or nothing.
+    """Return what acts between the steps of a run: AdaLoRA's schedule, LoSparse's pruning, or nothing.
 
     Args:
         model: The model, ready to be trained.
@@ -98,6 +103,8 @@ def schedules(model: Any, recipe: Recipe, steps: int) -> list[TrainerCallback]:
     Raises:
         ConfigError: The run is too short for the schedule.
     """
+    if compressed_layers(model):
+        return [Pruner(model, build_config(recipe.method.name, recipe.method.settings))]
     return [AdaLoraSchedule(model, adalora_steps(recipe.method.settings, steps))] if _is_adalora(model) else []
 
 
@@ -144,6 +151,9 @@ def save_training(model: Any, folder: Path) -> None:
         allocator = model.base_model.rankallocator
         state |= {key: getattr(allocator, key) for key in _IMPORTANCE}
         state["rank_pattern"] = model.active_peft_config.rank_pattern
+    state["averages"] = {
+        name: tuple(part.cpu() for part in layer.averages) for name, layer in compressed_layers(model).items()
+    }
     torch.save(state, folder / _STATE)
 
 
@@ -166,6 +176,8 @@ def restore_training(model: Any, folder: Path) -> bool:
         for key in _IMPORTANCE:
             setattr(model.base_model.rankallocator, key, state[key])
         model.active_peft_config.rank_pattern = state["rank_pattern"]
+    for name, layer in compressed_layers(model).items():
+        layer.averages = Averages(*state["averages"][name])
     return True
 
 
@@ -177,4 +189,6 @@ def _is_adalora(model: Any) -> bool:
 
 
 def _keeps_own_state(model: Any) -> bool:
-    return isinstance(model, PeftModel) and (model.active_peft_config.is_prompt_learning or _is_adalora(model))
+    if isinstance(model, PeftModel):
+        return bool(model.active_peft_config.is_prompt_learning) or _is_adalora(model)
+    return bool(compressed_layers(model))

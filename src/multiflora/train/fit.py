@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
 from multiflora.context import find
 from multiflora.data.prepare import Examples, TrainingData, fill_up
@@ -56,7 +56,6 @@ def fit(
     *,
     checkpoint: Path | None = None,
     quiet: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[TrainingData, list[dict[str, Any]]]:
     """Train the adapter.
 
@@ -67,7 +66,6 @@ def fit(
         examples: The tasks' examples and their mixture.
         checkpoint: Go on from here.
         quiet: Show no progress.
-        callbacks: Further callbacks of the trainer.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
     Raises:
@@ -96,8 +94,8 @@ def fit(
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
-            callbacks=[*bars, *schedule, *training_callbacks(model), *callbacks],
-            **training_settings(recipe),
+            callbacks=[*bars, *schedule, *training_callbacks(model)],
+            loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if not is_first_process():

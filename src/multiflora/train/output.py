@@ -41,6 +41,11 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
                 f"{hint} or remove it."
             )
         return None
+    if recipe.method.name == "lorahub":
+        raise ConfigError(
+            "A run with method: lorahub cannot be resumed: it trains a LoRA for each task, one after the other, and "
+            "writes nothing before all are put together. Start it again, without --resume."
+        )
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(

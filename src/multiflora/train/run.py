@@ -19,7 +19,8 @@ from multiflora.data.prepare import encode_tasks
 from multiflora.evaluate import Results, evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.evaluate.table import results_table
-from multiflora.files import write_text
+from multiflora.files import write_json, write_text
+from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
 from multiflora.train.adapter import (
@@ -31,6 +32,7 @@ from multiflora.train.adapter import (
     start_of,
 )
 from multiflora.train.fit import fit
+from multiflora.train.lorahub import fit_and_compose
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
@@ -98,9 +100,11 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         if recipe.evaluate.before and not is_sharded():
             with _timed(seconds, "evaluate_before"):
                 before = _score(base, tokenizer, recipe, quiet=quiet)
+        numbers = parameter_counts(base)[1]
         model = add_adapter(base, recipe)
         start = start_of(model)
         trainable, total = parameter_counts(model)
+        parameters = {"trainable": trainable, "total": total}
         log.info(
             "%s trains %s of %s parameters (%.2f%%)",
             recipe.method.name,
@@ -108,11 +112,19 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             f"{total:,}",
             100 * trainable / total,
         )
+        figures: dict[str, Any] = {}
         with _timed(seconds, "train"):
-            data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
+            if recipe.method.name == "lorahub":
+                report, history, made = fit_and_compose(model, tokenizer, recipe, examples, quiet=quiet)
+                figures = {"composition": made.to_dict()}
+            else:
+                data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
+                report = data.report
         save_adapter(model, recipe.output, start=start)
         if is_first_process():
             write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
+            if figures:
+                write_json(recipe.output / "composition.json", figures["composition"])
             if not isinstance(model, PeftModel):
                 tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
         if is_sharded() and recipe.evaluate.before and isinstance(model, PeftModel) and start is None:
@@ -120,23 +132,25 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             with _timed(seconds, "evaluate_before"), model.disable_adapter():
                 before = _score(model, tokenizer, recipe, quiet=quiet)
         if not is_first_process() and not is_sharded():  # one process scores; the others' adapters are the same
-            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
+            return RunResult(output=recipe.output, results={"base": before, "mixture": report}, log=history)
         if is_saved_otherwise(model) and not is_sharded():  # score what others will load
             del model, base
             model = load_target(recipe.output).model
+        if METHODS[recipe.method.name].trains == "factors":
+            parameters |= {"base": numbers, "saved": parameter_counts(model)[1]}
         with _timed(seconds, "evaluate_after"):
             place = recipe.output if is_first_process() else None
             after = _score(model, tokenizer, recipe, folder=place, quiet=quiet)
         if not is_first_process():
-            return RunResult(output=recipe.output, results={"base": before, "mixture": data.report}, log=history)
+            return RunResult(output=recipe.output, results={"base": before, "mixture": report}, log=history)
         results = write_artifact(
             recipe.output,
             recipe,
             base=before,
             adapted=after,
-            mixture=data.report,
-            parameters={"trainable": trainable, "total": total},
-            training={"log": _without_times(history)},
+            mixture=report,
+            parameters=parameters,
+            training={"log": _without_times(history), **figures},
             fingerprints={name: fingerprint(rows) for name, rows in examples.rows.items()},
             seconds=seconds,
             notes=examples.notes,

@@ -146,11 +146,18 @@ def test_without_a_learning_rate_each_method_has_its_own():
 
 
 def test_methods_without_a_rank_are_counted_on_the_model():
-    found = planned(["lora", "full", "ia3", "prompt", "prefix", "ptuning"])
+    found = planned(["lora", "full", "losparse", "ia3", "prompt", "prefix", "ptuning"])
     assert found["full"].parameters > 10 * found["lora"].parameters
+    assert found["losparse"].parameters > 10 * found["lora"].parameters
     assert found["prompt"].parameters == 20 * 256
     assert found["prefix"].parameters == 20 * 2 * 2 * 256
     assert all(found[label].rank is None for label in found if label != "lora")
+
+
+def test_lorahub_counts_for_the_lora_that_results():
+    found = planned(["lora", "lorahub"], budget={"target": 50_000})
+    assert (found["lorahub"].rank, found["lorahub"].parameters) == (found["lora"].rank, found["lora"].parameters)
+    assert found["lorahub"].flops == found["lora"].flops
 
 
 def test_adalora_s_last_rank_follows_its_first():

@@ -8,6 +8,7 @@ from torch import nn
 
 import multiflora
 from multiflora import AdapterError, ConfigError
+from multiflora.compress.spec import CompressSpec
 from multiflora.methods import METHODS, build_config
 from multiflora.methods.config import own_settings
 
@@ -82,6 +83,12 @@ def test_the_table_of_methods_says_what_the_classes_have():
             config = getattr(multiflora, card.config)
             assert sorted(own_settings(config)) == sorted(card.settings)
             assert config.method_name == card.name
+
+
+def test_losparse_s_settings_are_those_of_its_spec():
+    assert METHODS["losparse"].training == CompressSpec().model_dump()
+    assert list(METHODS["losparse"].settings) == list(CompressSpec.model_fields)
+    assert build_config("losparse", {"keep": 0.3}) == CompressSpec(keep=0.3)
 
 
 def test_names_give_the_number_of_tasks():
