@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
 
-__all__ = ["is_first_process", "is_sharded", "num_processes", "own_device", "own_seed"]
+from multiflora.errors import EnvironmentProblem
+
+__all__ = [
+    "is_first_process",
+    "is_sharded",
+    "num_processes",
+    "own_device",
+    "own_seed",
+    "require_deepspeed",
+    "uses_zero3",
+]
 
 
 def num_processes() -> int:
@@ -21,9 +32,36 @@ def is_first_process() -> bool:
 
 def is_sharded() -> bool:
     """Tell whether parameters are to be spread over the processes (FSDP, ZeRO-3), by what ``accelerate launch`` set."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return num_processes() > 1 and (fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"))
+    return num_processes() > 1 and (_is_set("ACCELERATE_USE_FSDP") or uses_zero3())
+
+
+def uses_zero3() -> bool:
+    """Tell whether DeepSpeed is to spread the parameters, as ``accelerate launch`` or DeepSpeed's own file says."""
+    if not _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return False
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return bool(HfDeepSpeedConfig(file).is_zero3())
+
+
+def require_deepspeed() -> None:
+    """Refuse to go on without DeepSpeed where ``accelerate launch`` asks for it.
+
+    Raises:
+        EnvironmentProblem: It is not installed.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise EnvironmentProblem(
+            "This run was launched for DeepSpeed, which is not installed: pip install 'multiflora[deepspeed]'. Or "
+            "launch it for another engine (configs/accelerate has an example of each)."
+        )
+
+
+def _is_set(switch: str) -> bool:
+    return os.environ.get(switch, "false").lower() == "true"
 
 
 def own_seed(seed: int) -> int:

@@ -34,7 +34,7 @@ from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
-from multiflora.train.processes import is_first_process, is_sharded, own_device
+from multiflora.train.processes import is_first_process, is_sharded, own_device, require_deepspeed
 from multiflora.train.quiet import quiet_libraries
 from multiflora.train.trackers import require_trackers
 
@@ -81,6 +81,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
+    require_deepspeed()
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
