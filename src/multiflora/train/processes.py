@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
-
-from multiflora.errors import EnvironmentProblem
 
 __all__ = [
     "is_first_process",
@@ -15,7 +12,7 @@ __all__ = [
     "num_processes",
     "own_device",
     "own_seed",
-    "require_deepspeed",
+    "uses_deepspeed",
     "uses_zero3",
 ]
 
@@ -35,9 +32,14 @@ def is_sharded() -> bool:
     return num_processes() > 1 and (_is_set("ACCELERATE_USE_FSDP") or uses_zero3())
 
 
+def uses_deepspeed() -> bool:
+    """Tell whether DeepSpeed drives the training, by what ``accelerate launch`` set."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
 def uses_zero3() -> bool:
     """Tell whether DeepSpeed is to spread the parameters, as ``accelerate launch`` or DeepSpeed's own file says."""
-    if not _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if not uses_deepspeed():
         return False
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
@@ -45,19 +47,6 @@ def uses_zero3() -> bool:
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     return bool(HfDeepSpeedConfig(file).is_zero3())
-
-
-def require_deepspeed() -> None:
-    """Refuse to go on without DeepSpeed where ``accelerate launch`` asks for it.
-
-    Raises:
-        EnvironmentProblem: It is not installed.
-    """
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
-        raise EnvironmentProblem(
-            "This run was launched for DeepSpeed, which is not installed: pip install 'multiflora[deepspeed]'. Or "
-            "launch it for another engine (configs/accelerate has an example of each)."
-        )
 
 
 def _is_set(switch: str) -> bool:

@@ -30,11 +30,12 @@ from multiflora.train.adapter import (
     save_adapter,
     start_of,
 )
+from multiflora.train.engines import require_engine
 from multiflora.train.fit import fit
 from multiflora.train.output import disk_guard, open_output
 from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
-from multiflora.train.processes import is_first_process, is_sharded, own_device, require_deepspeed
+from multiflora.train.processes import is_first_process, is_sharded, own_device
 from multiflora.train.quiet import quiet_libraries
 from multiflora.train.trackers import require_trackers
 
@@ -81,7 +82,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
-    require_deepspeed()
+    require_engine(recipe)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
