@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import multiprocessing
 import os
 import socket
@@ -23,6 +25,31 @@ FSDP2 = {
     "FSDP_USE_ORIG_PARAMS": "true",
 }
 """What ``accelerate launch`` sets for FSDP2."""
+
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}
+"""And for DeepSpeed's ZeRO-2."""
+
+ZERO3 = ZERO2 | {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+}
+"""And for ZeRO-3, which by itself leaves small parameters whole once they were gathered."""
+
+
+def deepspeed_file(**zero: object) -> dict[str, str]:
+    """What it sets for a ``deepspeed_config_file``; the file's text may stand in the place of its name."""
+    filled = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    text = json.dumps(dict.fromkeys(filled, "auto") | {"zero_optimization": zero})
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": base64.urlsafe_b64encode(text.encode()).decode(),
+    }
 
 
 def run_ranks(

@@ -1,7 +1,8 @@
-"""Two processes on the CPU, DDP and FSDP2: they train, save, resume and score what one process does."""
+"""Two processes on the CPU, with DDP, FSDP2 or DeepSpeed: they train, save, resume and score what one process does."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -23,12 +24,32 @@ from transformers import LlamaForCausalLM
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import load_recipe
 from multiflora.train.checkpoint import last_checkpoint
-from tests.integration.ranks import FSDP2, run_ranks, said
+from tests.integration.ranks import FSDP2, ZERO2, ZERO3, deepspeed_file, run_ranks, said
 from tests.integration.toys import make_recipe, make_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")]
 
-ENGINES = {"ddp": {}, "fsdp2": FSDP2}
+ENGINES = {
+    "ddp": {},
+    "fsdp2": FSDP2,
+    "zero2": ZERO2,
+    "zero3": ZERO3,
+    "zero3 of all": deepspeed_file(stage=3, stage3_param_persistence_threshold=0),
+}
+
+engines = pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                "zero" in name and importlib.util.find_spec("deepspeed") is None,
+                reason="DeepSpeed is not installed: pip install deepspeed",
+            ),
+        )
+        for name in ENGINES
+    ],
+)
 
 
 @pytest.fixture
@@ -60,7 +81,7 @@ def outcome(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@engines
 def test_two_processes_are_one_with_twice_the_batch(model: str, tmp_path: Path, engine: str) -> None:
     # 96 examples in steps of 20: the last one has 16, and the processes must take equally many batches of it
     settings = {"max_steps": None, "epochs": 1.0}
@@ -83,7 +104,7 @@ def test_two_processes_are_one_with_twice_the_batch(model: str, tmp_path: Path, 
             assert others[stage]["tasks"][task]["score"] == pytest.approx(score["score"], abs=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@engines
 def test_a_resumed_run_of_two_equals_one_that_never_stopped(model: str, tmp_path: Path, engine: str) -> None:
     method = {"name": "rlora", "lora_dropout": 0.1, "head_dropout": 0.2}
     settings = {"optimizer": "adamw_torch", "learning_rate": 1e-2, "save_every": 3, "max_steps": 5, "log_every": 2}
@@ -102,6 +123,14 @@ def test_a_resumed_run_of_two_equals_one_that_never_stopped(model: str, tmp_path
     assert all(tensor.equal(again[name]) for name, tensor in adapter.items())
     assert same["training"]["log"] == results["training"]["log"]
     assert same["adapted"] == results["adapted"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_deepspeed_that_is_not_installed_is_asked_for(model: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model, "rlora")
+    assert run_ranks(2, ["train", str(recipe)], tmp_path, ZERO2) == [2, 2]
+    assert "DeepSpeed, which is not installed: pip install 'multiflora[deepspeed]'" in said(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_drop_different_units(model: str, tmp_path: Path) -> None:

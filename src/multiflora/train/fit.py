@@ -21,9 +21,9 @@ from multiflora.train.checkpoint import CHECKPOINTS
 from multiflora.train.guard import Guard
 from multiflora.train.hooks import training_callbacks
 from multiflora.train.interrupt import stop_on_sigterm
-from multiflora.train.processes import is_first_process, num_processes, own_seed
+from multiflora.train.processes import is_first_process, num_processes, own_seed, uses_zero3
 from multiflora.train.progress import progress_bar
-from multiflora.train.sharded import keep_root_whole
+from multiflora.train.sharded import gather_containers, keep_root_whole
 from multiflora.train.trainer import MultitaskTrainer, own_forward
 
 __all__ = ["fit", "order_examples"]
@@ -98,6 +98,8 @@ def fit(
             loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
         )
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
+        if uses_zero3():
+            gather_containers(model)
         if not is_first_process():
             torch.manual_seed(own_seed(recipe.seed))
         with own_forward(model):  # without autocast afterwards: scored in the arithmetic a loaded model will have

@@ -6,7 +6,15 @@ import os
 
 import torch
 
-__all__ = ["is_first_process", "is_sharded", "num_processes", "own_device", "own_seed"]
+__all__ = [
+    "is_first_process",
+    "is_sharded",
+    "num_processes",
+    "own_device",
+    "own_seed",
+    "uses_deepspeed",
+    "uses_zero3",
+]
 
 
 def num_processes() -> int:
@@ -21,9 +29,28 @@ def is_first_process() -> bool:
 
 def is_sharded() -> bool:
     """Tell whether parameters are to be spread over the processes (FSDP, ZeRO-3), by what ``accelerate launch`` set."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return num_processes() > 1 and (fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"))
+    return num_processes() > 1 and (_is_set("ACCELERATE_USE_FSDP") or uses_zero3())
+
+
+def uses_deepspeed() -> bool:
+    """Tell whether DeepSpeed drives the training, by what ``accelerate launch`` set."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def uses_zero3() -> bool:
+    """Tell whether DeepSpeed is to spread the parameters, as ``accelerate launch`` or DeepSpeed's own file says."""
+    if not uses_deepspeed():
+        return False
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return bool(HfDeepSpeedConfig(file).is_zero3())
+
+
+def _is_set(switch: str) -> bool:
+    return os.environ.get(switch, "false").lower() == "true"
 
 
 def own_seed(seed: int) -> int:

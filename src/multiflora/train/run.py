@@ -31,6 +31,7 @@ from multiflora.train.adapter import (
     save_adapter,
     start_of,
 )
+from multiflora.train.engines import require_engine
 from multiflora.train.fit import fit
 from multiflora.train.lorahub import fit_and_compose
 from multiflora.train.output import disk_guard, open_output
@@ -83,6 +84,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
+    require_engine(recipe)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}

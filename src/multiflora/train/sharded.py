@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-__all__ = ["adapter_tensors", "keep_root_whole"]
+__all__ = ["adapter_tensors", "gather_containers", "keep_root_whole"]
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
@@ -87,3 +87,20 @@ def keep_root_whole(model: nn.Module, wrapped: nn.Module) -> None:
         whole = FullyShardedDataParallel.summon_full_params(wrapped, recurse=False, writeback=False)
         whole.__enter__()
         vars(model)["_root_kept_whole"] = whole  # it would end with the last reference to it
+
+
+def gather_containers(model: nn.Module) -> None:
+    """Let ZeRO-3 gather what layers keep in containers: it gathers a module's own parameters when that one is called.
+
+    A layer with branches reads its tensors out of ``nn.ParameterDict``s, which nobody calls, and would find them empty.
+
+    Args:
+        model: The model, before DeepSpeed has it.
+    """
+    import deepspeed
+
+    for layer in model.modules():
+        for child in layer.children():
+            if isinstance(child, (nn.ParameterDict, nn.ParameterList)):
+                for parameter in child.parameters():
+                    deepspeed.zero.register_external_parameter(layer, parameter)
