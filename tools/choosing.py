@@ -1,9 +1,10 @@
 """Write what was measured into docs/choosing.md, from the summary of a comparison. Nothing there is typed by hand.
 
     python tools/choosing.py runs/comparison/summary.json
+    python tools/choosing.py runs/relatives/summary.json relatives
 
-The text between the page's two marks is replaced. Every claim follows from the summary's own tests: a method is called
-better only where `multiflora compare` called it so.
+The text between the page's two marks of that name ("measured" where none is given) is replaced. Every claim follows
+from the summary's own tests: a method is called better only where `multiflora compare` called it so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from multiflora.compare.statistics import CLAIM
 from multiflora.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 Json = Mapping[str, Any]
 
@@ -143,18 +144,21 @@ def _p(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def put(page: str, text: str) -> str:
-    """The page with its measured section replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+def put(page: str, text: str, name: str = "measured") -> str:
+    """The page with its section of that name replaced."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if begin not in page or end not in page:
+        raise SystemExit(f"{PAGE} has no place for {name!r}: expected the marks {begin} and {end}.")
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
-def main(summary: Path) -> None:
+def main(summary: Path, name: str = "measured") -> None:
     """Rewrite the page."""
     text = measured(json.loads(summary.read_text("utf-8")))
-    PAGE.write_text(put(PAGE.read_text("utf-8"), text), "utf-8")
+    PAGE.write_text(put(PAGE.read_text("utf-8"), text, name), "utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -15,6 +15,7 @@ A page says, in a fenced block, which table it wants; nothing that the code know
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,8 +103,32 @@ def method_facts(name: str) -> Iterator[str]:
         *([("in Python", python)] if card.config else []),
         ("the update depends on", depends),
         ("merges", card.merges),
+        *[("measured here", found) for found in measured(name)],
     ]
     yield from table(("", ""), rows)
+
+
+def measured(name: str) -> Iterator[str]:
+    """How the method did in each comparison of docs/results, beside that comparison's reference."""
+    from multiflora.compare.statistics import CLAIM
+
+    for path in sorted((DOCS / "results").glob("*/summary.json")):
+        summary = json.loads(path.read_text("utf-8"))
+        rows = {row["label"]: row for row in summary["rows"] if row["score"]}
+        reference = rows[summary["reference"]]
+        where = f"[{path.parent.name.replace('_', ' ')}](/results/{path.parent.name}.md)"
+        for label, row in rows.items():
+            if row["method"] != name:
+                continue
+            called = "" if label == name else f"{label}, "
+            score, difference = row["score"], row["score"]["difference"]
+            text = f"{where}: {called}{score['mean']['mean']:.1%} macro score"
+            if row is not reference and difference is not None and score["p"] is not None:
+                low, high = (100 * difference["interval"][end] for end in ("low", "high"))
+                word = "no difference shown" if score["p"] >= CLAIM else "better" if low > 0 else "worse"
+                theirs = f"{summary['reference']} {reference['score']['mean']['mean']:.1%}"
+                text += f", {theirs}: {word} ({low:+.1f} to {high:+.1f} points)"
+            yield text
 
 
 def paper_link(paper: str) -> str:

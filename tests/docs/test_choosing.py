@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import choosing  # noqa: E402
+import docs_tables  # noqa: E402
 
 PAGE = (ROOT / "docs" / "choosing.md").read_text("utf-8")
 
@@ -94,17 +95,41 @@ def test_times_are_told_apart_only_where_their_intervals_are(seconds: float, ove
     assert ("intervals overlap" in text) == overlap
 
 
-def test_only_the_measured_section_is_replaced() -> None:
-    page = choosing.put(PAGE, "new")
-    assert choosing.put(page, "newer") == choosing.put(PAGE, "newer")
-    assert page.replace("new", "", 1) != PAGE
-    before, after = PAGE.split(choosing.BEGIN)[0], PAGE.split(choosing.END)[1]
-    assert page == f"{before}{choosing.BEGIN}\n\nnew\n\n{choosing.END}{after}"
+@pytest.mark.parametrize("name", ["measured", "relatives"])
+def test_only_the_named_section_is_replaced(name: str) -> None:
+    page = choosing.put(PAGE, "new", name)
+    assert choosing.put(page, "newer", name) == choosing.put(PAGE, "newer", name)
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, after = PAGE.split(begin)[0], PAGE.split(end)[1]
+    assert page == f"{before}{begin}\n\nnew\n\n{end}{after}"
 
 
-def test_the_page_is_as_its_summary_has_it() -> None:
-    found = sorted((ROOT / "docs" / "results").glob("**/summary.json"))
-    if not found:
-        pytest.skip("no comparison has been put into docs/results yet")
-    texts = [choosing.measured(json.loads(path.read_text("utf-8"))) for path in found]
-    assert any(choosing.put(PAGE, text) == PAGE for text in texts), "run tools/choosing.py on its summary.json again"
+def test_a_section_that_is_not_there_is_said() -> None:
+    with pytest.raises(SystemExit, match="no place for 'absent'"):
+        choosing.put(PAGE, "new", "absent")
+
+
+@pytest.mark.parametrize(("name", "folder"), [("measured", "four_tasks"), ("relatives", "relatives")])
+def test_the_page_is_as_its_summary_has_it(name: str, folder: str) -> None:
+    summary = json.loads((ROOT / "docs" / "results" / folder / "summary.json").read_text("utf-8"))
+    text = choosing.measured(summary)
+    assert choosing.put(PAGE, text, name) == PAGE, f"run tools/choosing.py on {folder}'s summary.json again"
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "word"),
+    [(0.1, 0.01, "better (+9.0 to +11.0 points)"), (-0.1, 0.01, "worse"), (0.1, 0.2, "no difference shown")],
+)
+def test_a_methods_page_says_what_was_measured_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float, p: float, word: str
+) -> None:
+    folder = tmp_path / "results" / "two_tasks"
+    folder.mkdir(parents=True)
+    rows = row("lora", 0.5), row("rlora", 0.6, difference=difference, p=p)
+    (folder / "summary.json").write_text(json.dumps(summary(*rows)), "utf-8")
+    monkeypatch.setattr(docs_tables, "DOCS", tmp_path)
+    (found,) = docs_tables.measured("rlora")
+    assert found.startswith("[two tasks](/results/two_tasks.md): 60.0% macro score, lora 50.0%: ")
+    assert word in found
+    assert list(docs_tables.measured("lora")) == ["[two tasks](/results/two_tasks.md): 50.0% macro score"]
+    assert not list(docs_tables.measured("mlora"))
