@@ -44,8 +44,10 @@ def _finding(summary: Json) -> Iterator[str]:
         )
     else:
         less = f" {listed([title(row) for row in worse])} did worse." if worse else ""
+        # a budget is told as a number of parameters or operations, or in words that there was none
+        equal = " at equal cost" if summary["budget"][0].isdigit() else ""
         yield (
-            f"By this, start with **{title(base)}**: nothing was shown to be better at equal cost.{less} Choose "
+            f"By this, start with **{title(base)}**: nothing was shown to be better{equal}.{less} Choose "
             "another method for what it can do and this one cannot, by the table above, and not for its score."
         )
 

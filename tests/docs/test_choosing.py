@@ -109,7 +109,9 @@ def test_a_section_that_is_not_there_is_said() -> None:
         choosing.put(PAGE, "new", "absent")
 
 
-@pytest.mark.parametrize(("name", "folder"), [("measured", "four_tasks"), ("relatives", "relatives")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("measured", "four_tasks"), ("relatives", "relatives"), ("smaller", "smaller")]
+)
 def test_the_page_is_as_its_summary_has_it(name: str, folder: str) -> None:
     summary = json.loads((ROOT / "docs" / "results" / folder / "summary.json").read_text("utf-8"))
     text = choosing.measured(summary)
