@@ -117,7 +117,8 @@ def _svg(figure: Any, axes: Any, name: str) -> str:
     axes.grid(axis="x", color="#888888", alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
     shown = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(shown.values(), shown.keys(), frameon=False, fontsize=8)
+    # under the axes: inside, a short figure would have it on its bars
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     written = io.StringIO()
     figure.savefig(written, format="svg", facecolor="white", metadata={"Date": None, "Creator": None, "Title": name})
     # matplotlib ends some lines with a space
