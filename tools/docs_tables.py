@@ -116,7 +116,9 @@ def measured(name: str) -> Iterator[str]:
         summary = json.loads(path.read_text("utf-8"))
         rows = {row["label"]: row for row in summary["rows"] if row["score"]}
         reference = rows[summary["reference"]]
-        where = f"[{path.parent.name.replace('_', ' ')}](/results/{path.parent.name}.md)"
+        page = path.parent.with_suffix(".md")
+        title = page.read_text("utf-8").splitlines()[0].removeprefix("# ")
+        where = f"[{title}](/results/{page.name})"
         for label, row in rows.items():
             if row["method"] != name:
                 continue

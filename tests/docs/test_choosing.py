@@ -128,10 +128,13 @@ def test_a_methods_page_says_what_was_measured_of_it(
     folder = tmp_path / "results" / "two_tasks"
     folder.mkdir(parents=True)
     rows = row("lora", 0.5), row("rlora", 0.6, difference=difference, p=p)
+    folder.with_suffix(".md").write_text("# Two methods on two tasks\n", "utf-8")
     (folder / "summary.json").write_text(json.dumps(summary(*rows)), "utf-8")
     monkeypatch.setattr(docs_tables, "DOCS", tmp_path)
     (found,) = docs_tables.measured("rlora")
-    assert found.startswith("[two tasks](/results/two_tasks.md): 60.0% macro score, lora 50.0%: ")
+    assert found.startswith("[Two methods on two tasks](/results/two_tasks.md): 60.0% macro score, lora 50.0%: ")
     assert word in found
-    assert list(docs_tables.measured("lora")) == ["[two tasks](/results/two_tasks.md): 50.0% macro score"]
+    assert list(docs_tables.measured("lora")) == [
+        "[Two methods on two tasks](/results/two_tasks.md): 50.0% macro score"
+    ]
     assert not list(docs_tables.measured("mlora"))
