@@ -212,7 +212,8 @@ def test_a_recipe_is_frozen_and_every_field_is_described():
                 todo.append(field.annotation)
 
 
-def test_a_model_folder_beside_the_recipe_wins_over_a_hub_id(tmp_path):
+def test_a_model_folder_beside_the_recipe_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what is typed at a prompt may name what lies there
     (tmp_path / "tiny").mkdir()
     (tmp_path / "r.yaml").write_text("model: tiny\nmethod: lora\ntasks: [rte]\noutput: o\n")
     assert load_recipe(tmp_path / "r.yaml").model.name == str(tmp_path / "tiny")
