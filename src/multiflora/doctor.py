@@ -215,6 +215,10 @@ def _devices() -> Iterator[Check]:
 
         kind = "computes in bfloat16" if has_fast_bf16() else "without fast bfloat16: training runs in float32"
         yield Check("device", "note", f"no GPU that torch {torch.__version__} can use; the CPU {kind}")
+        from multiflora.ops import native
+
+        compiled, says = native.state()
+        yield Check("branches", "ok" if compiled else "note", says)
 
 
 # ---- a recipe -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import EnvironmentProblem
+from multiflora.files import cache_folder
 
-__all__ = ["EMBEDDED_NAME", "GGUF_SHA256", "HUB_NAME", "cache_folder", "embedded_model", "find_gguf"]
+__all__ = ["EMBEDDED_NAME", "GGUF_SHA256", "HUB_NAME", "embedded_model", "find_gguf"]
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,12 +52,6 @@ def find_gguf() -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def cache_folder() -> Path:
-    """Name the folder of the converted model: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``multiflora/…``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "multiflora" / EMBEDDED_NAME
-
-
 def embedded_model(*, quiet: bool = False) -> Path:
     """Return a folder with the embedded model and its tokenizer, converted on the first call.
 
@@ -77,7 +71,7 @@ def embedded_model(*, quiet: bool = False) -> Path:
         >>> folder = embedded_model()  # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained(folder)  # doctest: +SKIP
     """
-    target = cache_folder()
+    target = cache_folder(EMBEDDED_NAME)
     if _is_whole(target):
         return target
     gguf_file = _checked_gguf()

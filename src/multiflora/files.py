@@ -13,7 +13,13 @@ from typing import Any
 
 from multiflora.errors import EnvironmentProblem
 
-__all__ = ["check_inside", "saving", "write_bytes", "write_json", "write_text"]
+__all__ = ["cache_folder", "check_inside", "saving", "write_bytes", "write_json", "write_text"]
+
+
+def cache_folder(name: str) -> Path:
+    """Where something made once is kept for the user: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``multiflora/…``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "multiflora" / name
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_a_whole_folder_is_used_as_it_is_and_another_conversion_is_not(empty_cache: Path) -> None:
-    target = embedded.cache_folder()
+    target = embedded.cache_folder(embedded.EMBEDDED_NAME)
     target.mkdir(parents=True)
     mark = target / "multiflora-conversion.json"
     mark.write_text(json.dumps({"gguf_sha256": embedded.GGUF_SHA256, "conversion": 0}))

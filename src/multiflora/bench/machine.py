@@ -13,6 +13,7 @@ import torch
 
 from multiflora.bench.floor import copy_rate, gemm_rate
 from multiflora.bench.results import Machine
+from multiflora.ops import native
 from multiflora.train.precision import has_fast_bf16
 
 __all__ = ["has_compiler", "machine"]
@@ -29,6 +30,7 @@ def machine(device: torch.device) -> Machine:
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "peft", "transformers", "trl", "multiflora")},
+            "branches": "compiled" if device.type == "cpu" and native.state()[0] else "in Python",
         },
         gemm_rate={str(dtype).removeprefix("torch."): gemm_rate(dtype, device) for dtype in _TYPES},
         copy_rate=copy_rate(device),

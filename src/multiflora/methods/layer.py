@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,20 @@ from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
 OFFSET = ("A0", "B0")
 
 
+class Plan(NamedTuple):
+    """What each forward pass asks of an adapter's config, asked once: a small layer feels every look-up."""
+
+    config: AdapterConfig
+    method: Method
+    """The class's method, or what the config spells out."""
+    heads: int
+    rank: int
+    """Of each head."""
+    stem_dropout: float
+    head_dropout: float
+    needs_task: bool
+
+
 class BranchLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer with branches added to its output; see :mod:`multiflora.methods.base` for the sum."""
 
@@ -41,6 +55,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = layer_widths(self.get_base_layer())
         self.quantization_backend = quantization_backend(self.get_base_layer(), quantization)
         self.configs: dict[str, AdapterConfig] = {}
+        self.plans: dict[str, Plan] = {}
         self.ranks: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self._trained = {part: self._attribute(part) for part in self.method.parameter_names()}
@@ -55,7 +70,27 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def method_of(self, adapter_name: str) -> Method:
         """What the adapter is: the class's method, or what the adapter's config spells out."""
-        return self.method.of(self.configs[adapter_name])
+        return self.plan(adapter_name).method
+
+    def plan(self, adapter_name: str) -> Plan:
+        """What forward passes need to know of an adapter's config."""
+        found = self.plans.get(adapter_name)
+        if found is None:
+            config = self.configs[adapter_name]
+            method = self.method.of(config)
+            found = self.plans[adapter_name] = Plan(
+                config,
+                method,
+                method.heads(config),
+                method.rank(config, self.ranks[adapter_name]),
+                config.lora_dropout,
+                method.head_dropout(config),
+                method.needs_task(),
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plans": {}}  # a method holds functions, which cannot be pickled
 
     def _attribute(self, part: str) -> str:
         return f"{prefix(self.method.name)}{part}"
@@ -67,15 +102,21 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         """The adapter's tensors on this layer, by their names in the equation."""
         # straight out of the containers' dictionaries: a look-up through nn.Module is slow, and each forward makes ten
         modules: dict[str, Any] = self._modules
-        found = {part: modules[attribute]._parameters.get(adapter_name) for part, attribute in self._trained.items()}
-        found |= {part: modules[attribute]._buffers.get(adapter_name) for part, attribute in self._frozen.items()}
-        return {part: tensor for part, tensor in found.items() if tensor is not None}
+        found = {}
+        for part, attribute in self._trained.items():
+            if (tensor := modules[attribute]._parameters.get(adapter_name)) is not None:
+                found[part] = tensor
+        for part, attribute in self._frozen.items():
+            if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
+                found[part] = tensor
+        return found
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
         """Add an adapter: make its tensors, fill them, put them beside the base weight."""
         method = self.method.of(config)
         self.configs[adapter_name] = config
         self.ranks[adapter_name] = r
+        self.plans.pop(adapter_name, None)
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
             self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
@@ -103,15 +144,16 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = (
-            []
-            if self.disable_adapters or self.merged
-            else [name for name in self.active_adapters if name in self.configs]
-        )
-        if len(active) == 1 and not args and not kwargs and self._base_is_plain(x):
-            return self._fused(x, active[0])
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        active = self.active_adapters
+        if len(active) == 1 and active[0] in self.configs and not args and not kwargs and self._base_is_plain(x):
+            base: Any = self._modules["base_layer"]  # an attribute of a module is a slow look-up
+            return self._branches(x, active[0], base=(x, base._parameters["weight"], base._parameters["bias"]))
+        active = [name for name in active if name in self.configs]
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if active and self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
@@ -139,10 +181,11 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def _base_is_plain(self, x: Tensor) -> bool:
         """Whether the base product can be taken together with the stems': a frozen ``nn.Linear`` nobody hooks into."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or torch.compiler.is_compiling() or self.routing.loop:
             return False
-        weight, bias = base.weight, base.bias
+        parameters: dict[str, Any] = base._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
         return (
             # a quantised or sharded weight is a Tensor subclass, whose Parameter has that subclass's type
             type(weight) in (nn.Parameter, Tensor)
@@ -153,107 +196,104 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
-    def _fused(self, x: Tensor, adapter_name: str) -> Tensor:
-        base = self.base_layer
-        flat = x.reshape(-1, x.shape[-1])
-        assert isinstance(base, nn.Linear)
-        y = self._branches(flat, x.shape[:-1], adapter_name, base=(flat, base.weight, base.bias))
-        return y.view(*x.shape[:-1], y.shape[-1])
-
     def _add_branches(
         self, x: Tensor, y: Tensor, adapter_name: str, rows: Tensor | None = None, of: int | None = None
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
-        lead = x.shape[:-1]
-        if self.routing.loop:
-            out = self._loop(flat, lead, adapter_name, y.reshape(-1, y.shape[-1]), rows, of)
-        else:
-            out = self._branches(flat, lead, adapter_name, y=y.reshape(-1, y.shape[-1]), rows=rows, of=of)
-        return out.view(y.shape)
+        add = self._loop if self.routing.loop else self._branches
+        return add(x.to(_compute_dtype(x)), adapter_name, y=y, rows=rows, of=of)
 
     def _branches(
         self,
         x: Tensor,
-        lead: torch.Size,
         adapter_name: str,
         *,
-        base: ops.Base | None = None,
         y: Tensor | None = None,
+        base: ops.Base | None = None,
         rows: Tensor | None = None,
         of: int | None = None,
     ) -> Tensor:
-        """The packed sum for x, (T, d_in): into y, or with the base product taken along."""
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
-        tasks = self._tasks(adapter_name, lead, x.device, rows, of)
+        """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
+        plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
+        config, method = plan.config, plan.method
+        tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
-        scale, p = self.scaling[adapter_name], config.lora_dropout if self.training else 0.0
-        dropout = (p, ops.draw_seed()) if p > 0 else (0.0, 0)
-        weight = None if base is None else base[1]
-        place, u, logits, u0 = ops.stems(x, parts["A"], router, A0, weight, scale=scale, dropout=dropout)
-        y, stems = place if y is None else y, u
+        place, u, logits, u0 = ops.stems(
+            x,
+            parts["A"],
+            router,
+            A0,
+            None if base is None else base[1],
+            scale=self.scaling[adapter_name],
+            dropout=self._dropout(plan.stem_dropout),
+        )
+        stems = u
         if method.between is not None:
             matrices = method.between.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
         self._report(adapter_name, stems, gate, logits, tasks)
-        B = method.gate.fold(config, parts, parts["B"])
-        assert y is not None
-        return ops.heads(y, u, u0, gate, B, B0, base, **self._sizes(adapter_name))
+        return ops.heads(
+            place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
+            u,
+            u0,
+            gate,
+            method.gate.fold(config, parts, parts["B"]),
+            B0,
+            base,
+            num_heads=plan.heads,
+            rank=plan.rank,
+            dropout=self._dropout(plan.head_dropout),
+        )
 
     def _loop(
-        self, x: Tensor, lead: torch.Size, adapter_name: str, y: Tensor, rows: Tensor | None, of: int | None
+        self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Tensor | None = None, of: int | None = None
     ) -> Tensor:
         """The same, head by head."""
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
-        tasks = self._tasks(adapter_name, lead, x.device, rows, of)
-        p = config.lora_dropout if self.training else 0.0
-        dropped = (
-            x if p == 0 else x * ops.dropout_mask(tuple(x.shape), p, ops.draw_seed(), device=x.device, dtype=x.dtype)
-        )
+        plan, parts = self.plan(adapter_name), self.parts(adapter_name)
+        config, method = plan.config, plan.method
+        tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
+        shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        p, seed = self._dropout(plan.stem_dropout)
+        dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
         router = parts.get("router")
         logits = None if router is None else router.to(x.dtype) @ x.t()
         gate = method.gate.weights(config, parts, logits, tasks)
         scale = self.scaling[adapter_name]
         self._report(adapter_name, (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t(), gate, logits, tasks)
-        between = None if method.between is None else method.between.matrices(parts)[tasks]
-        B = method.gate.fold(config, parts, parts["B"])
-        sizes = self._sizes(adapter_name)
-        by_token = None if gate is None else gate.t()
-        y = ops.loop(y, dropped, parts["A"], by_token, B, None, None, between=between, scale=scale, **sizes)
+        y = ops.loop(
+            y,
+            dropped,
+            parts["A"],
+            None if gate is None else gate.t(),
+            method.gate.fold(config, parts, parts["B"]),
+            None,
+            None,
+            between=None if method.between is None else method.between.matrices(parts)[tasks],
+            scale=scale,
+            num_heads=plan.heads,
+            rank=plan.rank,
+            dropout=self._dropout(plan.head_dropout),
+        )
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
-        return y
+        return y.view(shape)
 
-    def _sizes(self, adapter_name: str) -> dict[str, Any]:
-        config, method = self.configs[adapter_name], self.method_of(adapter_name)
-        p = method.head_dropout(config) if self.training else 0.0
-        return {
-            "num_heads": method.heads(config),
-            "rank": method.rank(config, self.ranks[adapter_name]),
-            "dropout": (p, ops.draw_seed()) if p > 0 else (0.0, 0),
-        }
+    def _dropout(self, p: float) -> ops.Dropout:
+        """A mask's probability and a fresh seed; no dropout outside training."""
+        return (p, ops.draw_seed()) if p > 0 and self.training else (0.0, 0)
 
-    def _tasks(
-        self,
-        adapter_name: str,
-        lead: torch.Size,
-        device: torch.device,
-        rows: Tensor | None,
-        of: int | None,
-    ) -> Tensor | None:
-        """The task of each token, (T,); None for methods that can do without."""
-        config, method = self.configs[adapter_name], self.method_of(adapter_name)
-        if not (method.needs_task() or self.routing.recorder is not None):
-            return None
+    def _tasks(self, plan: Plan, x: Tensor, rows: Tensor | None, of: int | None) -> Tensor | None:
+        """The task of each token, (T,); None where it is neither known nor needed."""
+        config, lead = plan.config, x.shape[:-1]
         if rows is None:
-            tasks = self.routing.tasks(config, lead, device)
+            tasks = self.routing.tasks(config, lead, x.device)
         else:
             # a mixed batch: the ids are those of the whole batch, of which these are some rows
             assert of is not None
-            whole = self.routing.tasks(config, torch.Size([of, *lead[1:]]), device)
+            whole = self.routing.tasks(config, torch.Size([of, *lead[1:]]), x.device)
             tasks = None if whole is None else whole.view(of, -1)[rows].reshape(-1)
-        if tasks is None and method.needs_task():
+        if tasks is None and plan.needs_task:
             raise missing(config)
         return tasks
 
@@ -353,7 +393,7 @@ def layer_class(method: Method) -> type[BranchLinear]:
     names = {
         "method": method,
         "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
-        "other_param_names": ("configs", "ranks", "scaling", *(f"{stem}{part}" for part in OFFSET)),
+        "other_param_names": ("configs", "plans", "ranks", "scaling", *(f"{stem}{part}" for part in OFFSET)),
         "__doc__": f"A frozen linear layer with {method.name} branches.",
         "__module__": __name__,
     }

@@ -10,10 +10,12 @@ output. The scale s sits in the stems' rows, where it costs nothing per token. T
 own input), u, the gate and the seed of the masks, from which z is made again.
 
 Letters: T tokens, K stems, H heads, r rank of a branch, d_in and d_out the layer's widths. Large tensors have tokens
-first. The small ones (u, logits, gate, mask, z) have tokens last: H and r are too short to fill a vector register, T is
-not. Weights may be float32 masters: they are cast to x's dtype inside, so the large tensors never change dtype.
+first, in as many axes as the layer's input has: (..., d_in) with T rows in all. The small ones (u, logits, gate, mask,
+z) have tokens last, in one axis: H and r are too short to fill a vector register, T is not. Weights may be float32
+masters: they are cast to x's dtype inside, so the large tensors never change dtype.
 
-The elementwise step is plain torch here; on a GPU :mod:`multiflora.ops.triton_kernels` does it.
+On a processor :mod:`multiflora.ops.native` runs these same functions compiled; on a GPU
+:mod:`multiflora.ops.triton_kernels` does the elementwise step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from multiflora.ops import triton_kernels
+from multiflora.ops import native, triton_kernels
 from multiflora.ops.mask import dropped_levels, head_mask, kept, survivor_weight
 
 Dropout = tuple[float, int]
@@ -120,7 +122,8 @@ class _Reading(NamedTuple):
         """[s A; R; -s A0] in x's dtype, and how many rows each of the three has."""
         present = [part for part in self.parts if part is not None]
         widths = tuple(0 if part is None else part.shape[0] for part in self.parts)
-        factors = _factors(widths, self.scale, present[0].dtype, self.x.device)
+        # weights in half precision are scaled before they are rounded
+        factors = _factors(widths, self.scale, torch.promote_types(present[0].dtype, torch.float32), self.x.device)
         return (torch.cat(present) * factors).to(self.x.dtype), widths
 
 
@@ -175,9 +178,9 @@ class _Stems(torch.autograd.Function):
         ctx.save_for_backward(x, weight, A, router, A0)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.dropout = scale, dropout
-        y = None if weight is None else x.new_empty(x.shape[0], weight.shape[0])
+        y = None if weight is None else x.new_empty(*x.shape[:-1], weight.shape[0])
         read: list[Tensor | None] = [None] * 3
-        for reading in _readings(x, A, router, A0, scale, dropout, spend=True):
+        for reading in _readings(_by_token(x), A, router, A0, scale, dropout, spend=True):
             rows, widths = reading.rows()
             split = torch.split_with_sizes(rows @ reading.x.t(), widths)
             read = [part if width else other for part, width, other in zip(split, widths, read, strict=True)]
@@ -186,7 +189,8 @@ class _Stems(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dread: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, A, router, A0 = ctx.saved_tensors
+        saved, weight, A, router, A0 = ctx.saved_tensors
+        x = _by_token(saved)
         needs_x, _, needs_A, needs_router, *_ = ctx.needs_input_grad
         dA = drouter = dx = None
         small = []
@@ -206,7 +210,7 @@ class _Stems(torch.autograd.Function):
                 if needs_router and widths[1]:
                     drouter = grads[widths[0] :].to(router.dtype)
         if needs_x:
-            dx = None if weight is None or dy is None else dy @ weight
+            dx = None if weight is None or dy is None else _by_token(dy) @ weight
             for reading, rows, together in small:
                 if reading.bits is None:
                     dx = together.t() @ rows if dx is None else dx.addmm_(together.t(), rows)
@@ -215,6 +219,8 @@ class _Stems(torch.autograd.Function):
                     part = torch.mm(together.t(), rows, out=reading.x)
                     part.view(reading.bits.dtype).bitwise_and_(reading.bits)
                     dx = part if dx is None else dx.add_(part)
+            assert dx is not None
+            dx = dx.view(saved.shape)
         return dx, None, dA, drouter, None, None, None
 
 
@@ -246,30 +252,42 @@ class _Heads(torch.autograd.Function):
             z = torch.cat((z, u0))
         if base is not None:
             ctx.mark_dirty(y)
-            return _linear(*base, out=y).addmm_(z.t(), columns.t())
+            _linear(*base, out=y.view(-1, y.shape[-1])).addmm_(z.t(), columns.t())
+            return y
         if y.dtype == z.dtype:
-            return torch.addmm(y, z.t(), columns.t())
-        return y + (z.t() @ columns.t()).to(y.dtype)
+            return torch.addmm(_by_token(y), z.t(), columns.t()).view(y.shape)
+        return y + (z.t() @ columns.t()).to(y.dtype).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         u, gate, B, B0 = ctx.saved_tensors
         heads, rank = ctx.sizes
-        grad, columns = dy.to(u.dtype), pack(B, B0, dim=1, dtype=u.dtype)
+        grad, columns = _by_token(dy).to(u.dtype), pack(B, B0, dim=1, dtype=u.dtype)
         # multiplied with tokens first and turned then: much faster than the other order where d_out is large
         small = (grad @ columns).t().contiguous()
         du, dgate, z = _blend_backward(small[: heads * rank], u, gate, ctx.sizes, ctx.dropout)
         # the same holds here for heads first
-        dB = (z @ grad).to(ctx.dtype).t() if ctx.needs_input_grad[4] else None
+        dB = _turned(z @ grad, ctx.dtype) if ctx.needs_input_grad[4] else None
         return dy, du, small[heads * rank :] if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """(..., d) to (T, d)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The transpose of a matrix in another dtype, in memory of its own: autograd would copy it otherwise."""
+    rows, columns = matrix.shape
+    return matrix.new_empty(columns, rows, dtype=dtype).copy_(matrix.t())
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-    """``F.linear`` into a tensor that is there."""
+    """``F.linear`` into a (T, d_out) that is there."""
     if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
+        return torch.mm(_by_token(x), weight.t(), out=out)
+    return torch.addmm(bias, _by_token(x), weight.t(), out=out)
 
 
 def _blend(u: Tensor, gate: Tensor | None, sizes: tuple[int, int], dropout: Dropout) -> Tensor:
@@ -311,7 +329,7 @@ def stems(
     """Everything that reads x, in one product: ``(y, u, logits, u0)``.
 
     Args:
-        x: Layer input, (T, d_in).
+        x: Layer input, (..., d_in).
         A: Stems one under another, (K r, d_in).
         router: Router rows, (H, d_in), or None.
         A0: Frozen stem of the offset, (r, d_in), or None.
@@ -320,16 +338,21 @@ def stems(
         dropout: Probability and seed of the mask on what the stems read; router and offset read x as it is.
 
     Returns:
-        y, an empty (T, d_out) for :func:`heads` to fill, or None without weight; u = s A x (K r, T); the router's
+        y, an empty (..., d_out) for :func:`heads` to fill, or None without weight; u = s A x (K r, T); the router's
         logits (H, T) or None; u0 = -s A0 x (r, T) or None.
     """
     if torch.compiler.is_compiling():
         # the compiler replays its own dropout in the backward pass and could not trace a seed that becomes a number
+        x = _by_token(x)
         dropped = F.dropout(x, dropout[0]) if dropout[0] > 0 else x
         logits = None if router is None else router.to(x.dtype) @ x.t()
         u0 = None if A0 is None else (A0 * -scale).to(x.dtype) @ x.t()
         return None, (A * scale).to(x.dtype) @ dropped.t(), logits, u0
     out: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+    compiled = native.serve(x)
+    if compiled is not None:
+        out = compiled.stems(x, weight, A, router, A0, scale, *dropout)
+        return out
     out = _Stems.apply(x, weight, A, router, A0, scale, dropout)  # type: ignore[no-untyped-call]
     return out
 
@@ -350,7 +373,7 @@ def heads(
     """Add the branches to the base output: ``y + [blend(u); u0]^T [B | B0]^T``.
 
     Args:
-        y: Output of the base layer, (T, d_out); with ``base``, the place for it that :func:`stems` made.
+        y: Output of the base layer, (..., d_out); with ``base``, the place for it that :func:`stems` made.
         u: From :func:`stems`, (K r, T).
         u0: The offset's, (r, T), or None.
         gate: (H, T) or None for 1.
@@ -362,13 +385,17 @@ def heads(
         dropout: Probability and seed of the mask on each head's input.
 
     Returns:
-        (T, d_out) in y's dtype.
+        (..., d_out) in y's dtype.
     """
     sizes = (num_heads, rank)
     if torch.compiler.is_compiling():
         mask = F.dropout(u.new_ones(*sizes, u.shape[1]), dropout[0]) if dropout[0] > 0 else None
         z = blend(u, gate, mask, heads=num_heads, rank=rank)
         z = z if u0 is None else torch.cat((z, u0))
-        return y + (z.t() @ pack(B, B0, dim=1, dtype=z.dtype).t()).to(y.dtype)
+        return y + (z.t() @ pack(B, B0, dim=1, dtype=z.dtype).t()).to(y.dtype).view(y.shape)
+    compiled = native.serve(y)
+    if compiled is not None:
+        summed: Tensor = compiled.heads(y, u, u0, gate, B, B0, *(base or (None, None, None)), *sizes, *dropout)
+        return summed
     out: Tensor = _Heads.apply(y, u, u0, gate, B, B0, sizes, dropout, base)  # type: ignore[no-untyped-call]
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from multiflora import ops
-from multiflora.ops import packed, triton_kernels
+from multiflora.ops import native, packed, triton_kernels
 from multiflora.ops.mask import dropped_levels, survivor_weight
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
@@ -31,6 +31,7 @@ SIZES = [(1, 5, 8, 33), (3, 3, 5, 70), (1, 1, 1, 1), (2, 2, 3, 0)]
 def on_kernels(monkeypatch):
     """As if every tensor lay on a GPU."""
     monkeypatch.setattr(triton_kernels, "serve", lambda device: True)
+    monkeypatch.setattr(native, "serve", lambda x: None)
 
 
 def tensors(stems, heads, rank, tokens, dtype, gated):
