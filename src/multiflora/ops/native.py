@@ -49,6 +49,9 @@ class Functions(NamedTuple):
 _functions: Functions | None = None
 _tried: Literal["not yet", "to load", "to build"] = "not yet"
 
+# what compiler, disk and loader answer with, and a home folder that cannot be told
+_REFUSALS = (OSError, RuntimeError, subprocess.SubprocessError)
+
 
 def serve(x: Tensor) -> Functions | None:
     """The compiled functions if ``x`` is for them: a plain tensor on a processor. None otherwise.
@@ -73,7 +76,10 @@ def compiler() -> list[str]:
     """The command of the C++ compiler, ``$CXX`` or c++; empty where the library is not to be built."""
     if sys.platform != "linux" or os.environ.get(_SWITCH) == "0":
         return []
-    program, *words = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        program, *words = shlex.split(os.environ.get("CXX") or "c++")
+    except ValueError:  # an open quote
+        return []
     found = shutil.which(program)
     return [found, *words] if found else []
 
@@ -86,11 +92,11 @@ def state() -> tuple[bool, str]:
         return False, "computed by Python: they are compiled on Linux only"
     if not compiler():
         return False, "computed by Python: no C++ compiler was found (c++, or what CXX names)"
-    file = library_file()
-    return (
-        True,
-        f"compiled, {file}" if file.exists() else "compiled by the first training on the CPU, in about 15 seconds",
-    )
+    try:
+        there = library_file().exists()
+    except _REFUSALS as error:
+        return False, f"computed by Python: {_reason(error)}"
+    return True, f"compiled, {library_file()}" if there else "compiled by the first training, in about 15 seconds"
 
 
 def _open(*, build: bool) -> None:
@@ -101,14 +107,14 @@ def _open(*, build: bool) -> None:
     _tried = "to build" if build else "to load"
     if not compiler():
         return
-    file = library_file()
     try:
+        file = library_file()
         if build and not file.exists():
             _build(file)
         if file.exists():
             torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
             _functions = Functions(torch.ops.multiflora.stems.default, torch.ops.multiflora.heads.default)
-    except (OSError, subprocess.SubprocessError) as error:
+    except _REFUSALS as error:
         log.warning(
             "The branches could not be compiled for this processor, so Python computes them: the same numbers, in "
             "small layers more slowly. %s Set %s=0 in the environment to leave the attempt out.",

@@ -228,6 +228,19 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch, caplo
     assert "Python computes them" in caplog.text
 
 
+def test_a_user_without_a_home_is_no_obstacle(fresh, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with caplog.at_level(logging.WARNING):
+        assert native.serve(torch.ones(1)) is None
+    assert "Could not determine home directory." in caplog.text
+    assert native.state() == (False, "computed by Python: Could not determine home directory.")
+
+
 def test_a_file_that_is_no_library_is_no_obstacle(fresh, caplog):
     file = native.library_file()
     file.parent.mkdir(parents=True)
@@ -239,7 +252,11 @@ def test_a_file_that_is_no_library_is_no_obstacle(fresh, caplog):
 
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
-    [("MULTIFLORA_NATIVE", "0", "MULTIFLORA_NATIVE=0 is set"), ("CXX", "no-such-program", "no C++ compiler was found")],
+    [
+        ("MULTIFLORA_NATIVE", "0", "MULTIFLORA_NATIVE=0 is set"),
+        ("CXX", "no-such-program", "no C++ compiler was found"),
+        ("CXX", '"an open quote', "no C++ compiler was found"),
+    ],
 )
 def test_where_it_is_not_wanted_or_cannot_be_built(variable, value, says, fresh, monkeypatch, caplog):
     monkeypatch.setenv(variable, value)
