@@ -138,6 +138,29 @@ void put(const Tensor& out, int64_t row, int64_t column, const Tensor& part, dou
   });
 }
 
+// The transpose of a contiguous matrix in another type. Torch's copy strides through the whole of one side; in blocks of
+// columns both sides stay in the cache.
+template <typename Out, typename In>
+void turn(Out* out, const In* in, int64_t rows, int64_t columns) {
+  constexpr int64_t BLOCK = 32;
+  for (int64_t start = 0; start < columns; start += BLOCK)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = start; column < std::min(start + BLOCK, columns); ++column)
+        out[column * rows + row] = static_cast<Out>(in[row * columns + column]);
+}
+
+Tensor turned(const Tensor& matrix, at::ScalarType dtype) {
+  const auto from = matrix.contiguous();
+  auto out = at::empty({from.size(1), from.size(0)}, from.options().dtype(dtype));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "turned", [&] {
+    using out_t = scalar_t;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "turned", [&] {
+      turn(out.mutable_data_ptr<out_t>(), from.const_data_ptr<scalar_t>(), from.size(0), from.size(1));
+    });
+  });
+  return out;
+}
+
 // [B | B0]
 Tensor columns_of(const Tensor& B, const Tensor& B0, at::ScalarType dtype) {
   if (!B0.defined()) return B.to(dtype);
@@ -341,15 +364,11 @@ struct Heads : torch::autograd::Function<Heads> {
     const auto p = ctx->saved_data["p"].toDouble();
     const auto mask = p > 0 ? head_mask(u, heads, rank, p, ctx->saved_data["seed"].toInt()) : Tensor();
     const auto grad = by_token(dy).to(u.scalar_type()), columns = columns_of(B, B0, u.scalar_type());
-    const auto small = at::mm(grad, columns).t().contiguous();
+    const auto small = turned(at::mm(grad, columns), u.scalar_type());
     const auto many = heads * rank;
     auto blended = blend_backward(small.narrow(0, 0, many), u, gate, mask, heads, rank);
     Tensor du0, dB;
-    if (ctx->needs_input_grad(2)) {
-      const auto turned = at::mm(blended.z, grad);
-      dB = at::empty({turned.size(1), many}, turned.options().dtype(ctx->saved_data["dtype"].toScalarType()));
-      dB.copy_(turned.t());
-    }
+    if (ctx->needs_input_grad(2)) dB = turned(at::mm(blended.z, grad), ctx->saved_data["dtype"].toScalarType());
     if (small.size(0) > many) du0 = small.narrow(0, many, small.size(0) - many);
     return once_differentiable({dy, blended.du, dB, du0, blended.dgate, {}, {}, {}, {}, {}, {}, {}, {}});
   }
