@@ -31,6 +31,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _branches_compiled() -> None:
+    """Built before any test: else the first that trains would wait for it and say so."""
+    import torch
+
+    from multiflora.ops import native
+
+    native.serve(torch.ones(1))
+
+
 @pytest.fixture
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     """Makes a Llama of two layers and width 32, random but always the same; keywords go to its config."""
