@@ -1,8 +1,8 @@
 """The functions of :mod:`multiflora.ops.packed` compiled for this machine: ``packed.cpp``, built once, then loaded.
 
 Between two calls of torch Python takes microseconds, and after a large product, which empties the caches, several times
-as many. A layer of a small model has sixty such calls, and in its extra time they come to more than half. Compiled, the
-same calls follow one another at once. They are the same in number and order, so results are equal to the last bit, and
+as many. A layer of a small model has some sixty such calls, and they came to two fifths of its extra time. Compiled,
+they follow one another at once. The arithmetic is the same in kind and order, so results are equal to the last bit, and
 whether this module is at work can be seen in nothing but the time.
 
 The first training on a processor builds the library with the system's C++ compiler, in about 15 seconds, into the

@@ -1,5 +1,5 @@
-// The two functions of packed.py for processors: the same calls of torch in the same order, so the results are the same
-// to the last bit, without the interpreter between them. In a small layer that is where half of the extra time goes.
+// The two functions of packed.py for processors: the same arithmetic in the same order, so the results are the same to
+// the last bit, without the interpreter between the calls of torch. Masks, packing and turning are loops of their own.
 //
 // Letters and layouts are packed.py's, and so are the reasons; here stand only those that C++ adds. An undefined tensor
 // is packed.py's None. native.py builds this file on the machine it is used on.
