@@ -94,7 +94,7 @@ def method_facts(name: str) -> Iterator[str]:
     depends = needs[reads]
     if isinstance(method, Method) and method.chosen is not None:
         depends = "what its gate reads: nothing, the row's task or the token"
-    elif isinstance(method, Method) and method.loss_reads_task(method.config()):
+    elif isinstance(method, Method) and method.loss_needs_task(method.config()):
         depends = "nothing: one update for all tokens; the loss needs the row's task, in training alone"
     python = f"`multiflora.{card.config}`" if card.module else f"`peft.{card.config}`"
     rows = [

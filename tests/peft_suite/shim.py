@@ -70,7 +70,7 @@ SKIPS: tuple[tuple[str, Which, str], ...] = (
 def settings(config_class: type, **more: Any) -> dict[str, Any]:
     """Settings of a row: one task needs no id, and a small alpha suits the learning rates written into the tests."""
     method = OURS[config_class]
-    wants_tasks = method.needs_task() or method.loss_reads_task(config_class())
+    wants_tasks = method.needs_task() or method.loss_needs_task(config_class())
     return {"lora_alpha": 2} | ({"num_tasks": 1} if wants_tasks else {}) | more
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from multiflora.context import missing
-from multiflora.methods.base import Method, Seen
+from multiflora.methods.base import Loss, Method, Seen
 from multiflora.methods.config import AdapterConfig, not_negative, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
@@ -57,7 +57,7 @@ class AlignLoraConfig(AdapterConfig):
 
 def loss(config: AlignLoraConfig, seen: Seen) -> Tensor | None:
     """λ times the layer's share of the mean divergence between tasks."""
-    if not config.align_weight or config.num_tasks == 1:
+    if config.num_tasks == 1:
         return None
     tokens = seen.stems.shape[1]
     tasks = seen.routing.tasks(config, torch.Size([tokens]), seen.stems.device)
@@ -73,6 +73,5 @@ METHOD = Method(
     heads=lambda config: 1,
     gate=Gate(),
     start=start,
-    loss=loss,
-    loss_reads_task=lambda config: bool(config.align_weight),
+    loss=Loss(loss, ("align_weight",), reads_task=True),
 )

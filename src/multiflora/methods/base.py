@@ -46,6 +46,22 @@ class Seen(NamedTuple):
     """How many layers carry the adapter: for losses that are a mean over them."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a method adds to the loss, layer by layer."""
+
+    value: Callable[[Any, Seen], Tensor | None]
+    """(config, what the layer saw) -> what to add, or None where nothing can be said."""
+    weights: tuple[str, ...]
+    """Settings that turn it on: where all of them are 0, it is off and nobody asks for its value."""
+    reads_task: bool = False
+    """Whether it needs the row's task, where the output does not."""
+
+    def on(self, config: Any) -> bool:
+        """Whether this config wants it."""
+        return any(getattr(config, weight) for weight in self.weights)
+
+
 def _no(config: Any) -> bool:
     return False
 
@@ -94,10 +110,7 @@ class Method:
     head_dropout: Callable[[Any], float] = lambda config: 0.0
     """Dropout on each head's input."""
     between: Between | None = None
-    loss: Callable[[Any, Seen], Tensor | None] | None = None
-    """(config, what the layer saw) -> what to add to the loss, or None."""
-    loss_reads_task: Callable[[Any], bool] = _no
-    """Whether the loss needs the row's task, where the output does not."""
+    loss: Loss | None = None
     moving: Callable[[Any, Parts], tuple[Tensor, Tensor]] | None = None
     """(config, parts) -> A⁰ and B⁰ of a frozen term that follows the trained weights, in place of the stored offset."""
     gradient_start: Callable[[Any, Tensor, int], tuple[Tensor, Tensor]] | None = None
@@ -118,6 +131,10 @@ class Method:
     def needs_task(self) -> bool:
         """Whether an output cannot be computed without the row's task."""
         return self.gate.reads == "task" or self.between is not None
+
+    def loss_needs_task(self, config: Any) -> bool:
+        """Whether what is added cannot be computed without the row's task."""
+        return self.loss is not None and self.loss.reads_task and self.loss.on(config)
 
     def merges(self) -> Merges:
         """Whether the update is one matrix, one for each task, or none."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from multiflora import ops
 from multiflora.methods.initial import kaiming_uniform, normal
 
 Parts = Mapping[str, Tensor]
@@ -51,6 +52,10 @@ class Gate:
         Tokens come last, as in :mod:`multiflora.ops.packed`. None means 1 for all.
         """
         return None
+
+    def left_to_op(self, config: Any) -> bool:
+        """Whether the weights are 1, or the softmax of the logits: what :func:`multiflora.ops.branches` does itself."""
+        return self.reads == "nothing"
 
     def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
         """The weights (H,) where they do not depend on the token; only called for such gates."""
@@ -122,7 +127,10 @@ class TokenRouter(Gate):
         if k is not None:
             left_out = torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, False)
             logits = logits.masked_fill(left_out, -torch.inf)
-        return torch.softmax(logits, 0, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return ops.softmax(logits)
+
+    def left_to_op(self, config: Any) -> bool:
+        return self.top_k(config) is None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, at_least, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
-from multiflora.methods.router import RouterConfig, router_loss
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 
 
 @dataclass
@@ -99,7 +99,7 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(),
     start=start,
-    loss=router_loss,
+    loss=ROUTER_LOSS,
     why_not_mergeable=(
         "A HydraLoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from multiflora import ops
 from multiflora.context import Routing, missing
 from multiflora.errors import AdapterError, ExportError
-from multiflora.methods.base import Method, Seen, class_of
+from multiflora.methods.base import Loss, Method, Seen, class_of
 from multiflora.methods.config import AdapterConfig
 from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
 
@@ -40,6 +40,10 @@ class Plan(NamedTuple):
     stem_dropout: float
     head_dropout: float
     needs_task: bool
+    left_to_op: bool
+    """Whether the packed op needs nobody between stems and heads."""
+    loss: Loss | None
+    """The method's, where the config turns it on."""
 
 
 class BranchLinear(nn.Module, BaseTunerLayer):
@@ -86,6 +90,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 config.lora_dropout,
                 method.head_dropout(config),
                 method.needs_task(),
+                method.between is None and method.gate.left_to_op(config),
+                method.loss if method.loss is not None and method.loss.on(config) else None,
             )
         return found
 
@@ -217,6 +223,23 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         config, method = plan.config, plan.method
         tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
+        watched = self.routing.recorder is not None or (self.training and plan.loss is not None)
+        if plan.left_to_op and not watched:
+            return ops.branches(
+                x,
+                parts["A"],
+                router,
+                A0,
+                method.gate.fold(config, parts, parts["B"]),
+                B0,
+                y,
+                base,
+                num_heads=plan.heads,
+                rank=plan.rank,
+                scale=self.scaling[adapter_name],
+                stem_dropout=self._dropout(plan.stem_dropout),
+                head_dropout=self._dropout(plan.head_dropout),
+            )
         place, u, logits, u0 = ops.stems(
             x,
             parts["A"],
@@ -300,10 +323,10 @@ class BranchLinear(nn.Module, BaseTunerLayer):
     def _report(
         self, adapter_name: str, stems: Tensor, gate: Tensor | None, logits: Tensor | None, tasks: Tensor | None
     ) -> None:
-        method, routing = self.method_of(adapter_name), self.routing
-        if self.training and method.loss is not None:
+        plan, routing = self.plan(adapter_name), self.routing
+        if self.training and plan.loss is not None:
             seen = Seen(stems, gate, logits, routing, routing.layers.get(adapter_name, 1))
-            loss = method.loss(self.configs[adapter_name], seen)
+            loss = plan.loss.value(plan.config, seen)
             if loss is not None:
                 routing.losses.append(loss)
         if gate is not None and routing.recorder is not None:

@@ -15,12 +15,12 @@ from typing import ClassVar, Optional
 import torch
 from torch import Tensor
 
-from multiflora.methods.base import Method, Seen
+from multiflora.methods.base import Loss, Method, Seen
 from multiflora.methods.config import at_least, not_negative, one_of, probability
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import localized_balance, per_row
-from multiflora.methods.router import RouterConfig, router_loss
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig, router_loss
 
 
 @dataclass
@@ -96,7 +96,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(),
     start=start,
-    loss=loss,
+    loss=Loss(loss, ("balance_weight", *ROUTER_LOSS.weights)),
     why_not_mergeable=(
         "A LoRAMoE adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

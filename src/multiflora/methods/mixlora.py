@@ -19,7 +19,7 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import at_least, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
-from multiflora.methods.router import RouterConfig, router_loss
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 
 
 @dataclass
@@ -59,7 +59,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(),
     start=start,
-    loss=router_loss,
+    loss=ROUTER_LOSS,
     why_not_mergeable=(
         "A MixLoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

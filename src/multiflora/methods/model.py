@@ -43,7 +43,7 @@ class BranchModel(BaseTuner):
         config = peft_config
         adapter_name = next(name for name, other in self.peft_config.items() if other is config)
         method = self.method.of(config)
-        if (method.needs_task() or method.loss_reads_task(config)) and config.num_tasks is None:
+        if (method.needs_task() or method.loss_needs_task(config)) and config.num_tasks is None:
             raise AdapterError(
                 f"{type(config).__name__}: num_tasks is None; a method gated by task, or with a loss between tasks, "
                 "must know how many there are. Set num_tasks=N or task_names=[...]."

@@ -32,7 +32,7 @@ from multiflora.methods.config import above, at_least, one_of, probability
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
 from multiflora.methods.mtllora import task_matrix_shape
-from multiflora.methods.router import RouterConfig, router_loss
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 
 GATES: dict[str, Gate] = {
     "sum": Gate(),
@@ -157,7 +157,7 @@ def spelled(stem: str, gate: str, task_matrix: str) -> Method:
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
         between=None if task_matrix == "none" else Between(shape=task_matrix_shape),
-        loss=router_loss if routes else None,
+        loss=ROUTER_LOSS if routes else None,
         why_not_mergeable=(
             "A parts adapter with gate 'token' cannot be merged: its router reads the input, so no single weight "
             "matrix equals it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."

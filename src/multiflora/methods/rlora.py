@@ -29,7 +29,7 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, above, at_least, one_of, probability
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
-from multiflora.methods.router import RouterConfig, router_loss
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 
 
 @dataclass
@@ -127,7 +127,7 @@ METHOD = Method(
     start=start,
     offset=has_offset,
     head_dropout=lambda config: config.head_dropout,
-    loss=router_loss,
+    loss=ROUTER_LOSS,
     why_not_mergeable=(
         "An R-LoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
         "the adapter, or use `multiflora convert` for plain LoRA with a reported error."

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
-from multiflora.methods.base import Seen
+from multiflora.methods.base import Loss, Seen
 from multiflora.methods.config import AdapterConfig, not_negative
 from multiflora.methods.losses import load_balance, router_z
 
-__all__ = ["RouterConfig", "router_loss", "sparse_routing_problems"]
+__all__ = ["ROUTER_LOSS", "RouterConfig", "router_loss", "sparse_routing_problems"]
 
 
 @dataclass
@@ -69,3 +69,6 @@ def router_loss(config: Any, seen: Seen) -> Tensor | None:
     if z:
         terms.append(z * router_z(logits, keep))
     return sum(terms[1:], terms[0])
+
+
+ROUTER_LOSS = Loss(router_loss, ("router_balance_loss", "router_z_loss"))

@@ -2,8 +2,8 @@
 
 Between two calls of torch Python takes microseconds, and after a large product, which empties the caches, several times
 as many. A layer of a small model has some sixty such calls, and they came to two fifths of its extra time. Compiled,
-they follow one another at once. The arithmetic is the same in kind and order, so results are equal to the last bit, and
-whether this module is at work can be seen in nothing but the time.
+the products follow one another at once, and what lies between them is a few loops. The arithmetic is the same in kind
+and order, so results are equal to the last bit, and whether this module is at work can be seen in nothing but the time.
 
 The first training on a processor builds the library with the system's C++ compiler, in about 15 seconds, into the
 user's cache; every later process loads it from there. Without a compiler, on another system than Linux, or with
@@ -35,8 +35,15 @@ __all__ = ["SOURCE", "library_file", "serve", "state"]
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("packed.cpp")
+_SOURCES = (SOURCE, SOURCE.with_name("small_steps.h"))
 _SWITCH = "MULTIFLORA_NATIVE"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
+# -ffp-contract=off: a product and a sum are rounded one after the other, as torch's calls round them
+_FLAGS = ("-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
+"""By what torch itself finds on this processor."""
 
 
 class Functions(NamedTuple):
@@ -44,6 +51,7 @@ class Functions(NamedTuple):
 
     stems: Any
     heads: Any
+    branches: Any
 
 
 _functions: Functions | None = None
@@ -67,7 +75,13 @@ def serve(x: Tensor) -> Functions | None:
 
 def library_file() -> Path:
     """Where the library of this source, this torch and this compiler lies, built or not."""
-    what = (SOURCE.read_bytes(), torch.__version__, platform.machine(), *compiler(), *_FLAGS)
+    what = (
+        *(source.read_bytes() for source in _SOURCES),
+        torch.__version__,
+        platform.machine(),
+        *compiler(),
+        *_flags(),
+    )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     return cache_folder("native") / f"packed-{digest}.so"
 
@@ -113,7 +127,7 @@ def _open(*, build: bool) -> None:
             _build(file)
         if file.exists():
             torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
-            _functions = Functions(torch.ops.multiflora.stems.default, torch.ops.multiflora.heads.default)
+            _functions = Functions(*(getattr(torch.ops.multiflora, name).default for name in Functions._fields))
     except _REFUSALS as error:
         log.warning(
             "The branches could not be compiled for this processor, so Python computes them: the same numbers, in "
@@ -136,7 +150,7 @@ def _build(file: Path) -> None:
             headers = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
             command: list[str | Path] = [
                 *compiler(),
-                *_FLAGS,
+                *_flags(),
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
                 *(part for header in headers for part in ("-isystem", header)),
                 SOURCE,
@@ -148,6 +162,10 @@ def _build(file: Path) -> None:
             ]
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=600)
             made.replace(file)
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
 
 
 def _reason(error: Exception) -> str:

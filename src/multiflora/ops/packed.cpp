@@ -1,25 +1,21 @@
-// The two functions of packed.py for processors: the same arithmetic in the same order, so the results are the same to
-// the last bit, without the interpreter between the calls of torch. Masks, packing and turning are loops of their own.
+// The functions of packed.py for processors: the same arithmetic in the same order, so the results are the same to the
+// last bit, without the interpreter between the calls of torch.
 //
 // Letters and layouts are packed.py's, and so are the reasons; here stand only those that C++ adds. An undefined tensor
 // is packed.py's None. native.py builds this file on the machine it is used on.
 
-#include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
+#include "small_steps.h"
+
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 // autograd has recorded what it needs: what is called inside may go straight to the arithmetic
@@ -42,335 +38,285 @@ variable_list once_differentiable(variable_list grads) {
   return (*error)(std::move(grads));
 }
 
-constexpr int64_t LEVELS = 1 << 16;
+// The gate of a router, in float32 at least
+Tensor softmax(const Tensor& logits) {
+  return at::_softmax(logits.to(at::promote_types(logits.scalar_type(), at::kFloat)), 0, /*half_to_float=*/false);
+}
 
-// ---- masks (mask.py) ------------------------------------------------------------------------------------------------
+Tensor softmax_backward(const Tensor& dgate, const Tensor& gate) {
+  return at::_softmax_backward_data(dgate, gate, 0, gate.scalar_type());
+}
 
-// numpy's SFC64, seeded as mask.py seeds it
-struct Sfc64 {
-  explicit Sfc64(uint64_t seed) : a(seed), b(seed), c(seed) {
-    for (int i = 0; i < 12; ++i) next();
-  }
-  uint64_t next() {
-    const uint64_t out = a + b + counter++;
-    a = b ^ (b >> 11);
-    b = c + (c << 3);
-    c = ((c << 24) | (c >> 40)) + out;
-    return out;
-  }
-  uint64_t a, b, c, counter = 1;
+// Numbers of a call, which autograd keeps beside the tensors
+struct Settings : torch::CustomClassHolder {
+  double scale = 1;
+  Dropout of_x{0, 0}, of_heads{0, 0};
+  Sizes sizes{1, 1};
+  at::ScalarType of_B = at::kFloat;
 };
 
-int64_t dropped_levels(double p) { return std::min<int64_t>(std::nearbyint(p * LEVELS), LEVELS - 1); }
+// ---- what reads x ---------------------------------------------------------------------------------------------------
 
-double survivor_weight(double p) { return double(LEVELS) / double(LEVELS - dropped_levels(p)); }
+// Stems, router rows and offset. What is made of them stands one under another in this order.
+struct Readers {
+  Tensor A, router, A0;
+  double scale;
+  Dropout dropout;
 
-// keep(out, draws, n, threshold) for pieces of a contiguous matrix, row by row
-template <typename T, typename Keep>
-void each_draw(T* out, int64_t rows, int64_t width, double p, int64_t seed, const Keep& keep) {
-  Sfc64 generator(seed);
-  const auto threshold = int16_t(dropped_levels(p) - LEVELS / 2);
-  std::array<uint64_t, 256> words;
-  std::array<int16_t, 4 * words.size()> draws;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t at = 0; at < width; at += draws.size()) {
-      const auto count = std::min<int64_t>(draws.size(), width - at);
-      const auto used = (count + 3) / 4;
-      for (int64_t i = 0; i < used; ++i) words[i] = generator.next();
-      std::memcpy(draws.data(), words.data(), used * sizeof(uint64_t));
-      keep(out + row * width + at, draws.data(), count, threshold);
-    }
+  std::array<int64_t, 3> counts() const {
+    return {A.size(0), router.defined() ? router.size(0) : 0, A0.defined() ? A0.size(0) : 0};
   }
-}
+  int64_t count() const {
+    const auto [stems, gates, offset] = counts();
+    return stems + gates + offset;
+  }
+};
 
-// head_mask: 0 or the survivors' weight, (H, r, T)
-Tensor head_mask(const Tensor& u, int64_t heads, int64_t rank, double p, int64_t seed) {
-  auto mask = at::empty({heads, rank, u.size(1)}, u.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "head_mask", [&] {
-    const auto weight = static_cast<scalar_t>(survivor_weight(p));
-    const auto zero = static_cast<scalar_t>(0);
-    each_draw(mask.mutable_data_ptr<scalar_t>(), heads * rank, u.size(1), p, seed,
-              [=](scalar_t* out, const int16_t* draws, int64_t count, int16_t threshold) {
-                for (int64_t i = 0; i < count; ++i) out[i] = draws[i] >= threshold ? weight : zero;
-              });
-  });
-  return mask;
-}
-
-template <typename Integer>
-void drop(void* x, int64_t rows, int64_t width, double p, int64_t seed) {
-  each_draw(static_cast<Integer*>(x), rows, width, p, seed,
-            [](Integer* out, const int16_t* draws, int64_t count, int16_t threshold) {
-              for (int64_t i = 0; i < count; ++i) out[i] &= -Integer(draws[i] >= threshold);
-            });
-}
-
-// What dropout leaves of x, in place, without the survivors' weight. Zeros are made bit by bit, so a NaN can be dropped.
-Tensor& drop_(Tensor& x, double p, int64_t seed) {
-  const auto size = x.element_size();
-  auto* function = size == 2 ? drop<int16_t> : size == 4 ? drop<int32_t> : drop<int64_t>;
-  function(x.mutable_data_ptr(), x.size(0), x.size(1), p, seed);
-  return x;
-}
-
-// ---- packing --------------------------------------------------------------------------------------------------------
-
-// Write `part` times `scale` into the window of `out` that begins at this row and column. One pass for what would be a
-// concatenation, a product and a cast: small weights cost by the call.
-template <typename Out, typename In, typename Wide>
-void put(Out* out, int64_t stride, const In* part, int64_t rows, int64_t width, Wide scale) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < width; ++i)
-      out[row * stride + i] = static_cast<Out>(static_cast<Wide>(part[row * width + i]) * scale);
-}
-
-void put(const Tensor& out, int64_t row, int64_t column, const Tensor& part, double scale) {
-  TORCH_CHECK(row + part.size(0) <= out.size(0) && column + part.size(1) <= out.size(1) &&
-                  (part.size(0) == out.size(0) || part.size(1) == out.size(1)),
-              "weights of shape ", part.sizes(), " do not fit beside the others of their layer, ", out.sizes(), " in all");
-  const auto from = part.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "put", [&] {
-    using out_t = scalar_t;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "put", [&] {
-      put(out.mutable_data_ptr<out_t>() + row * out.size(1) + column, out.size(1), from.const_data_ptr<scalar_t>(),
-          from.size(0), from.size(1), static_cast<at::opmath_type<scalar_t>>(scale));
-    });
-  });
-}
-
-// The transpose of a contiguous matrix in another type. Torch's copy strides through the whole of one side; in blocks of
-// columns both sides stay in the cache.
-template <typename Out, typename In>
-void turn(Out* out, const In* in, int64_t rows, int64_t columns) {
-  constexpr int64_t BLOCK = 32;
-  for (int64_t start = 0; start < columns; start += BLOCK)
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t column = start; column < std::min(start + BLOCK, columns); ++column)
-        out[column * rows + row] = static_cast<Out>(in[row * columns + column]);
-}
-
-Tensor turned(const Tensor& matrix, at::ScalarType dtype) {
-  const auto from = matrix.contiguous();
-  auto out = at::empty({from.size(1), from.size(0)}, from.options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "turned", [&] {
-    using out_t = scalar_t;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "turned", [&] {
-      turn(out.mutable_data_ptr<out_t>(), from.const_data_ptr<scalar_t>(), from.size(0), from.size(1));
-    });
-  });
-  return out;
-}
-
-// [B | B0]
-Tensor columns_of(const Tensor& B, const Tensor& B0, at::ScalarType dtype) {
-  if (!B0.defined()) return B.to(dtype);
-  auto out = at::empty({B.size(0), B.size(1) + B0.size(1)}, B.options().dtype(dtype));
-  put(out, 0, 0, B, 1);
-  put(out, 0, B.size(1), B0, 1);
-  return out;
-}
-
-// ---- stems ----------------------------------------------------------------------------------------------------------
-
-// Rows that read one input: x, or what dropout leaves of it
+// Readers of one input: x, or what dropout leaves of it
 struct Reading {
   Tensor x;
-  std::array<Tensor, 3> parts;  // A, router, A0; undefined where they read the other input
+  Tensor rows;  // [s A; R; -s A0], those that are for this input
+  int64_t first;  // their place among all readers
   double scale;
   bool dropped = false;
 
-  // how many rows of the product are for it
-  int64_t width(int i) const { return parts[i].defined() ? parts[i].size(0) : 0; }
-
-  Tensor rows() const {
-    const auto d_in = parts[width(0) ? 0 : width(1) ? 1 : 2].size(1);
-    auto out = at::empty({width(0) + width(1) + width(2), d_in}, x.options());
-    const std::array<double, 3> scales{scale, 1, -scale};
-    for (int64_t i = 0, row = 0; i < 3; row += width(i++))
-      if (width(i)) put(out, row, 0, parts[i], scales[i]);
-    return out;
-  }
+  Tensor of(const Tensor& all) const { return all.narrow(0, first, rows.size(0)); }
 };
 
-std::vector<Reading> readings(const Tensor& x, const Tensor& A, const Tensor& router, const Tensor& A0, double scale,
-                              double p, int64_t seed) {
-  if (p == 0) return {Reading{x, {A, router, A0}, scale}};
+std::vector<Reading> readings(const Tensor& x, const Readers& readers) {
+  const auto [stems, gates, offset] = readers.counts();
+  const auto p = readers.dropout.p;
+  // the survivors' weight goes into the rows, too
+  const auto scale = p > 0 ? readers.scale * survivor_weight(p) : readers.scale;
+  const auto rows = at::empty({stems + gates + offset, readers.A.size(1)}, x.options());
+  put(rows, 0, 0, readers.A, scale);
+  if (gates) put(rows, stems, 0, readers.router, 1);
+  if (offset) put(rows, stems + gates, 0, readers.A0, -readers.scale);
+  if (p == 0) return {Reading{x, rows, 0, scale}};
   auto left = x.clone(at::MemoryFormat::Contiguous);
-  Reading of_dropped{drop_(left, p, seed), {A, Tensor(), Tensor()}, scale * survivor_weight(p), true};
-  if (!router.defined() && !A0.defined()) return {of_dropped};
-  return {Reading{x, {Tensor(), router, A0}, scale}, of_dropped};
+  Reading of_dropped{drop_(left, readers.dropout), rows.narrow(0, 0, stems), 0, scale, true};
+  if (gates + offset == 0) return {of_dropped};
+  return {Reading{x, rows.narrow(0, stems, gates + offset), stems, 1}, of_dropped};
 }
 
-// (y, u, logits, u0) without those that are missing, and back: autograd takes no undefined output
-variable_list there(const std::array<Tensor, 4>& all) {
-  variable_list some;
-  for (const auto& tensor : all)
-    if (tensor.defined()) some.push_back(tensor);
-  return some;
-}
-
-std::array<Tensor, 4> spread(const variable_list& some, const std::array<bool, 4>& is_there) {
-  std::array<Tensor, 4> all;
-  for (size_t i = 0, next = 0; i < all.size(); ++i)
-    if (is_there[i]) all[i] = some[next++];
+// [u; logits; u0]
+Tensor read(const Tensor& x, const Readers& readers) {
+  auto all = at::empty({readers.count(), x.size(0)}, x.options());
+  for (const auto& reading : readings(x, readers)) {
+    auto part = reading.of(all);
+    at::mm_out(part, reading.rows, reading.x.t());
+  }
   return all;
 }
 
+struct ReadGrads {
+  Tensor dx, dA, drouter;
+};
+
+// `dread` is the gradient of what read() gave. dx is that of the base product, too, where dy and its weight are there.
+ReadGrads read_backward(const Tensor& dread, const Tensor& dy, const Tensor& weight, const Tensor& x,
+                        const Readers& readers, bool needs_x, bool needs_A, bool needs_router) {
+  const auto all = readings(x, readers);
+  const auto [stems, gates, offset] = readers.counts();
+  ReadGrads grads;
+  for (const auto& reading : all) {
+    // the offset is not trained
+    const auto end = std::min(reading.first + reading.rows.size(0), stems + gates);
+    const bool to_A = needs_A && reading.first < stems, to_router = needs_router && end > stems;
+    if (!to_A && !to_router) continue;
+    const auto trained = at::mm(dread.narrow(0, reading.first, end - reading.first), reading.x);
+    if (to_A) {
+      grads.dA = at::empty(readers.A.sizes(), readers.A.options());
+      put(grads.dA, 0, 0, cast(trained.narrow(0, 0, stems), readers.A.scalar_type()), reading.scale);
+    }
+    if (to_router) grads.drouter = cast(trained.narrow(0, stems - reading.first, gates), readers.router.scalar_type());
+  }
+  if (!needs_x) return grads;
+  auto& dx = grads.dx;
+  if (weight.defined() && dy.defined()) dx = at::mm(by_token(dy), weight);
+  for (const auto& reading : all) {
+    const auto by_row = reading.of(dread).t();
+    if (!reading.dropped) {
+      dx = dx.defined() ? dx.addmm_(by_row, reading.rows) : at::mm(by_row, reading.rows);
+      continue;
+    }
+    auto part = reading.x;  // the dropped x has been read and gives its memory
+    at::mm_out(part, by_row, reading.rows);
+    drop_(part, readers.dropout);
+    dx = dx.defined() ? dx.add_(part) : part;
+  }
+  return grads;
+}
+
+// ---- what writes y --------------------------------------------------------------------------------------------------
+
+// W x + b into y
+void base_product(Tensor y, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  if (bias.defined()) at::addmm_out(y, bias, x, weight.t());
+  else at::mm_out(y, x, weight.t());
+}
+
+// y + z^T columns^T
+Tensor added(const Tensor& y, const Tensor& z, const Tensor& columns) {
+  if (y.scalar_type() == z.scalar_type()) return at::addmm(by_token(y), z.t(), columns.t()).view(y.sizes());
+  return y + at::mm(z.t(), columns.t()).to(y.scalar_type()).view(y.sizes());
+}
+
+struct WriteGrads {
+  Tensor dz;  // of [z; u0]
+  Tensor dgate, dB;
+};
+
+// The gradient of u is written into `du`
+WriteGrads write_backward(const Tensor& dy, const Tensor& du, const Tensor& u, const Tensor& gate,
+                          const Tensor& B, const Tensor& B0, const Settings& settings, bool needs_B) {
+  const auto grad = by_token(dy).to(u.scalar_type());
+  const auto columns = columns_of(B, B0, u.scalar_type());
+  WriteGrads grads;
+  grads.dz = turned(at::mm(grad, columns), u.scalar_type());
+  const auto of_z = grads.dz.narrow(0, 0, settings.sizes.heads * settings.sizes.rank);
+  const auto [dgate, z] = blend_backward(of_z, du, u, gate, settings.sizes, settings.of_heads);
+  grads.dgate = dgate;
+  if (needs_B) grads.dB = turned(at::mm(z, grad), settings.of_B);
+  return grads;
+}
+
+// ---- autograd -------------------------------------------------------------------------------------------------------
+
+// Inputs that may be missing come last in each function: autograd numbers those that are there.
+
+void keep(AutogradContext* ctx, const Settings& settings) {
+  ctx->saved_data["settings"] = c10::IValue::make_capsule(c10::make_intrusive<Settings>(settings));
+}
+
+const Settings& kept(AutogradContext* ctx) {
+  return static_cast<const Settings&>(*ctx->saved_data["settings"].toCapsule());
+}
+
 struct Stems : torch::autograd::Function<Stems> {
-  // inputs that may be missing come last: autograd numbers those that are there
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, Maybe maybe_router,
-                               Maybe maybe_weight, Maybe maybe_A0, double scale, double p, int64_t seed) {
+                               Maybe maybe_weight, Maybe maybe_A0, const Settings& settings) {
     const auto router = or_undefined(maybe_router), weight = or_undefined(maybe_weight), A0 = or_undefined(maybe_A0);
     ctx->save_for_backward({x, weight, A, router, A0});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["seed"] = seed;
+    keep(ctx, settings);
     Arithmetic guard;
-    std::array<Tensor, 4> out;
+    variable_list out;
     if (weight.defined()) {
       auto shape = x.sizes().vec();
       shape.back() = weight.size(0);
-      out[0] = at::empty(shape, x.options());
+      out.push_back(at::empty(shape, x.options()));
     }
-    for (const auto& reading : readings(by_token(x), A, router, A0, scale, p, seed)) {
-      const auto read = at::mm(reading.rows(), reading.x.t());
-      int64_t start = 0;
-      for (int i = 0; i < 3; start += reading.width(i++))
-        if (reading.width(i)) out[i + 1] = read.narrow(0, start, reading.width(i));
+    const Readers readers{A, router, A0, settings.scale, settings.of_x};
+    const auto all = read(by_token(x), readers);
+    int64_t start = 0;
+    for (const auto count : readers.counts()) {
+      if (count) out.push_back(all.narrow(0, start, count));
+      start += count;
     }
-    return there(out);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& some) {
-    // before the guard: under gradient checkpointing this runs a forward pass
-    const auto saved = ctx->get_saved_variables();
-    Arithmetic guard;
-    const auto x = by_token(saved[0]);
-    const auto &weight = saved[1], &A = saved[2], &router = saved[3], &A0 = saved[4];
-    const auto grads = spread(some, {weight.defined(), true, router.defined(), A0.defined()});
-    const auto p = ctx->saved_data["p"].toDouble();
-    const auto seed = ctx->saved_data["seed"].toInt();
-    const bool needs_A = ctx->needs_input_grad(1), needs_router = router.defined() && ctx->needs_input_grad(2);
-    const auto all = readings(x, A, router, A0, ctx->saved_data["scale"].toDouble(), p, seed);
-    Tensor dx, dA, drouter;
-    std::vector<Tensor> together;
-    for (const auto& reading : all) {
-      std::vector<Tensor> parts;
-      for (int i = 0; i < 3; ++i) {
-        const auto& grad = grads[i + 1];
-        if (reading.width(i))
-          parts.push_back(grad.defined() ? grad : at::zeros({reading.width(i), x.size(0)}, x.options()));
-      }
-      together.push_back(parts.size() == 1 ? parts[0] : at::cat(parts));
-      const bool to_A = needs_A && reading.width(0), to_router = needs_router && reading.width(1);
-      if (to_A || to_router) {
-        const auto trained = at::mm(together.back().narrow(0, 0, reading.width(0) + reading.width(1)), reading.x);
-        if (to_A) dA = trained.narrow(0, 0, reading.width(0)).to(A.scalar_type()).mul_(reading.scale);
-        if (to_router) drouter = trained.narrow(0, reading.width(0), reading.width(1)).to(router.scalar_type());
-      }
-    }
-    if (ctx->needs_input_grad(0)) {
-      if (weight.defined() && grads[0].defined()) dx = at::mm(by_token(grads[0]), weight);
-      for (size_t i = 0; i < all.size(); ++i) {
-        const auto by_row = together[i].t(), rows = all[i].rows();
-        if (!all[i].dropped) {
-          dx = dx.defined() ? dx.addmm_(by_row, rows) : at::mm(by_row, rows);
-          continue;
-        }
-        auto part = all[i].x;  // the dropped x has been read and gives its memory
-        at::mm_out(part, by_row, rows);
-        drop_(part, p, seed);
-        dx = dx.defined() ? dx.add_(part) : part;
-      }
-      dx = dx.view(saved[0].sizes());
-    }
-    return once_differentiable({dx, dA, drouter, {}, {}, {}, {}, {}});
-  }
-};
-
-// ---- heads ----------------------------------------------------------------------------------------------------------
-
-Tensor flat(const Tensor& z, int64_t heads) {
-  const auto all = z.size(0) == heads ? z : z.expand({heads, -1, -1});
-  return all.reshape({heads * z.size(1), z.size(2)});
-}
-
-Tensor by_stem(const Tensor& u, int64_t rank) { return u.view({u.size(0) / rank, rank, u.size(1)}); }
-
-Tensor blend(const Tensor& u, const Tensor& gate, const Tensor& mask, int64_t heads, int64_t rank) {
-  auto z = by_stem(u, rank);
-  if (gate.defined()) z = z * gate.to(u.scalar_type()).unsqueeze(1);
-  if (mask.defined()) z = z * mask;
-  return flat(z, heads);
-}
-
-struct Blended {
-  Tensor du, dgate, z;
-};
-
-Blended blend_backward(const Tensor& dz, const Tensor& u, const Tensor& gate, const Tensor& mask, int64_t heads,
-                       int64_t rank) {
-  auto z = by_stem(u, rank), du = dz.view({heads, rank, u.size(1)});
-  const bool shared = z.size(0) < heads;
-  Tensor dgate;
-  if (mask.defined()) du = du * mask;
-  if (gate.defined()) {
-    const auto weight = gate.to(u.scalar_type()).unsqueeze(1);
-    dgate = (du * z).sum(at::IntArrayRef{1}, /*keepdim=*/false, gate.scalar_type());
-    du = du * weight;
-    z = z * weight;
-  }
-  if (mask.defined()) z = z * mask;
-  return {shared ? du.sum(at::IntArrayRef{0}) : du.view_as(u), dgate, flat(z, heads)};
-}
-
-struct Heads : torch::autograd::Function<Heads> {
-  static Tensor forward(AutogradContext* ctx, Tensor y, const Tensor& u, const Tensor& B, Maybe maybe_u0,
-                        Maybe maybe_gate, Maybe maybe_B0, Maybe x, Maybe weight, Maybe bias, int64_t heads,
-                        int64_t rank, double p, int64_t seed) {
-    Arithmetic guard;
-    const auto u0 = or_undefined(maybe_u0), gate = or_undefined(maybe_gate), B0 = or_undefined(maybe_B0);
-    const auto mask = p > 0 ? head_mask(u, heads, rank, p, seed) : Tensor();
-    auto z = blend(u, gate, mask, heads, rank);
-    const auto columns = columns_of(B, B0, u.scalar_type());
-    ctx->save_for_backward(B.is_leaf() ? variable_list{u, gate, B, B0} : variable_list{u, gate, columns, Tensor()});
-    ctx->saved_data["heads"] = heads;
-    ctx->saved_data["rank"] = rank;
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["seed"] = seed;
-    ctx->saved_data["dtype"] = B.scalar_type();
-    if (u0.defined()) z = at::cat({z, u0});
-    if (weight) {
-      ctx->mark_dirty({y});
-      auto rows = y.view({-1, y.size(-1)});
-      if (bias)
-        at::addmm_out(rows, *bias, by_token(*x), weight->t());
-      else
-        at::mm_out(rows, by_token(*x), weight->t());
-      rows.addmm_(z.t(), columns.t());
-      return y;
-    }
-    if (y.scalar_type() == z.scalar_type()) return at::addmm(by_token(y), z.t(), columns.t()).view(y.sizes());
-    return y + at::mm(z.t(), columns.t()).to(y.scalar_type()).view(y.sizes());
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     // before the guard: under gradient checkpointing this runs a forward pass
     const auto saved = ctx->get_saved_variables();
     Arithmetic guard;
-    const auto &u = saved[0], &gate = saved[1], &B = saved[2], &B0 = saved[3], &dy = grads[0];
-    const auto heads = ctx->saved_data["heads"].toInt(), rank = ctx->saved_data["rank"].toInt();
-    const auto p = ctx->saved_data["p"].toDouble();
-    const auto mask = p > 0 ? head_mask(u, heads, rank, p, ctx->saved_data["seed"].toInt()) : Tensor();
-    const auto grad = by_token(dy).to(u.scalar_type()), columns = columns_of(B, B0, u.scalar_type());
-    const auto small = turned(at::mm(grad, columns), u.scalar_type());
-    const auto many = heads * rank;
-    auto blended = blend_backward(small.narrow(0, 0, many), u, gate, mask, heads, rank);
-    Tensor du0, dB;
-    if (ctx->needs_input_grad(2)) dB = turned(at::mm(blended.z, grad), ctx->saved_data["dtype"].toScalarType());
-    if (small.size(0) > many) du0 = small.narrow(0, many, small.size(0) - many);
-    return once_differentiable({dy, blended.du, dB, du0, blended.dgate, {}, {}, {}, {}, {}, {}, {}, {}});
+    const auto &x = saved[0], &weight = saved[1], &router = saved[3];
+    const auto& settings = kept(ctx);
+    const Readers readers{saved[2], router, saved[4], settings.scale, settings.of_x};
+    const auto tokens = by_token(x);
+    size_t next = weight.defined() ? 1 : 0;
+    variable_list parts;
+    for (const auto count : readers.counts()) {
+      if (!count) continue;
+      const auto& grad = grads[next++];
+      parts.push_back(grad.defined() ? grad : at::zeros({count, tokens.size(0)}, x.options()));
+    }
+    auto [dx, dA, drouter] = read_backward(parts.size() == 1 ? parts[0] : at::cat(parts),
+                                           weight.defined() ? grads[0] : Tensor(), weight, tokens, readers,
+                                           ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                           router.defined() && ctx->needs_input_grad(2));
+    if (dx.defined()) dx = dx.view(x.sizes());
+    return once_differentiable({dx, dA, drouter, {}, {}, {}});
+  }
+};
+
+struct Heads : torch::autograd::Function<Heads> {
+  static Tensor forward(AutogradContext* ctx, Tensor y, const Tensor& u, const Tensor& B, Maybe maybe_u0,
+                        Maybe maybe_gate, Maybe maybe_B0, Maybe x, Maybe weight, Maybe bias, const Settings& settings) {
+    Arithmetic guard;
+    const auto gate = or_undefined(maybe_gate), B0 = or_undefined(maybe_B0);
+    const auto z = blend(u, or_undefined(maybe_u0), gate, settings.sizes, settings.of_heads);
+    const auto columns = columns_of(B, B0, u.scalar_type());
+    ctx->save_for_backward(B.is_leaf() ? variable_list{u, gate, B, B0} : variable_list{u, gate, columns, Tensor()});
+    keep(ctx, settings);
+    if (!weight) return added(y, z, columns);
+    ctx->mark_dirty({y});
+    auto rows = y.view({-1, y.size(-1)});
+    base_product(rows, by_token(*x), *weight, or_undefined(bias));
+    rows.addmm_(z.t(), columns.t());
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    // before the guard: under gradient checkpointing this runs a forward pass
+    const auto saved = ctx->get_saved_variables();
+    Arithmetic guard;
+    const auto &u = saved[0], &dy = grads[0];
+    const auto& settings = kept(ctx);
+    const auto du = at::empty(u.sizes(), u.options());
+    const auto [dz, dgate, dB] =
+        write_backward(dy, du, u, saved[1], saved[2], saved[3], settings, ctx->needs_input_grad(2));
+    const auto many = settings.sizes.heads * settings.sizes.rank, offset = dz.size(0) - many;
+    const auto du0 = offset ? dz.narrow(0, many, offset) : Tensor();
+    return once_differentiable({dy, du, dB, du0, dgate, {}, {}, {}, {}, {}});
+  }
+};
+
+// Stems, softmax and heads in one: a node of autograd in place of four
+struct Branches : torch::autograd::Function<Branches> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B, Maybe maybe_router,
+                        Maybe y, Maybe weight, Maybe bias, Maybe maybe_A0, Maybe maybe_B0, const Settings& settings) {
+    Arithmetic guard;
+    const auto router = or_undefined(maybe_router), A0 = or_undefined(maybe_A0), B0 = or_undefined(maybe_B0);
+    const auto tokens = by_token(x);
+    const Readers readers{A, router, A0, settings.scale, settings.of_x};
+    const auto all = read(tokens, readers);
+    const auto [stems, gates, offset] = readers.counts();
+    const auto u = all.narrow(0, 0, stems), u0 = offset ? all.narrow(0, stems + gates, offset) : Tensor();
+    const auto gate = gates ? softmax(all.narrow(0, stems, gates)) : Tensor();
+    const auto z = blend(u, u0, gate, settings.sizes, settings.of_heads);
+    const auto columns = columns_of(B, B0, u.scalar_type());
+    const bool leaf = B.is_leaf();
+    ctx->save_for_backward({x, or_undefined(weight), A, router, A0, leaf ? B : columns, leaf ? B0 : Tensor(), u, gate});
+    keep(ctx, settings);
+    if (!weight) return added(*y, z, columns);
+    auto out = at::empty({tokens.size(0), weight->size(0)}, x.options());
+    base_product(out, tokens, *weight, or_undefined(bias));
+    out.addmm_(z.t(), columns.t());
+    auto shape = x.sizes().vec();
+    shape.back() = out.size(1);
+    return out.view(shape);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    // before the guard: under gradient checkpointing this runs a forward pass
+    const auto saved = ctx->get_saved_variables();
+    Arithmetic guard;
+    const auto &x = saved[0], &weight = saved[1], &router = saved[3], &u = saved[7], &gate = saved[8], &dy = grads[0];
+    const auto& settings = kept(ctx);
+    const auto tokens = by_token(x);
+    const Readers readers{saved[2], router, saved[4], settings.scale, settings.of_x};
+    const auto [stems, gates, offset] = readers.counts();
+    const auto dread = at::empty({readers.count(), tokens.size(0)}, x.options());
+    const auto [dz, dgate, dB] = write_backward(dy, dread.narrow(0, 0, stems), u, gate, saved[5], saved[6], settings,
+                                                ctx->needs_input_grad(2));
+    if (gates) put(dread, stems, 0, softmax_backward(dgate, gate), 1);
+    if (offset) put(dread, stems + gates, 0, dz.narrow(0, dz.size(0) - offset, offset), 1);
+    auto [dx, dA, drouter] = read_backward(dread, dy, weight, tokens, readers, ctx->needs_input_grad(0),
+                                           ctx->needs_input_grad(1), router.defined() && ctx->needs_input_grad(3));
+    if (dx.defined()) dx = dx.view(x.sizes());
+    return once_differentiable({dx, dA, dB, drouter, weight.defined() ? Tensor() : dy, {}, {}, {}, {}, {}});
   }
 };
 
@@ -378,14 +324,36 @@ struct Heads : torch::autograd::Function<Heads> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> stems(const Tensor& x, Maybe weight, const Tensor& A, Maybe router, Maybe A0,
                                                  double scale, double p, int64_t seed) {
-  const auto out = spread(Stems::apply(x, A, router, weight, A0, scale, p, seed),
-                          {weight.has_value(), true, router.has_value(), A0.has_value()});
-  return {out[0], out[1], out[2], out[3]};
+  Settings settings;
+  settings.scale = scale;
+  settings.of_x = {p, seed};
+  const auto some = Stems::apply(x, A, router, weight, A0, settings);
+  std::array<Tensor, 4> all;
+  const std::array<bool, 4> there{weight.has_value(), true, router.has_value(), A0.has_value()};
+  for (size_t i = 0, next = 0; i < all.size(); ++i)
+    if (there[i]) all[i] = some[next++];
+  return {all[0], all[1], all[2], all[3]};
 }
 
 Tensor heads(const Tensor& y, const Tensor& u, Maybe u0, Maybe gate, const Tensor& B, Maybe B0, Maybe x, Maybe weight,
              Maybe bias, int64_t num_heads, int64_t rank, double p, int64_t seed) {
-  return Heads::apply(y, u, B, u0, gate, B0, x, weight, bias, num_heads, rank, p, seed);
+  Settings settings;
+  settings.sizes = {num_heads, rank};
+  settings.of_heads = {p, seed};
+  settings.of_B = B.scalar_type();
+  return Heads::apply(y, u, B, u0, gate, B0, x, weight, bias, settings);
+}
+
+Tensor branches(const Tensor& x, const Tensor& A, Maybe router, Maybe A0, const Tensor& B, Maybe B0, Maybe y,
+                Maybe weight, Maybe bias, int64_t num_heads, int64_t rank, double scale, double stem_p,
+                int64_t stem_seed, double head_p, int64_t head_seed) {
+  Settings settings;
+  settings.scale = scale;
+  settings.of_x = {stem_p, stem_seed};
+  settings.sizes = {num_heads, rank};
+  settings.of_heads = {head_p, head_seed};
+  settings.of_B = B.scalar_type();
+  return Branches::apply(x, A, B, router, y, weight, bias, A0, B0, settings);
 }
 
 }  // namespace
@@ -395,4 +363,7 @@ TORCH_LIBRARY(multiflora, library) {
               " -> (Tensor, Tensor, Tensor, Tensor)", &stems);
   library.def("heads(Tensor(a!) y, Tensor u, Tensor? u0, Tensor? gate, Tensor B, Tensor? B0, Tensor? x, Tensor? weight,"
               " Tensor? bias, int num_heads, int rank, float p, int seed) -> Tensor", &heads);
+  library.def("branches(Tensor x, Tensor A, Tensor? router, Tensor? A0, Tensor B, Tensor? B0, Tensor? y, Tensor? weight,"
+              " Tensor? bias, int num_heads, int rank, float scale, float stem_p, int stem_seed, float head_p,"
+              " int head_seed) -> Tensor", &branches);
 }

@@ -14,12 +14,14 @@ first, in as many axes as the layer's input has: (..., d_in) with T rows in all.
 z) have tokens last, in one axis: H and r are too short to fill a vector register, T is not. Weights may be float32
 masters: they are cast to x's dtype inside, so the large tensors never change dtype.
 
-On a processor :mod:`multiflora.ops.native` runs these same functions compiled; on a GPU
+:func:`stems` and :func:`heads` leave room for a gate of any kind between them; :func:`branches` is both with a plain
+router, or nothing, in between. On a processor :mod:`multiflora.ops.native` runs these same functions compiled; on a GPU
 :mod:`multiflora.ops.triton_kernels` does the elementwise step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -95,11 +97,19 @@ def blend_backward(
         du = du * mask
     if gate is not None:
         weight = gate.to(u.dtype).unsqueeze(1)
-        dgate = (du * z).sum(1, dtype=gate.dtype)
+        dgate = _added((du * z).unbind(1)).to(gate.dtype)
         du, z = du * weight, z * weight
     if mask is not None:
         z = z * mask
-    return du.sum(0) if shared else du.view_as(u), dgate, _flat(z, heads)
+    return _added(du.unbind(0)).to(u.dtype) if shared else du.view_as(u), dgate, _flat(z, heads)
+
+
+def _added(rows: Sequence[Tensor]) -> Tensor:
+    """Their sum in float32 at least, one after another: torch's order depends on the machine and the place of a row."""
+    total = torch.zeros_like(rows[0], dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    for row in rows:
+        total += row
+    return total
 
 
 def _flat(z: Tensor, heads: int) -> Tensor:
@@ -399,3 +409,67 @@ def heads(
         return summed
     out: Tensor = _Heads.apply(y, u, u0, gate, B, B0, sizes, dropout, base)  # type: ignore[no-untyped-call]
     return out
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """A token router's gate, (H, T), of its logits, (H, T): over the heads, in float32 at least."""
+    return torch.softmax(logits, 0, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def branches(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor | None,
+    A0: Tensor | None,
+    B: Tensor,
+    B0: Tensor | None,
+    y: Tensor | None,
+    base: Base | None,
+    *,
+    num_heads: int,
+    rank: int,
+    scale: float = 1.0,
+    stem_dropout: Dropout = (0.0, 0),
+    head_dropout: Dropout = (0.0, 0),
+) -> Tensor:
+    """The whole layer: :func:`stems` and :func:`heads`, and between them the softmax of the router, if there is one.
+
+    Most methods need no more, and compiled it is one call and one node of autograd.
+
+    Args:
+        x: Layer input, (..., d_in).
+        A: Stems one under another, (K r, d_in).
+        router: Router rows, (H, d_in), or None: all heads weigh 1.
+        A0: Frozen stem of the offset, (r, d_in), or None.
+        B: Heads side by side, (d_out, H r).
+        B0: Frozen mean head of the offset, (d_out, r), or None.
+        y: Output of the base layer, (..., d_out), or None with ``base``.
+        base: x, weight and bias of a frozen base layer whose output is to be computed along, or None.
+        num_heads: H.
+        rank: r.
+        scale: s.
+        stem_dropout: Probability and seed of the mask on what the stems read.
+        head_dropout: Probability and seed of the mask on each head's input.
+
+    Returns:
+        (..., d_out), in y's dtype; with ``base`` in x's.
+
+    Example:
+        >>> x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 2)
+        >>> branches(x, A, None, None, B, None, torch.zeros(2, 4), None, num_heads=2, rank=1)[0]
+        tensor([6., 6., 6., 6.])
+    """
+    compiled = None if torch.compiler.is_compiling() else native.serve(x)
+    if compiled is not None:
+        _, weight, bias = base or (None, None, None)
+        sizes = (num_heads, rank)
+        summed: Tensor = compiled.branches(
+            x, A, router, A0, B, B0, y, weight, bias, *sizes, scale, *stem_dropout, *head_dropout
+        )
+        return summed
+    weight = None if base is None else base[1]
+    place, u, logits, u0 = stems(x, A, router, A0, weight, scale=scale, dropout=stem_dropout)
+    gate = None if logits is None else softmax(logits)
+    y = place if y is None else y
+    assert y is not None
+    return heads(y, u, u0, gate, B, B0, base, num_heads=num_heads, rank=rank, dropout=head_dropout)

@@ -103,6 +103,74 @@ def test_without_bias_and_with_adapters_in_half_precision(words, monkeypatch):
     assert_equal(*both(passes(model, dtype=torch.bfloat16), monkeypatch))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 5, 20])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tokens_heads_and_threads(threads, heads, dtype, monkeypatch):
+    """Long enough for several pieces and threads, and for sums that torch would make in blocks."""
+    settings = {"num_heads": heads, "r": 24, "head_dropout": 0.2, "lora_dropout": 0.1}
+    model = adapted("rlora", dtype, **settings)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_equal(*both(passes(model, (2, 1025, 21), dtype), monkeypatch))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("given", ["base", "y", "y in another dtype"])
+@pytest.mark.parametrize("parts", [(), ("router",), ("A0", "B0"), ("router", "A0", "B0")])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_one_call_is_the_three_it_stands_for(dropout, parts, given):
+    made = {
+        "A": torch.randn(4, 21, requires_grad=True),
+        "router": torch.randn(3, 21, requires_grad=True),
+        "A0": torch.randn(4, 21),
+        "B": torch.randn(13, 12, requires_grad=True),
+        "B0": torch.randn(13, 4),
+    }
+    A, router, A0, B, B0 = (part if name in ("A", "B", *parts) else None for name, part in made.items())
+    x = torch.randn(2, 7, 21, requires_grad=True)
+    base = (x, torch.randn(13, 21), torch.randn(13)) if given == "base" else None
+    dtype = torch.float64 if given == "y in another dtype" else torch.float32
+    y = None if base else torch.randn(2, 7, 13, dtype=dtype, requires_grad=True)
+    sizes, of_x, of_heads = {"num_heads": 3, "rank": 4}, (dropout, 5), (dropout, 6)
+    leaves = [leaf for leaf in (x, y, A, router, B) if leaf is not None]
+
+    def grads(summed):
+        return [summed, *torch.autograd.grad(summed.square().sum(), leaves)]
+
+    one = ops.branches(x, A, router, A0, B, B0, y, base, **sizes, scale=2.0, stem_dropout=of_x, head_dropout=of_heads)
+    place, u, logits, u0 = ops.stems(x, A, router, A0, base and base[1], scale=2.0, dropout=of_x)
+    gate = None if logits is None else ops.softmax(logits)
+    three = ops.heads(place if y is None else y, u, u0, gate, B, B0, base, **sizes, dropout=of_heads)
+    assert_equal(grads(one), grads(three))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "calls"),
+    [
+        ("rlora", {}, 1),
+        ("multilora", {"lora_dropout": 0.1}, 1),
+        ("rlora", {"router_z_loss": 0.1}, 2),  # a loss reads the logits
+        ("mixlora", {}, 2),  # the best k of the heads
+        ("moelora", {}, 2),  # a gate of the task
+        ("mtllora", {}, 2),  # a matrix between stem and heads
+    ],
+)
+def test_a_layer_is_one_call_where_nobody_looks_between(method, words, calls, monkeypatch):
+    seen, functions = [], native.serve(torch.ones(1))
+
+    def counting(name):
+        return lambda *values: seen.append(name) or getattr(functions, name)(*values)
+
+    counted = native.Functions(*map(counting, native.Functions._fields))
+    monkeypatch.setattr(native, "serve", lambda x: counted)
+    model = adapted(method, **words)
+    model(torch.randn(2, 7, 21), task_id=torch.tensor([1, 0]))
+    assert seen == [["branches"], ["stems", "heads"]][calls - 1] * 2
+
+
 @pytest.mark.parametrize("width", [4, 1023, 1024, 1030, 2049])
 def test_masks_longer_than_a_block(width, monkeypatch):
     x = torch.randn(3, width, requires_grad=True)
@@ -273,6 +341,14 @@ def test_the_compiler_may_be_a_command_with_words(fresh, monkeypatch):
     before = native.library_file()
     monkeypatch.delenv("CXX")
     assert native.library_file() != before
+
+
+def test_the_library_is_for_this_processors_vectors(monkeypatch):
+    files = set()
+    for capability in ("DEFAULT", "AVX2", "AVX512", "SVE256"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        files.add(native.library_file())
+    assert len(files) == 3
 
 
 def test_two_processes_build_once(fresh):
