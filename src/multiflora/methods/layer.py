@@ -223,9 +223,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         config, method = plan.config, plan.method
         tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
-        watched = self.routing.recorder is not None or (self.training and plan.loss is not None)
-        if plan.left_to_op and not watched:
-            return ops.branches(
+        if plan.left_to_op and not (self.training and plan.loss is not None):
+            summed, gate = ops.branches(
                 x,
                 parts["A"],
                 router,
@@ -240,6 +239,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 stem_dropout=self._dropout(plan.stem_dropout),
                 head_dropout=self._dropout(plan.head_dropout),
             )
+            self._record(gate, tasks)
+            return summed
         place, u, logits, u0 = ops.stems(
             x,
             parts["A"],
@@ -329,8 +330,11 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             loss = plan.loss.value(plan.config, seen)
             if loss is not None:
                 routing.losses.append(loss)
-        if gate is not None and routing.recorder is not None:
-            routing.recorder(self.name, gate.detach().t(), tasks)
+        self._record(gate, tasks)
+
+    def _record(self, gate: Tensor | None, tasks: Tensor | None) -> None:
+        if gate is not None and self.routing.recorder is not None:
+            self.routing.recorder(self.name, gate.detach().t(), tasks)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 

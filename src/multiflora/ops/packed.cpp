@@ -275,7 +275,7 @@ struct Heads : torch::autograd::Function<Heads> {
 
 // Stems, softmax and heads in one: a node of autograd in place of four
 struct Branches : torch::autograd::Function<Branches> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B, Maybe maybe_router,
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B, Maybe maybe_router,
                         Maybe y, Maybe weight, Maybe bias, Maybe maybe_A0, Maybe maybe_B0, const Settings& settings) {
     Arithmetic guard;
     const auto router = or_undefined(maybe_router), A0 = or_undefined(maybe_A0), B0 = or_undefined(maybe_B0);
@@ -290,13 +290,20 @@ struct Branches : torch::autograd::Function<Branches> {
     const bool leaf = B.is_leaf();
     ctx->save_for_backward({x, or_undefined(weight), A, router, A0, leaf ? B : columns, leaf ? B0 : Tensor(), u, gate});
     keep(ctx, settings);
-    if (!weight) return added(*y, z, columns);
-    auto out = at::empty({tokens.size(0), weight->size(0)}, x.options());
-    base_product(out, tokens, *weight, or_undefined(bias));
-    out.addmm_(z.t(), columns.t());
-    auto shape = x.sizes().vec();
-    shape.back() = out.size(1);
-    return out.view(shape);
+    Tensor out;
+    if (weight) {
+      auto shape = x.sizes().vec();
+      shape.back() = weight->size(0);
+      out = at::empty(shape, x.options());
+      auto rows = by_token(out);
+      base_product(rows, tokens, *weight, or_undefined(bias));
+      rows.addmm_(z.t(), columns.t());
+    } else {
+      out = added(*y, z, columns);
+    }
+    if (!gates) return {out};
+    ctx->mark_non_differentiable({gate});
+    return {out, gate};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -344,16 +351,17 @@ Tensor heads(const Tensor& y, const Tensor& u, Maybe u0, Maybe gate, const Tenso
   return Heads::apply(y, u, B, u0, gate, B0, x, weight, bias, settings);
 }
 
-Tensor branches(const Tensor& x, const Tensor& A, Maybe router, Maybe A0, const Tensor& B, Maybe B0, Maybe y,
-                Maybe weight, Maybe bias, int64_t num_heads, int64_t rank, double scale, double stem_p,
-                int64_t stem_seed, double head_p, int64_t head_seed) {
+std::tuple<Tensor, Tensor> branches(const Tensor& x, const Tensor& A, Maybe router, Maybe A0, const Tensor& B, Maybe B0,
+                                    Maybe y, Maybe weight, Maybe bias, int64_t num_heads, int64_t rank, double scale,
+                                    double stem_p, int64_t stem_seed, double head_p, int64_t head_seed) {
   Settings settings;
   settings.scale = scale;
   settings.of_x = {stem_p, stem_seed};
   settings.sizes = {num_heads, rank};
   settings.of_heads = {head_p, head_seed};
   settings.of_B = B.scalar_type();
-  return Branches::apply(x, A, B, router, y, weight, bias, A0, B0, settings);
+  const auto out = Branches::apply(x, A, B, router, y, weight, bias, A0, B0, settings);
+  return {out[0], out.size() > 1 ? out[1] : Tensor()};
 }
 
 }  // namespace
@@ -365,5 +373,5 @@ TORCH_LIBRARY(multiflora, library) {
               " Tensor? bias, int num_heads, int rank, float p, int seed) -> Tensor", &heads);
   library.def("branches(Tensor x, Tensor A, Tensor? router, Tensor? A0, Tensor B, Tensor? B0, Tensor? y, Tensor? weight,"
               " Tensor? bias, int num_heads, int rank, float scale, float stem_p, int stem_seed, float head_p,"
-              " int head_seed) -> Tensor", &branches);
+              " int head_seed) -> (Tensor, Tensor)", &branches);
 }

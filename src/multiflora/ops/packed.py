@@ -431,7 +431,7 @@ def branches(
     scale: float = 1.0,
     stem_dropout: Dropout = (0.0, 0),
     head_dropout: Dropout = (0.0, 0),
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The whole layer: :func:`stems` and :func:`heads`, and between them the softmax of the router, if there is one.
 
     Most methods need no more, and compiled it is one call and one node of autograd.
@@ -452,24 +452,26 @@ def branches(
         head_dropout: Probability and seed of the mask on each head's input.
 
     Returns:
-        (..., d_out), in y's dtype; with ``base`` in x's.
+        (..., d_out), in y's dtype; with ``base`` in x's. And the gate, (H, T), to look at: it has no gradient. None
+        without a router.
 
     Example:
-        >>> x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 2)
-        >>> branches(x, A, None, None, B, None, torch.zeros(2, 4), None, num_heads=2, rank=1)[0]
-        tensor([6., 6., 6., 6.])
+        >>> x, A, B = torch.ones(1, 3), torch.ones(1, 3), torch.ones(4, 2)
+        >>> branches(x, A, None, None, B, None, torch.zeros(1, 4), None, num_heads=2, rank=1)
+        (tensor([[6., 6., 6., 6.]]), None)
     """
     compiled = None if torch.compiler.is_compiling() else native.serve(x)
     if compiled is not None:
         _, weight, bias = base or (None, None, None)
         sizes = (num_heads, rank)
-        summed: Tensor = compiled.branches(
+        out: tuple[Tensor, Tensor | None] = compiled.branches(
             x, A, router, A0, B, B0, y, weight, bias, *sizes, scale, *stem_dropout, *head_dropout
         )
-        return summed
+        return out
     weight = None if base is None else base[1]
     place, u, logits, u0 = stems(x, A, router, A0, weight, scale=scale, dropout=stem_dropout)
     gate = None if logits is None else softmax(logits)
     y = place if y is None else y
     assert y is not None
-    return heads(y, u, u0, gate, B, B0, base, num_heads=num_heads, rank=rank, dropout=head_dropout)
+    summed = heads(y, u, u0, gate, B, B0, base, num_heads=num_heads, rank=rank, dropout=head_dropout)
+    return summed, None if gate is None else gate.detach()

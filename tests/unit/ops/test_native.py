@@ -140,11 +140,18 @@ def test_one_call_is_the_three_it_stands_for(dropout, parts, given):
     def grads(summed):
         return [summed, *torch.autograd.grad(summed.square().sum(), leaves)]
 
-    one = ops.branches(x, A, router, A0, B, B0, y, base, **sizes, scale=2.0, stem_dropout=of_x, head_dropout=of_heads)
+    one, seen = ops.branches(
+        x, A, router, A0, B, B0, y, base, **sizes, scale=2.0, stem_dropout=of_x, head_dropout=of_heads
+    )
     place, u, logits, u0 = ops.stems(x, A, router, A0, base and base[1], scale=2.0, dropout=of_x)
     gate = None if logits is None else ops.softmax(logits)
     three = ops.heads(place if y is None else y, u, u0, gate, B, B0, base, **sizes, dropout=of_heads)
     assert_equal(grads(one), grads(three))
+    if gate is None:
+        assert seen is None
+    else:
+        assert torch.equal(seen, gate)
+        assert not seen.requires_grad
 
 
 @pytest.mark.parametrize(
