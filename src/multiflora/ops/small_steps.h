@@ -218,6 +218,10 @@ const T* data_of(const Tensor& maybe) {
 // z, and u0 below it
 Tensor blend(const Tensor& u, const Tensor& u0, const Tensor& gate, Sizes sizes, Dropout dropout) {
   const auto rows = sizes.heads * sizes.rank, tokens = u.size(1);
+  TORCH_CHECK(u.size(0) == sizes.rank || u.size(0) == rows, "u has ", u.size(0), " rows; with ", sizes.heads,
+              " heads of rank ", sizes.rank, " it has ", sizes.rank, " or ", rows);
+  TORCH_CHECK(!gate.defined() || gate.sizes() == at::IntArrayRef({sizes.heads, tokens}), "the gate has shape ",
+              gate.sizes(), "; ", sizes.heads, " heads and ", tokens, " tokens need ", sizes.heads, " x ", tokens);
   const auto z = at::empty({rows + (u0.defined() ? u0.size(0) : 0), tokens}, u.options());
   const auto stems = u.contiguous(), weights = cast(gate, u.scalar_type()), mask = head_mask(u, rows, dropout);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "blend", [&] {

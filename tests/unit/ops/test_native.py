@@ -233,6 +233,20 @@ def test_shapes_that_do_not_fit_are_refused_as_torch_refuses_them():
 
 
 @pytest.mark.parametrize("compiled", [True, False])
+def test_a_gate_and_a_u_that_do_not_fit_are_refused(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "serve", lambda x: None)
+    y, B, sizes = torch.randn(4, 5), torch.randn(5, 6), {"num_heads": 3, "rank": 2}
+    u, gate = torch.randn(2, 4), torch.rand(3, 4)
+    for wrong_u, wrong_gate in ((u, gate[:2]), (u, gate[:, :3]), (torch.randn(4, 4), gate)):
+        with pytest.raises(RuntimeError):
+            ops.heads(y, wrong_u, None, wrong_gate, B, None, **sizes)
+    x, A, router = torch.randn(4, 7), torch.randn(2, 7), torch.randn(4, 7)
+    with pytest.raises(RuntimeError):
+        ops.branches(x, A, router, None, B, None, y, None, **sizes)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 def test_a_gradient_of_a_gradient_is_refused(compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(native, "serve", lambda x: None)
