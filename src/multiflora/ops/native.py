@@ -5,7 +5,7 @@ as many. A layer of a small model has some sixty such calls, and they came to tw
 the products follow one another at once, and what lies between them is a few loops. The arithmetic is the same in kind
 and order, so results are equal to the last bit, and whether this module is at work can be seen in nothing but the time.
 
-The first training on a processor builds the library with the system's C++ compiler, in about 15 seconds, into the
+The first training on a processor builds the library with the system's C++ compiler, in about 20 seconds, into the
 user's cache; every later process loads it from there. Without a compiler, on another system than Linux, or with
 ``MULTIFLORA_NATIVE=0`` in the environment, Python goes on making the calls.
 """
@@ -110,7 +110,7 @@ def state() -> tuple[bool, str]:
         there = library_file().exists()
     except _REFUSALS as error:
         return False, f"computed by Python: {_reason(error)}"
-    return True, f"compiled, {library_file()}" if there else "compiled by the first training, in about 15 seconds"
+    return True, f"compiled, {library_file()}" if there else "compiled by the first training, in about 20 seconds"
 
 
 def _open(*, build: bool) -> None:
@@ -144,7 +144,7 @@ def _build(file: Path) -> None:
     with FileLock(f"{file}.lock"):
         if file.exists():
             return
-        log.info("Compiling the branches for this processor: about 15 seconds, once.")
+        log.info("Compiling the branches for this processor: about 20 seconds, once.")
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             made = Path(folder) / file.name
             headers = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
