@@ -6,6 +6,7 @@ first. The import itself is cheap (no torch); names are loaded when they are use
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -124,4 +125,20 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("peft")
 def _register(_peft: Any) -> None:
     """Teach peft our methods as soon as it is imported, now or later."""
-    import_module("multiflora.peft_bridge").register_methods()
+    try:
+        import_module("multiflora.peft_bridge").register_methods()
+    except (ImportError, AttributeError) as error:
+        waiting = next(
+            (name for name in [*sys.modules] if name.startswith("multiflora.") and _is_half_made(name)), None
+        )
+        if waiting is None:
+            raise
+        raise ImportError(
+            f"{waiting} was imported before peft, which loads all methods when it comes and now finds this module half "
+            "made. Import peft first, or take the name from multiflora itself: from multiflora import RLoraConfig."
+        ) from error
+
+
+def _is_half_made(name: str) -> bool:
+    """Whether a module's own import is still under way; importlib tells by the same mark."""
+    return bool(getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False))

@@ -56,6 +56,15 @@ def test_a_script_may_import_one_of_our_names_first(name: str) -> None:
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.parametrize("name", ["multiflora.methods.rlora", "multiflora.methods.config", "multiflora.peft_bridge"])
+def test_a_deep_module_before_peft_says_what_to_import_first(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
+    assert f"ImportError: {name} was imported before peft" in done.stderr
+    assert "Import peft first" in done.stderr
+    done = subprocess.run([sys.executable, "-c", f"import peft, {name}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # what `pip install multiflora` alone does not bring; the modules that are nothing without one of them import it at once
 OPTIONAL = {
     "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "optuna", "ray", "submitit",

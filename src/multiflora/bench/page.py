@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,16 @@ def write_page(results: Results, page: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for name, svg in drawn.items():
         write_text(folder / f"{name}.svg", svg)
-    write_text(page, render(results, {name: f"{folder.name}/{name}.svg" for name in drawn}))
+    write_text(page, render(results, folder.name, drawn))
 
 
-def render(results: Results, figure_paths: dict[str, str]) -> str:
+def render(results: Results, name: str, drawn: Collection[str]) -> str:
     """Fill the template.
 
     Args:
         results: The samples.
-        figure_paths: Name of a figure -> where the page finds it.
+        name: Of the page, and of the folder with its figures.
+        drawn: Names of the figures there are.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -82,7 +84,8 @@ def render(results: Results, figure_paths: dict[str, str]) -> str:
             (case, {name: case.tokens / median(total(case.seconds, name, results.clock)) for name in case.seconds})
             for case in results.training
         ],
-        figures=figure_paths,
+        name=name,
+        figures={figure: f"{name}/{figure}.svg" for figure in drawn},
         labels=LABELS,
         mb=lambda number: f"{number / 1e6:,.2f}",
     )

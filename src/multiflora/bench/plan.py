@@ -7,14 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 from multiflora.bench.shapes import SHAPES, Shape
 
-__all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Job", "Preset", "Section", "plan"]
+__all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Dtype", "Job", "Preset", "Section", "plan"]
 
 Section = Literal["layer", "heads", "memory", "shared", "step", "train"]
 SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train")
 
+Dtype = Literal["float32", "bfloat16"]
+
 Preset = Literal["quick", "standard", "full"]
 PRESETS: tuple[Preset, ...] = ("quick", "standard", "full")
-"""Two minutes, twenty minutes and an hour on one core of a server."""
+"""Two minutes, twenty minutes and an hour or two on one core of a server; half as long again without bfloat16."""
 
 TASKS = ("sst2", "trec", "agnews", "commonsenseqa")
 """Folders of four tasks with short answers."""
@@ -52,6 +54,7 @@ def plan(
     preset: Preset,
     *,
     kind: Literal["cpu", "cuda"],
+    dtype: Dtype,
     compiler: bool,
     tasks: tuple[str, ...],
     only: Collection[Section] = (),
@@ -61,68 +64,68 @@ def plan(
     Args:
         preset: How much.
         kind: A GPU gets long inputs; a processor gets few tokens of the large models.
+        dtype: What models are trained in on this machine. Where bfloat16 is emulated that is float32: products would
+            take eight times as long as float32's there, and nobody trains so.
         compiler: Whether ``torch.compile`` of the loop can take part.
         tasks: What `multiflora train` trains on.
         only: These sections; empty: all.
 
     Example:
-        >>> [job.section for job in plan("quick", kind="cpu", compiler=False, tasks=TASKS, only=["memory"])]
+        >>> jobs = plan("quick", kind="cpu", dtype="float32", compiler=False, tasks=TASKS, only=["memory"])
+        >>> [job.section for job in jobs]
         ['memory', 'memory']
     """
     jobs = [
         *_memory(),
-        *_heads(preset, kind),
-        *_shared(preset),
-        *_layers(preset, kind, compiler),
-        *_steps(preset, kind),
+        *_heads(preset, kind, dtype),
+        *_shared(preset, dtype),
+        *_layers(preset, kind, dtype, compiler),
+        *_steps(preset, kind, dtype),
         *_training(preset, tasks),
     ]
     return [job for job in jobs if not only or job.section in only]
 
 
-def _layers(preset: Preset, kind: str, compiler: bool) -> list[Job]:
+def _layers(preset: Preset, kind: str, dtype: Dtype, compiler: bool) -> list[Job]:
     if kind == "cuda":
         rounds = {"quick": 10, "standard": 30, "full": 60}[preset]
         shapes = [shape for shape in SHAPES if shape.model == _LLAMA or preset == "full"]
         return [
-            _layer(shape, 8192, "bfloat16", dropout, rounds, compiled=compiler)
-            for shape in shapes
-            for dropout in _DROPOUTS
+            _layer(shape, 8192, dtype, dropout, rounds, compiled=compiler) for shape in shapes for dropout in _DROPOUTS
         ]
-    up, q = _BY_NAME[_SMOLLM2, "up_proj"], _BY_NAME[_LLAMA, "q_proj"]
+    up = _BY_NAME[_SMOLLM2, "up_proj"]
     if preset == "quick":
-        qwen = _BY_NAME[_QWEN, "up_proj"]
-        return [_layer(shape, 256, "bfloat16", dropout, 7) for shape in (up, qwen) for dropout in _DROPOUTS]
+        return [
+            _layer(shape, 256, dtype, dropout, 7) for shape in (up, _BY_NAME[_QWEN, "up_proj"]) for dropout in _DROPOUTS
+        ]
+    types = dict.fromkeys(("float32", dtype))
     if preset == "full":
         return [
-            _layer(shape, 1024, dtype, dropout, 21, compiled=compiler)
+            _layer(shape, 1024, each, dropout, 21, compiled=compiler)
             for shape in SHAPES
-            for dtype in ("float32", "bfloat16")
+            for each in types
             for dropout in _DROPOUTS
         ]
-    few = [
-        *(
-            (_BY_NAME[_SMOLLM2, layer], tokens, dtype, 15)
-            for tokens in _TOKENS
-            for layer in _LAYERS
-            for dtype in ("float32", "bfloat16")
-        ),
-        *((_BY_NAME[_QWEN, layer], tokens, "bfloat16", 11) for tokens in _TOKENS for layer in _LAYERS),
-        (_BY_NAME[_QWEN, "up_proj"], 512, "float32", 7),
-        *((_BY_NAME[_LLAMA, layer], 256, "bfloat16", 7) for layer in _LAYERS),
-        (q, 256, "float32", 7),
-    ]
+    few = dict.fromkeys(
+        [
+            *((_BY_NAME[_SMOLLM2, layer], tokens, each) for tokens in _TOKENS for layer in _LAYERS for each in types),
+            *((_BY_NAME[_QWEN, layer], tokens, dtype) for tokens in _TOKENS for layer in _LAYERS),
+            (_BY_NAME[_QWEN, "up_proj"], 512, "float32"),
+            *((_BY_NAME[_LLAMA, layer], 256, dtype) for layer in _LAYERS),
+            (_BY_NAME[_LLAMA, "q_proj"], 256, "float32"),
+        ]
+    )
     # compiling takes longer than measuring: one layer tells how the compiler does
     return [
         _layer(
             shape,
             tokens,
-            dtype,
+            each,
             dropout,
-            rounds,
-            compiled=compiler and (shape, tokens, dtype) == (up, _TOKENS[0], "bfloat16"),
+            15 if shape.model == _SMOLLM2 else 11,
+            compiled=compiler and (shape, tokens, each) == (up, _TOKENS[0], dtype),
         )
-        for shape, tokens, dtype, rounds in few
+        for shape, tokens, each in few
         for dropout in _DROPOUTS
     ]
 
@@ -143,7 +146,7 @@ def _seconds(shape: Shape, tokens: int, dtype: str) -> float:
     return 1e-3 + 4 * tokens * shape.d_in * shape.d_out / (8e10 if dtype == "float32" else 1.8e11)
 
 
-def _heads(preset: Preset, kind: str) -> list[Job]:
+def _heads(preset: Preset, kind: str, dtype: Dtype) -> list[Job]:
     names = {
         "quick": [(_SMOLLM2, "up_proj")],
         "standard": [(_SMOLLM2, "up_proj"), (_QWEN, "up_proj")],
@@ -154,8 +157,8 @@ def _heads(preset: Preset, kind: str) -> list[Job]:
     jobs = []
     for name in names:
         for dropout in _DROPOUTS:
-            settings = {"tokens": tokens, "dtype": "bfloat16", "dropout": dropout}
-            cost = 8 * (rounds + 2) * _seconds(_BY_NAME[name], tokens, "bfloat16")
+            settings = {"tokens": tokens, "dtype": dtype, "dropout": dropout}
+            cost = 8 * (rounds + 2) * _seconds(_BY_NAME[name], tokens, dtype)
             shape = _BY_NAME[name]
             jobs.append(
                 Job("heads", {"shape": shape, **settings, "rounds": rounds}, {**shape._asdict(), **settings}, cost)
@@ -172,7 +175,7 @@ def _memory() -> list[Job]:
     return jobs
 
 
-def _shared(preset: Preset) -> list[Job]:
+def _shared(preset: Preset, dtype: Dtype) -> list[Job]:
     groups = {_SMOLLM2: [("q_proj", 576), ("k_proj", 192), ("v_proj", 192)]}
     if preset != "quick":
         groups[_QWEN] = [("q_proj", 896), ("k_proj", 128), ("v_proj", 128)]
@@ -180,12 +183,12 @@ def _shared(preset: Preset) -> list[Job]:
     jobs = []
     for model, parts in groups.items():
         layers = tuple(Shape(model, layer, width[model], d_out) for layer, d_out in parts)
-        settings = {"tokens": 512, "dtype": "bfloat16"}
+        settings = {"tokens": 512, "dtype": dtype}
         jobs.append(Job("shared", {"layers": layers, **settings, "rounds": 21}, {"model": model, **settings}, 1.0))
     return jobs
 
 
-def _steps(preset: Preset, kind: str) -> list[Job]:
+def _steps(preset: Preset, kind: str, dtype: Dtype) -> list[Job]:
     rows, length, labels, rounds = {
         "quick": (1, 128, 16, 2),
         "standard": (8, 256, 32, 3),
@@ -195,8 +198,8 @@ def _steps(preset: Preset, kind: str) -> list[Job]:
         rows, length, labels, rounds = 8, 1024, 64, {"quick": 5, "standard": 15, "full": 30}[preset]
     jobs = []
     for dropout in _DROPOUTS:
-        settings = {"rows": rows, "length": length, "dtype": "bfloat16", "dropout": dropout}
-        cost = 0.027 * rows * length * (rounds + 2)
+        settings = {"rows": rows, "length": length, "dtype": dtype, "dropout": dropout}
+        cost = (0.05 if dtype == "float32" else 0.027) * rows * length * (rounds + 2)
         # with dropout a step keeps more, so that is where memory is looked at
         more = {"labels": labels, "rounds": rounds, "memory": dropout > 0}
         jobs.append(Job("step", {**settings, **more}, {"labels": labels, **settings}, cost))

@@ -74,7 +74,14 @@ def bench(
     where = _device(device)
     with threads(num_threads if where.type == "cpu" else None):
         here = machine(where)
-        jobs = plan(preset, kind=here.kind, compiler=has_compiler(where), tasks=_tasks(tasks), only=only)
+        jobs = plan(
+            preset,
+            kind=here.kind,
+            dtype="bfloat16" if here.native_bf16 else "float32",
+            compiler=has_compiler(where),
+            tasks=_tasks(tasks),
+            only=only,
+        )
         results = _started(path, here, command) if resume else Results(command=command, machine=here)
         jobs = [_shortened(job, rounds) for job in jobs if not _is_there(job, results)]
         save(results, path)

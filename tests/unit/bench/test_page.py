@@ -65,6 +65,16 @@ def test_it_says_which_clock_was_read(tmp_path, threads, words):
     assert words in (tmp_path / "performance.md").read_text("utf-8")
 
 
+def test_it_says_that_bfloat16_is_emulated(tmp_path):
+    for native in (True, False):
+        write_page(results(machine=machine(native_bf16=native)), tmp_path / f"{native}.md")
+    assert "float32.**" not in (tmp_path / "True.md").read_text("utf-8")
+    page = (tmp_path / "False.md").read_text("utf-8")
+    assert page.startswith("# Performance in float32\n\n")
+    assert "emulates it at 2.00 of the speed of float32" in page
+    assert "--report docs/False/results.json --page docs/False.md" in page
+
+
 def test_the_page_in_docs_is_the_one_its_samples_make(tmp_path):
     write_page(load(DOCS / "performance" / "results.json"), tmp_path / "performance.md")
     assert (tmp_path / "performance.md").read_text("utf-8") == (DOCS / "performance.md").read_text("utf-8"), (

@@ -7,13 +7,15 @@ import pytest
 from multiflora.bench.plan import GENERATED_TASKS, PRESETS, SECTIONS, plan
 from multiflora.tasks import load_task
 
-OPTIONS = {"compiler": True, "tasks": GENERATED_TASKS}
+OPTIONS = {"dtype": "bfloat16", "compiler": True, "tasks": GENERATED_TASKS}
+IN_FLOAT32 = {**OPTIONS, "dtype": "float32"}
 
 
+@pytest.mark.parametrize("options", [OPTIONS, IN_FLOAT32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_every_section(preset, kind):
-    jobs = plan(preset, kind=kind, **OPTIONS)
+def test_every_preset_has_every_section(preset, kind, options):
+    jobs = plan(preset, kind=kind, **options)
     assert {job.section for job in jobs} == set(SECTIONS)
     identities = [(job.section, tuple(sorted(job.identity.items()))) for job in jobs]
     assert len(set(identities)) == len(identities), "a resumed run would take two cases for one"
@@ -38,9 +40,22 @@ def test_the_standard_preset_measures_what_the_targets_ask_for():
     assert {(job.identity["d_in"], job.identity["d_out"]) for job in jobs if job.section == "memory"} == {(4096, 11008)}
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_is_timed_in_a_type_that_is_emulated(preset, kind):
+    jobs = [job for job in plan(preset, kind=kind, **IN_FLOAT32) if job.section != "memory"]
+    assert {job.identity.get("dtype", "float32") for job in jobs} == {"float32"}
+    half = [job for job in plan(preset, kind=kind, **OPTIONS) if job.section != "memory"]
+    without_type = [
+        {(job.section, *((k, v) for k, v in job.identity.items() if k != "dtype")) for job in some}
+        for some in (jobs, half)
+    ]
+    assert without_type[0] == without_type[1], "the same cases"
+
+
 def test_the_compiled_loop_takes_part_only_where_there_is_a_compiler():
     def with_compiler(there):
-        jobs = plan("standard", kind="cpu", compiler=there, tasks=GENERATED_TASKS)
+        jobs = plan("standard", kind="cpu", **{**OPTIONS, "compiler": there})
         return [job for job in jobs if "compiled loop" in job.settings.get("names", ())]
 
     assert with_compiler(True)
