@@ -1,6 +1,6 @@
-"""What packing and torch.compile gain a training: the same recipe with and without them, side by side.
+"""What packing or torch.compile gains a training: the same recipe with and without it, side by side.
 
-python tools/training_options.py --tasks FOLDER [--rounds 5] [--steps 6]
+python tools/training_options.py packing torch.compile --tasks FOLDER [--rounds 5] [--steps 6]
 
 FOLDER holds sst2, trec, agnews and commonsenseqa; without it four generated tasks are trained on. Prints a table for
 docs/decisions/0018-options-around-training.md.
@@ -28,12 +28,14 @@ from multiflora.train.fit import fit
 from multiflora.train.precision import weights_of
 from multiflora.train.quiet import quiet_libraries
 
+VARIANTS = ("packing", "torch.compile")
 CPU = torch.device("cpu")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -48,19 +50,20 @@ def main() -> None:
             "train": {"max_steps": given.steps, "batch_size": given.batch_size},
             "output": folder,
         }
-        measure(settings, given.rounds)
+        measure(settings, ["plain", *given.variants], given.rounds)
 
 
-def measure(settings: dict[str, Any], rounds: int) -> None:
+def measure(settings: dict[str, Any], names: list[str], rounds: int) -> None:
     """Train all variants side by side and print what each takes beside the plain one."""
     first: dict[str, float] = {}
 
-    def runs(name: str, *, packing: bool, compiled: bool) -> Callable[[], Phases]:
-        recipe = recipe_from({**settings, "train": {**settings["train"], "packing": packing}})
+    def runs(name: str) -> Callable[[], Phases]:
+        recipe = recipe_from({**settings, "train": {**settings["train"], "packing": name == "packing"}})
         tokenizer = load_tokenizer(recipe.model)
         examples = encode_tasks(recipe, tokenizer)
         model = add_adapter(load_model(recipe.model, weights_of(recipe)), recipe)
-        if compiled:
+        if name == "torch.compile":
+            torch._dynamo.config.recompile_limit = 64  # a block is compiled anew for its layers' names
             for block in model.get_base_model().model.layers:
                 block.compile(dynamic=True)
 
@@ -72,15 +75,10 @@ def measure(settings: dict[str, Any], rounds: int) -> None:
 
         return run
 
-    variants = {
-        "plain": {"packing": False, "compiled": False},
-        "packing": {"packing": True, "compiled": False},
-        "torch.compile": {"packing": False, "compiled": True},
-    }
     with quiet_libraries():
-        timed = samples(interleave({name: runs(name, **variant) for name, variant in variants.items()}, rounds))
+        timed = samples(interleave({name: runs(name) for name in names}, rounds))
     print("| | seconds | beside plain | first run |\n|---|--:|--:|--:|")
-    for name in variants:
+    for name in names:
         spent, plain = total(timed, name, "cpu"), total(timed, "plain", "cpu")
         print(f"| {name} | {median(spent):.2f} | {ratio(spent, plain)} | {first[name]:.1f} s |")
 
