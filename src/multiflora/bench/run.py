@@ -64,7 +64,8 @@ def bench(
         All samples.
 
     Raises:
-        ConfigError: There is no such device, a task is missing, or ``path`` is of another machine, version or command.
+        ConfigError: There is no such device, ``cpu`` was asked for where a GPU is in view, a task is missing, or
+            ``path`` is of another machine, version or command.
         DataError: ``resume``, and ``path`` is no result.
 
     Example:
@@ -101,6 +102,12 @@ def bench(
 
 def _device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
+    if wanted == "cpu" and available:
+        # the training compared is the main job, which takes a GPU that it sees; so does the choice of the number type
+        raise ConfigError(
+            "--device is cpu, and torch sees a GPU here, which training would take. Hide it: set the environment "
+            "variable CUDA_VISIBLE_DEVICES to nothing before the command."
+        )
     if wanted == "cuda" and not available:
         raise ConfigError("--device is cuda, and torch sees no GPU here. Leave it out, or give --device cpu.")
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
