@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
         results=results,
         machine=results.machine,
         cpu_clock=results.clock == "cpu",
+        rounds=_rounds(results),
         header=HEADER,
         rows=[cells(verdict) for verdict in judged],
         missed=[_miss(verdict, results) for verdict in judged if verdict.lines and verdict.word != "held"],
@@ -90,6 +91,23 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
         mb=lambda number: f"{number / 1e6:,.2f}",
     )
     return filled
+
+
+def _rounds(results: Results) -> list[str]:
+    """How many rounds the cases of each section had: a preset has its numbers, ``--rounds`` gives another."""
+    sections: dict[str, Sequence[Any]] = {
+        "layers": results.layers,
+        "numbers of heads": results.heads,
+        "shared inputs": results.shared,
+        "steps": results.steps,
+        "training": results.training,
+    }
+    found = []
+    for name, cases in sections.items():
+        counts = {len(total(case.seconds, next(iter(case.seconds)), results.clock)) for case in cases}
+        if counts:
+            found.append(f"{name} {' to '.join(str(count) for count in sorted({min(counts), max(counts)}))}")
+    return found
 
 
 def _layer(case: LayerCase, results: Results) -> dict[str, Any]:
@@ -165,7 +183,8 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
     profiles = {case.name: case.profile for case in results.layers} | {c.name: c.profile for c in results.steps}
-    profile = {} if worst is None else profiles.get(worst.case, {})
+    # profiled are R-LoRA and the frozen layer or model
+    profile = profiles.get(worst.case, {}) if worst is not None and verdict.target.ours == "packed" else {}
     operators = sorted(profile.get("packed", {}).items(), key=lambda item: -item[1])[:8]
     frozen = profile.get("frozen", {})
     return {

@@ -38,8 +38,9 @@ def profile(run: Callable[[], object], device: torch.device, *, keep: int = 16) 
 
 
 def _name(event: Any) -> str:
-    """The operator, for a product with its two factors (of addmm the first input is what is added to)."""
+    """The operator, for a product with its two factors: what is added to comes before them, where to write after."""
     if "mm" not in event.key:
         return str(event.key)
-    factors = ["×".join(map(str, shape)) for shape in event.input_shapes if len(shape) > 1][-2:]
+    first = 1 if "add" in event.key else 0
+    factors = ["×".join(map(str, shape)) for shape in event.input_shapes[first : first + 2]]
     return " ".join((event.key, " · ".join(factors))).strip()

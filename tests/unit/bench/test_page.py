@@ -10,7 +10,7 @@ import pytest
 from multiflora.bench.page import write_page
 from multiflora.bench.results import load
 
-from .made_results import machine, results
+from .made_results import layer, machine, made, results, step
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -32,6 +32,15 @@ def test_it_tells_targets_misses_floor_and_profile(tmp_path):
     assert "torch 2.13.0" in page
     for name in re.findall(r"\]\(<(.*?)>\)", page):
         assert (tmp_path / name).is_file()
+
+
+def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):
+    slow = step(0.1, multilora=1390.0)
+    write_page(results(steps=(slow,)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    section = page.partition("### MultiLoRA step / peft LoRA 3r, dropout 0.1")[2].partition("### ")[0]
+    assert "| SmolLM2-135M, 2 × 256 tokens, bfloat16, dropout 0.1 | 0.99" in section
+    assert "profiler" not in section
 
 
 def test_every_table_has_a_cell_for_every_column(tmp_path):
@@ -65,6 +74,15 @@ def test_it_says_which_clock_was_read(tmp_path, threads, words):
     assert words in (tmp_path / "performance.md").read_text("utf-8")
 
 
+def test_it_says_how_many_rounds_there_were(tmp_path):
+    longer = layer(0.1, packed=2.0).model_copy(
+        update={"seconds": made(61, frozen=10, packed=12, peft=15, loop=30, products=1)}
+    )
+    write_page(results(layers=(*results().layers, longer)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    assert "- **Rounds:** layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3." in page
+
+
 def test_it_says_that_bfloat16_is_emulated(tmp_path):
     for native in (True, False):
         write_page(results(machine=machine(native_bf16=native)), tmp_path / f"{native}.md")
@@ -75,8 +93,9 @@ def test_it_says_that_bfloat16_is_emulated(tmp_path):
     assert "--report docs/False/results.json --page docs/False.md" in page
 
 
-def test_the_page_in_docs_is_the_one_its_samples_make(tmp_path):
-    write_page(load(DOCS / "performance" / "results.json"), tmp_path / "performance.md")
-    assert (tmp_path / "performance.md").read_text("utf-8") == (DOCS / "performance.md").read_text("utf-8"), (
-        "multiflora bench --report docs/performance/results.json --page docs/performance.md"
+@pytest.mark.parametrize("page", ["performance", "performance-float32"])
+def test_a_page_in_docs_is_the_one_its_samples_make(page, tmp_path):
+    write_page(load(DOCS / page / "results.json"), tmp_path / f"{page}.md")
+    assert (tmp_path / f"{page}.md").read_text("utf-8") == (DOCS / f"{page}.md").read_text("utf-8"), (
+        f"multiflora bench --report docs/{page}/results.json --page docs/{page}.md"
     )
