@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -68,19 +69,46 @@ def kept(
     """The mask of :func:`dropout_mask` without its weight: 1 for what is kept, 0 for what is dropped."""
     if triton_kernels.serve(device):
         return triton_kernels.kept(shape, dropped_levels(p), seed, device=device, dtype=dtype)
-    # four draws a word; the last axis is rounded up to whole words
-    words = (*shape[:-1], (shape[-1] + 3) // 4)
     if torch.device(device).type == "cpu":
-        # numpy's generators make a word in half the time of torch's
-        words_of_seed = np.random.SFC64(cast("np.random.SeedSequence", _AsItIs(seed))).random_raw(words)
-        draws = torch.from_numpy(words_of_seed.view(np.int16))
-    else:
-        generator = torch.Generator(device=device).manual_seed(seed)
-        fresh = torch.empty(words, dtype=torch.int64, device=device)
-        draws = fresh.random_(-(2**63), None, generator=generator).view(torch.int16)
-    if draws.shape[-1] != shape[-1]:
-        draws = draws[..., : shape[-1]]
-    # compared in place: an int16 of 0 or 1 becomes a float faster than a bool does
+        return _compared(_draws(_generator(seed), shape), p, dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    fresh = torch.empty(_words(shape), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return _compared(fresh.view(torch.int16)[..., : shape[-1]], p, dtype)
+
+
+def kept_by_block(
+    shape: tuple[int, ...], p: float, seed: int, rows: int, *, device: torch.device | str = "cpu", dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The mask of :func:`kept`, so many rows at a time. A GPU, which has little to gain, makes one block of all.
+
+    Example:
+        >>> [len(block) for block in kept_by_block((5, 3), 0.5, 1, rows=2, dtype=torch.int32)]
+        [2, 2, 1]
+    """
+    if torch.device(device).type != "cpu" or triton_kernels.serve(device):
+        yield kept(shape, p, seed, device=device, dtype=dtype)
+        return
+    generator = _generator(seed)
+    for start in range(0, shape[0], rows):
+        yield _compared(_draws(generator, (min(rows, shape[0] - start), *shape[1:])), p, dtype)
+
+
+def _words(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Four draws a word; the last axis is rounded up to whole words."""
+    return *shape[:-1], (shape[-1] + 3) // 4
+
+
+def _generator(seed: int) -> np.random.SFC64:
+    """Numpy's generators make a word in half the time of torch's."""
+    return np.random.SFC64(cast("np.random.SeedSequence", _AsItIs(seed)))
+
+
+def _draws(generator: np.random.SFC64, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(generator.random_raw(_words(shape)).view(np.int16))[..., : shape[-1]]
+
+
+def _compared(draws: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    # in place: an int16 of 0 or 1 becomes a float faster than a bool does
     return draws.ge_(dropped_levels(p) - _LEVELS // 2).to(dtype)
 
 

@@ -74,11 +74,10 @@ struct Readers {
 
 // Readers of one input: x, or what dropout leaves of it
 struct Reading {
-  Tensor x;
   Tensor rows;  // [s A; R; -s A0], those that are for this input
   int64_t first;  // their place among all readers
   double scale;
-  bool dropped = false;
+  bool of_dropped = false;
 
   Tensor of(const Tensor& all) const { return all.narrow(0, first, rows.size(0)); }
 };
@@ -92,11 +91,50 @@ std::vector<Reading> readings(const Tensor& x, const Readers& readers) {
   put(rows, 0, 0, readers.A, scale);
   if (gates) put(rows, stems, 0, readers.router, 1);
   if (offset) put(rows, stems + gates, 0, readers.A0, -readers.scale);
-  if (p == 0) return {Reading{x, rows, 0, scale}};
-  auto left = x.clone(at::MemoryFormat::Contiguous);
-  Reading of_dropped{drop_(left, readers.dropout), rows.narrow(0, 0, stems), 0, scale, true};
+  if (p == 0) return {Reading{rows, 0, scale}};
+  Reading of_dropped{rows.narrow(0, 0, stems), 0, scale, true};
   if (gates + offset == 0) return {of_dropped};
-  return {Reading{x, rows.narrow(0, stems, gates + offset), stems, 1}, of_dropped};
+  return {Reading{rows.narrow(0, stems, gates + offset), stems, 1}, of_dropped};
+}
+
+// Room for a block of x
+Tensor room(const Tensor& x) { return at::empty({std::min(BLOCK, x.size(0)), x.size(1)}, x.options()); }
+
+// The product of rows with what dropout leaves of x, into `out`, (R, T)
+void read_dropped(const Tensor& out, const Tensor& given, const Tensor& rows, Dropout dropout) {
+  const auto x = given.contiguous(), left = room(x);
+  by_block(x, dropout, [&](const Block& block) {
+    const auto here = left.narrow(0, 0, block.rows);
+    drop(here, block.of(x), block);
+    auto part = block.of(out, 1);
+    at::mm_out(part, rows, here.t());
+  });
+}
+
+// Adds the gradient of x to `dx`, where it is needed, and gives that of rows, in float32 at least
+Tensor read_dropped_backward(const Tensor& dread, Tensor& dx, const Tensor& given, const Tensor& rows, Dropout dropout,
+                             bool needs_x, bool needs_rows) {
+  const auto x = given.contiguous(), room_for_x = room(x), room_for_grad = room(x);
+  const auto wide = at::toOpMathType(x.scalar_type());
+  const auto drows = needs_rows ? at::zeros(rows.sizes(), x.options().dtype(wide)) : Tensor();
+  const bool sums = dx.defined();
+  if (needs_x && !sums) dx = at::empty_like(x);
+  by_block(x, dropout, [&](const Block& block) {
+    const auto grad = block.of(dread, 1);
+    if (needs_rows) {
+      const auto left = room_for_x.narrow(0, 0, block.rows);
+      drop(left, block.of(x), block);
+      if (wide == x.scalar_type()) drows.addmm_(grad, left);
+      else drows.add_(at::mm(grad, left));
+    }
+    if (needs_x) {
+      auto part = room_for_grad.narrow(0, 0, block.rows);
+      at::mm_out(part, grad.t(), rows);
+      if (sums) add_dropped(block.of(dx), part, block);
+      else drop(block.of(dx), part, block);
+    }
+  });
+  return drows;
 }
 
 // [u; logits; u0]
@@ -104,7 +142,8 @@ Tensor read(const Tensor& x, const Readers& readers) {
   auto all = at::empty({readers.count(), x.size(0)}, x.options());
   for (const auto& reading : readings(x, readers)) {
     auto part = reading.of(all);
-    at::mm_out(part, reading.rows, reading.x.t());
+    if (reading.of_dropped) read_dropped(part, x, reading.rows, readers.dropout);
+    else at::mm_out(part, reading.rows, x.t());
   }
   return all;
 }
@@ -116,34 +155,25 @@ struct ReadGrads {
 // `dread` is the gradient of what read() gave. dx is that of the base product, too, where dy and its weight are there.
 ReadGrads read_backward(const Tensor& dread, const Tensor& dy, const Tensor& weight, const Tensor& x,
                         const Readers& readers, bool needs_x, bool needs_A, bool needs_router) {
-  const auto all = readings(x, readers);
   const auto [stems, gates, offset] = readers.counts();
   ReadGrads grads;
-  for (const auto& reading : all) {
+  auto& dx = grads.dx;
+  for (const auto& reading : readings(x, readers)) {
     // the offset is not trained
     const auto end = std::min(reading.first + reading.rows.size(0), stems + gates);
     const bool to_A = needs_A && reading.first < stems, to_router = needs_router && end > stems;
-    if (!to_A && !to_router) continue;
-    const auto trained = at::mm(dread.narrow(0, reading.first, end - reading.first), reading.x);
+    const auto from = reading.of(dread);
+    Tensor trained;
+    if ((to_A || to_router) && !reading.of_dropped)
+      trained = at::mm(dread.narrow(0, reading.first, end - reading.first), x);
+    if (needs_x && !dx.defined() && weight.defined() && dy.defined()) dx = at::mm(by_token(dy), weight);
+    if (reading.of_dropped) trained = read_dropped_backward(from, dx, x, reading.rows, readers.dropout, needs_x, to_A);
+    else if (needs_x) dx = dx.defined() ? dx.addmm_(from.t(), reading.rows) : at::mm(from.t(), reading.rows);
     if (to_A) {
       grads.dA = at::empty(readers.A.sizes(), readers.A.options());
       put(grads.dA, 0, 0, cast(trained.narrow(0, 0, stems), readers.A.scalar_type()), reading.scale);
     }
     if (to_router) grads.drouter = cast(trained.narrow(0, stems - reading.first, gates), readers.router.scalar_type());
-  }
-  if (!needs_x) return grads;
-  auto& dx = grads.dx;
-  if (weight.defined() && dy.defined()) dx = at::mm(by_token(dy), weight);
-  for (const auto& reading : all) {
-    const auto by_row = reading.of(dread).t();
-    if (!reading.dropped) {
-      dx = dx.defined() ? dx.addmm_(by_row, reading.rows) : at::mm(by_row, reading.rows);
-      continue;
-    }
-    auto part = reading.x;  // the dropped x has been read and gives its memory
-    at::mm_out(part, by_row, reading.rows);
-    drop_(part, readers.dropout);
-    dx = dx.defined() ? dx.add_(part) : part;
   }
   return grads;
 }

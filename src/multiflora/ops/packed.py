@@ -21,7 +21,7 @@ router, or nothing, in between. On a processor :mod:`multiflora.ops.native` runs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from multiflora.ops import native, triton_kernels
-from multiflora.ops.mask import dropped_levels, head_mask, kept, survivor_weight
+from multiflora.ops.mask import dropped_levels, head_mask, kept_by_block, survivor_weight
 
 Dropout = tuple[float, int]
 """Probability and seed of a mask."""
@@ -40,6 +40,9 @@ Base = tuple[Tensor, Tensor, "Tensor | None"]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size in bytes."""
+
+_BLOCK = 128
+"""Tokens of x that are dropped at a time on a processor: what is made of so few stays in its caches."""
 
 
 def pack(*parts: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
@@ -120,21 +123,18 @@ def _flat(z: Tensor, heads: int) -> Tensor:
 class _Reading(NamedTuple):
     """Rows that read one input: x, or what dropout leaves of it."""
 
-    x: Tensor
-    """(T, d_in)."""
     parts: tuple[Tensor | None, Tensor | None, Tensor | None]
     """A, router and A0, or None in place of those that read the other input."""
     scale: float
-    bits: Tensor | None = None
-    """Of the mask: integers of x's size with all bits set where x is kept and none where it is dropped."""
+    of_dropped: bool = False
 
-    def rows(self) -> tuple[Tensor, tuple[int, ...]]:
+    def rows(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]]:
         """[s A; R; -s A0] in x's dtype, and how many rows each of the three has."""
         present = [part for part in self.parts if part is not None]
         widths = tuple(0 if part is None else part.shape[0] for part in self.parts)
         # weights in half precision are scaled before they are rounded
-        factors = _factors(widths, self.scale, torch.promote_types(present[0].dtype, torch.float32), self.x.device)
-        return (torch.cat(present) * factors).to(self.x.dtype), widths
+        wide = torch.promote_types(present[0].dtype, torch.float32)
+        return (torch.cat(present) * _factors(widths, self.scale, wide, present[0].device)).to(dtype), widths
 
 
 @cache
@@ -144,25 +144,67 @@ def _factors(widths: tuple[int, ...], scale: float, dtype: torch.dtype, device: 
     return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
 
-def _readings(
-    x: Tensor, A: Tensor, router: Tensor | None, A0: Tensor | None, scale: float, dropout: Dropout, *, spend: bool
-) -> list[_Reading]:
-    """One reading; with dropout one of router and offset, and the stems' of what is left of x.
-
-    A mask of bits is applied in half the time of one of numbers, and can be in place: ``spend`` gives the mask's memory
-    to the dropped x.
-    """
-    p, seed = dropout
+def _readings(A: Tensor, router: Tensor | None, A0: Tensor | None, scale: float, dropout: Dropout) -> list[_Reading]:
+    """One reading; with dropout one of router and offset, and the stems' of what is left of x."""
+    p, _ = dropout
     if p == 0:
-        return [_Reading(x, (A, router, A0), scale)]
-    integer = _INTEGERS[x.element_size()]
-    bits = kept(tuple(x.shape), p, seed, device=x.device, dtype=integer).neg_()
-    left = torch.bitwise_and(x.view(integer), bits, out=bits if spend else None).view(x.dtype)
+        return [_Reading((A, router, A0), scale)]
     # the survivors' weight goes into the rows, too
-    of_dropped = _Reading(left, (A, None, None), scale * survivor_weight(p), bits)
+    of_dropped = _Reading((A, None, None), scale * survivor_weight(p), of_dropped=True)
     if router is None and A0 is None:
         return [of_dropped]
-    return [_Reading(x, (None, router, A0), scale), of_dropped]
+    return [_Reading((None, router, A0), scale), of_dropped]
+
+
+def _blocks(x: Tensor, dropout: Dropout) -> Iterator[tuple[slice, Tensor]]:
+    """Which tokens, and the mask on their x as integers: all bits set where it is kept, none where it is dropped.
+
+    Bits are applied in half the time of numbers, and a NaN can be dropped by them.
+    """
+    start = 0
+    integer = _INTEGERS[x.element_size()]
+    for block in kept_by_block(tuple(x.shape), *dropout, _BLOCK, device=x.device, dtype=integer):
+        yield slice(start, start + len(block)), block.neg_()
+        start += len(block)
+
+
+def _left(x: Tensor, bits: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """What dropout leaves of x, without the survivors' weight, in memory of its own or in that of ``out``."""
+    left = torch.bitwise_and(x.view(bits.dtype), bits, out=None if out is None else out.view(bits.dtype))
+    return left.view(x.dtype)
+
+
+def _read_dropped(x: Tensor, rows: Tensor, dropout: Dropout) -> Tensor:
+    """The product of rows with what dropout leaves of x, (R, T)."""
+    read = x.new_empty(len(rows), len(x))
+    for tokens, bits in _blocks(x, dropout):
+        # the mask has been applied and gives its memory
+        torch.mm(rows, _left(x[tokens], bits, out=bits).t(), out=read[:, tokens])
+    return read
+
+
+def _read_dropped_backward(
+    dread: Tensor, dx: Tensor | None, x: Tensor, rows: Tensor, dropout: Dropout, *, needs_x: bool, needs_rows: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`_read_dropped`: that of x added to ``dx``, and that of rows, in float32 at least."""
+    sums = dx is not None
+    if needs_x and dx is None:
+        dx = torch.empty_like(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    drows = x.new_zeros(rows.shape, dtype=wide) if needs_rows else None
+    for tokens, bits in _blocks(x, dropout):
+        if drows is not None:
+            if wide == x.dtype:
+                drows.addmm_(dread[:, tokens], _left(x[tokens], bits))
+            else:
+                drows += dread[:, tokens] @ _left(x[tokens], bits)
+        if dx is not None:
+            part = dread[:, tokens].t() @ rows
+            if sums:
+                dx[tokens] += _left(part, bits, out=part)
+            else:
+                _left(part, bits, out=dx[tokens])
+    return dx, drows
 
 
 class _Stems(torch.autograd.Function):
@@ -190,9 +232,11 @@ class _Stems(torch.autograd.Function):
         ctx.scale, ctx.dropout = scale, dropout
         y = None if weight is None else x.new_empty(*x.shape[:-1], weight.shape[0])
         read: list[Tensor | None] = [None] * 3
-        for reading in _readings(_by_token(x), A, router, A0, scale, dropout, spend=True):
-            rows, widths = reading.rows()
-            split = torch.split_with_sizes(rows @ reading.x.t(), widths)
+        tokens = _by_token(x)
+        for reading in _readings(A, router, A0, scale, dropout):
+            rows, widths = reading.rows(x.dtype)
+            product = _read_dropped(tokens, rows, dropout) if reading.of_dropped else rows @ tokens.t()
+            split = torch.split_with_sizes(product, widths)
             read = [part if width else other for part, width, other in zip(split, widths, read, strict=True)]
         return y, *read
 
@@ -203,33 +247,30 @@ class _Stems(torch.autograd.Function):
         x = _by_token(saved)
         needs_x, _, needs_A, needs_router, *_ = ctx.needs_input_grad
         dA = drouter = dx = None
-        small = []
-        for reading in _readings(x, A, router, A0, ctx.scale, ctx.dropout, spend=False):
-            rows, widths = reading.rows()
+        for reading in _readings(A, router, A0, ctx.scale, ctx.dropout):
+            rows, widths = reading.rows(x.dtype)
             there = [
                 x.new_zeros(width, x.shape[0]) if grad is None else grad
                 for grad, width in zip(dread, widths, strict=True)
                 if width
             ]
             together = there[0] if len(there) == 1 else torch.cat(there)
-            small.append((reading, rows, together))
-            if (needs_A and widths[0]) or (needs_router and widths[1]):
-                grads = together[: widths[0] + widths[1]] @ reading.x
-                if needs_A and widths[0]:
-                    dA = grads[: widths[0]].to(A.dtype).mul_(reading.scale)
-                if needs_router and widths[1]:
-                    drouter = grads[widths[0] :].to(router.dtype)
-        if needs_x:
-            dx = None if weight is None or dy is None else _by_token(dy) @ weight
-            for reading, rows, together in small:
-                if reading.bits is None:
-                    dx = together.t() @ rows if dx is None else dx.addmm_(together.t(), rows)
-                else:
-                    # the dropped x has been read and gives its memory
-                    part = torch.mm(together.t(), rows, out=reading.x)
-                    part.view(reading.bits.dtype).bitwise_and_(reading.bits)
-                    dx = part if dx is None else dx.add_(part)
-            assert dx is not None
+            to_A, to_router = needs_A and widths[0] > 0, needs_router and widths[1] > 0
+            grads = None
+            if (to_A or to_router) and not reading.of_dropped:
+                # the offset is not trained
+                grads = together[: widths[0] + widths[1]] @ x
+            if needs_x and dx is None and weight is not None and dy is not None:
+                dx = _by_token(dy) @ weight
+            if reading.of_dropped:
+                dx, grads = _read_dropped_backward(together, dx, x, rows, ctx.dropout, needs_x=needs_x, needs_rows=to_A)
+            elif needs_x:
+                dx = together.t() @ rows if dx is None else dx.addmm_(together.t(), rows)
+            if grads is not None and to_A:
+                dA = grads[: widths[0]].to(A.dtype).mul_(reading.scale)
+            if grads is not None and to_router:
+                drouter = grads[widths[0] :].to(router.dtype)
+        if dx is not None:
             dx = dx.view(saved.shape)
         return dx, None, dA, drouter, None, None, None
 

@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -53,53 +54,104 @@ struct Sfc64 {
   uint64_t a, b, c, counter = 1;
 };
 
-// keep(out, draws, n, threshold) for pieces of a contiguous matrix, row by row. One generator makes all draws, so this is
-// for one thread.
-template <typename T, typename Keep>
-void each_draw(T* out, int64_t rows, int64_t width, Dropout dropout, const Keep& keep) {
-  Sfc64 generator(dropout.seed);
-  const auto threshold = int16_t(dropped_levels(dropout.p) - LEVELS / 2);
-  std::array<uint64_t, 256> words;
-  std::array<int16_t, 4 * words.size()> draws;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t at = 0; at < width; at += draws.size()) {
-      const auto count = std::min<int64_t>(draws.size(), width - at);
-      const auto used = (count + 3) / 4;
-      for (int64_t i = 0; i < used; ++i) words[i] = generator.next();
-      std::memcpy(draws.data(), words.data(), used * sizeof(uint64_t));
-      keep(out + row * width + at, draws.data(), count, threshold);
+// The draws of a mask, some rows of it at a time. One generator makes them all, so this is for one thread.
+class Draws {
+ public:
+  Draws(Dropout dropout, int64_t width)
+      : threshold(dropped_levels(dropout.p) - LEVELS / 2), width((width + 3) / 4 * 4), generator(dropout.seed) {}
+
+  // of so many rows more, each `width` long
+  const int16_t* take(int64_t rows) {
+    draws.resize(rows * width);
+    for (auto draw = draws.begin(); draw != draws.end(); draw += 4) {
+      const auto word = generator.next();
+      std::memcpy(&*draw, &word, sizeof word);
     }
+    return draws.data();
   }
-}
+
+  const int16_t threshold;  // a smaller draw drops
+  const int64_t width;      // a row begins with a word of its own
+
+ private:
+  Sfc64 generator;
+  std::vector<int16_t> draws;
+};
 
 // 0 or the survivors' weight, (H r, T); undefined without dropout
 Tensor head_mask(const Tensor& u, int64_t rows, Dropout dropout) {
   if (dropout.p == 0) return Tensor();
-  auto mask = at::empty({rows, u.size(1)}, u.options());
+  const auto tokens = u.size(1);
+  auto mask = at::empty({rows, tokens}, u.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, u.scalar_type(), "head_mask", [&] {
     const auto weight = static_cast<scalar_t>(survivor_weight(dropout.p)), zero = static_cast<scalar_t>(0);
-    each_draw(mask.mutable_data_ptr<scalar_t>(), rows, u.size(1), dropout,
-              [=](scalar_t* out, const int16_t* draws, int64_t count, int16_t threshold) {
-                for (int64_t i = 0; i < count; ++i) out[i] = draws[i] >= threshold ? weight : zero;
-              });
+    auto* out = mask.mutable_data_ptr<scalar_t>();
+    Draws all(dropout, tokens);
+    for (int64_t row = 0; row < rows; ++row, out += tokens) {
+      const auto* draws = all.take(1);
+      for (int64_t i = 0; i < tokens; ++i) out[i] = draws[i] >= all.threshold ? weight : zero;
+    }
   });
   return mask;
 }
 
-template <typename Integer>
-void drop(void* x, int64_t rows, int64_t width, Dropout dropout) {
-  each_draw(static_cast<Integer*>(x), rows, width, dropout,
-            [](Integer* out, const int16_t* draws, int64_t count, int16_t threshold) {
-              for (int64_t i = 0; i < count; ++i) out[i] &= -Integer(draws[i] >= threshold);
-            });
+// Some rows of a mask on x, (rows, d_in)
+struct Block {
+  int64_t start, rows;
+  const int16_t* draws;
+  int64_t stride;
+  int16_t threshold;
+
+  Tensor of(const Tensor& matrix, int64_t axis = 0) const { return matrix.narrow(axis, start, rows); }
+};
+
+constexpr int64_t BLOCK = 128;  // _BLOCK of packed.py
+
+// work(block) for the rows of x, so few at a time that what is made of them stays in the caches
+
+template <typename Work>
+void by_block(const Tensor& x, Dropout dropout, const Work& work) {
+  Draws all(dropout, x.size(1));
+  for (int64_t start = 0; start < x.size(0); start += BLOCK) {
+    const auto rows = std::min(BLOCK, x.size(0) - start);
+    work(Block{start, rows, all.take(rows), all.width, all.threshold});
+  }
 }
 
-// What dropout leaves of x, in place, without the survivors' weight. Zeros are made bit by bit, so a NaN can be dropped.
-Tensor& drop_(Tensor& x, Dropout dropout) {
-  const auto size = x.element_size();
-  auto* function = size == 2 ? drop<int16_t> : size == 4 ? drop<int32_t> : drop<int64_t>;
-  function(x.mutable_data_ptr(), x.size(0), x.size(1), dropout);
-  return x;
+template <typename Integer>
+void drop(Integer* out, const Integer* in, int64_t width, const Block& block) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const auto* draws = block.draws + row * block.stride;
+    for (int64_t i = 0; i < width; ++i)
+      out[row * width + i] = in[row * width + i] & -Integer(draws[i] >= block.threshold);
+  }
+}
+
+// What dropout leaves of these rows of x, without the survivors' weight. By bits, so a NaN can be dropped.
+void drop(const Tensor& out, const Tensor& in, const Block& block) {
+  const auto width = in.size(1);
+  const auto as = [&](auto integer) {
+    using Integer = decltype(integer);
+    drop(static_cast<Integer*>(out.mutable_data_ptr()), static_cast<const Integer*>(in.const_data_ptr()), width, block);
+  };
+  const auto size = in.element_size();
+  size == 2 ? as(int16_t()) : size == 4 ? as(int32_t()) : as(int64_t());
+}
+
+// sum += what dropout leaves of these rows
+void add_dropped(const Tensor& sum, const Tensor& in, const Block& block) {
+  const auto width = in.size(1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "add_dropped", [&] {
+    const auto* from = in.const_data_ptr<scalar_t>();
+    auto* to = sum.mutable_data_ptr<scalar_t>();
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const auto* draws = block.draws + row * block.stride;
+      for (int64_t i = 0; i < width; ++i) {
+        const auto at = row * width + i;
+        to[at] = to[at] + (draws[i] >= block.threshold ? from[at] : static_cast<scalar_t>(0));
+      }
+    }
+  });
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------

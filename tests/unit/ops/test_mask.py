@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from multiflora.ops import draw_seed, dropout_mask
+from multiflora.ops.mask import kept, kept_by_block
 
 
 def test_the_seed_brings_the_mask_back():
@@ -31,6 +32,15 @@ def test_heads_and_neighbours_are_independent():
     mask = (dropout_mask((50_000, 4), 0.5, 3) > 0).double()
     correlation = torch.corrcoef(torch.cat((mask, mask.roll(1, 0)), 1).t()) - torch.eye(8)
     assert correlation.abs().max() < 5 / 50_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (4, 5), (11, 6)])
+def test_a_mask_in_blocks_is_the_mask(shape):
+    blocks = list(kept_by_block(shape, 0.4, 7, 4, dtype=torch.int32))
+    assert [len(block) for block in blocks[:-1]] == [4] * (len(blocks) - 1)
+    assert torch.equal(
+        torch.cat([torch.empty(0, shape[1], dtype=torch.int32), *blocks]), kept(shape, 0.4, 7, dtype=torch.int32)
+    )
 
 
 def test_torch_manual_seed_decides():

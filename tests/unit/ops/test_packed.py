@@ -10,6 +10,7 @@ from multiflora import ops
 from multiflora.bench.memory import kept_bytes
 from multiflora.bench.published import PublishedLoop
 from multiflora.context import find, reference_loop
+from multiflora.ops import native
 
 HEADS, RANK = 5, 8
 
@@ -47,6 +48,37 @@ def test_weights_in_half_precision_are_not_kept_twice():
     x = torch.randn(64, 24, dtype=torch.bfloat16, requires_grad=True)
     base = frozen(24, 40).to(torch.bfloat16)
     assert kept(layer_of(base), x) == 64 * (2 * (2 * RANK + HEADS) + 4 * HEADS)
+
+
+@pytest.mark.parametrize("way", ["compiled", "python"])
+@pytest.mark.parametrize("tokens", [0, 1, 128, 300])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("given", ["base", "y"])
+def test_dropout_on_x_block_by_block_is_that_of_the_whole(given, routed, tokens, way, monkeypatch):
+    if way == "python":
+        monkeypatch.setattr(native, "serve", lambda x: None)
+    x, A, R, B, W = (torch.randn(*shape).double() for shape in ((tokens, 21), (4, 21), (3, 21), (13, 12), (13, 21)))
+    leaves = [leaf.requires_grad_() for leaf in (x, A, B, *((R,) if routed else ()))]
+    y, base = (None, (x, W, None)) if given == "base" else (torch.zeros(tokens, 13).double(), None)
+    router = R if routed else None
+    packed, _ = ops.branches(
+        x, A, router, None, B, None, y, base, num_heads=3, rank=4, scale=2.0, stem_dropout=(0.3, 5)
+    )
+    u = 2 * (x * ops.dropout_mask((tokens, 21), 0.3, 5, dtype=torch.float64)) @ A.t()
+    gate = (x @ R.t()).softmax(1) if routed else torch.ones(tokens, 3).double()
+    plain = (gate.unsqueeze(2) * u.unsqueeze(1)).reshape(tokens, 12) @ B.t()
+    plain = plain + x @ W.t() if base else plain
+    grads = [torch.autograd.grad(sum_.square().sum(), leaves) for sum_ in (packed, plain)]
+    for mine, whole in zip((packed, *grads[0]), (plain, *grads[1]), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_what_dropout_drops_is_not_looked_at():
+    """A dropped NaN is gone; multiplied with 0 it would spread."""
+    seed, x = 5, torch.ones(300, 4)
+    x[ops.dropout_mask((300, 4), 0.5, seed) == 0] = torch.nan
+    _, u, _, _ = ops.stems(x, torch.ones(1, 4), None, None, dropout=(0.5, seed))
+    assert u.isfinite().all()
 
 
 def test_reference_loop_is_chosen_inside_only(monkeypatch):
