@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multiflora.bench.timing import Phases, stopwatch
 
-__all__ = ["Products", "copy_rate", "gemm_rate", "products", "run_products"]
+__all__ = ["Products", "copy_rate", "gemm_rate", "modules_products", "products", "run_products"]
 
 
 class Products(NamedTuple):
@@ -65,6 +65,16 @@ def products(tokens: int, d_in: int, d_out: int, heads: int, rank: int) -> Produ
         Products(tokens=1, d_in=4096, d_out=11008, stem_rows=21, trained_rows=13, columns=48, trained_columns=40)
     """
     return Products(tokens, d_in, d_out, 2 * rank + heads, rank + heads, (heads + 1) * rank, heads * rank)
+
+
+def modules_products(tokens: int, d_in: int, d_out: int, modules: int, rank: int) -> Products:
+    """MultiLoRA's: a stem and a head for each module, and nothing besides.
+
+    Example:
+        >>> modules_products(1, 4096, 11008, modules=3, rank=8)
+        Products(tokens=1, d_in=4096, d_out=11008, stem_rows=24, trained_rows=24, columns=24, trained_columns=24)
+    """
+    return Products(tokens, d_in, d_out, *[modules * rank] * 4)
 
 
 def run_products(work: Products, dtype: torch.dtype, device: torch.device) -> Callable[[], Phases]:

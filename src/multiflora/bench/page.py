@@ -61,6 +61,7 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
         header=HEADER,
         rows=[cells(verdict) for verdict in judged],
         missed=[_miss(verdict, results) for verdict in judged if verdict.lines and verdict.word != "held"],
+        floor_of_modules=any("multilora products" in case.seconds for case in results.steps),
         layers=[_layer(case, results) for case in results.layers],
         ratios=[_ratios(case, results.clock) for case in results.layers],
         heads=[_heads(case, results.clock) for case in results.heads],
@@ -183,15 +184,16 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
     profiles = {case.name: case.profile for case in results.layers} | {c.name: c.profile for c in results.steps}
-    # profiled are R-LoRA and the frozen layer or model
-    profile = profiles.get(worst.case, {}) if worst is not None and verdict.target.ours == "packed" else {}
-    operators = sorted(profile.get("packed", {}).items(), key=lambda item: -item[1])[:8]
+    profile = profiles.get(worst.case, {}) if worst is not None else {}
+    ours = verdict.target.ours
+    operators = sorted(profile.get(ours, {}).items(), key=lambda item: -item[1])[:8]
     frozen = profile.get("frozen", {})
     return {
         "verdict": verdict,
         "lines": lines,
         "out_of_reach": [line for line in lines if line in verdict.out_of_reach],
         "worst": worst,
+        "ours": LABELS[ours],
         "profile": [(name, 1e3 * seconds, _milliseconds(frozen.get(name))) for name, seconds in operators],
     }
 

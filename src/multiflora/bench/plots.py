@@ -25,6 +25,7 @@ _COLOURS = {
 }
 LABELS = {
     "products": "floor: products alone",
+    "multilora products": "floor: MultiLoRA's products alone",
     "frozen": "frozen model",
     "packed": "R-LoRA, packed",
     "multilora": "MultiLoRA, packed",

@@ -141,7 +141,8 @@ class StepCase(_Frozen):
     parameters: dict[str, int]
     """Trainable parameters of each competitor."""
     seconds: Samples
-    """Phases forward, backward and update. "products" is the practical floor: R-LoRA's products of all layers alone."""
+    """Phases forward, backward and update. "products" is R-LoRA's practical floor, its products of all layers alone;
+    "multilora products" is MultiLoRA's."""
     peak_bytes: dict[str, int] = {}
     flops: float = 0.0
     """What R-LoRA's packed products have to compute in all layers, forward and backward."""

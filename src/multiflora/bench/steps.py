@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multiflora.bench.floor import Products, products, run_products
+from multiflora.bench.floor import Products, modules_products, products, run_products
 from multiflora.bench.memory import peak_bytes
 from multiflora.bench.profile import profile
 from multiflora.bench.results import StepCase
@@ -25,9 +25,10 @@ HEADS, RANK = 5, 8
 """Of R-LoRA; MultiLoRA has three modules of the same rank."""
 MODULES = 3
 
-STEP_COMPETITORS = ("frozen", "packed", "peft", "multilora", "peft 3r", "products")
+STEP_COMPETITORS = ("frozen", "packed", "peft", "multilora", "peft 3r", "products", "multilora products")
 """Forward and input-gradient backward of the frozen model; R-LoRA; peft's LoRA with as many parameters; MultiLoRA with
-three modules; peft's LoRA of three times the rank; R-LoRA's products alone. Adapters are on all linear layers."""
+three modules; peft's LoRA of three times the rank; R-LoRA's products alone; MultiLoRA's. Adapters are on all linear
+layers."""
 
 
 def smollm2(dtype: torch.dtype, device: torch.device, **changes: Any) -> nn.Module:
@@ -172,7 +173,14 @@ def measure_step(
     configs = _configs(dropout, matched_rank(model, size))
     models = {"frozen": model, "packed": packed}
     models |= {name: _adapt(model, configs[name]) for name in names if name in configs and name not in models}
-    work = {products(rows * length, *shape, HEADS, RANK): count for shape, count in linear_shapes(model).items()}
+    shapes = linear_shapes(model).items()
+    work = {products(rows * length, *shape, HEADS, RANK): count for shape, count in shapes}
+    alone = {
+        "products": work,
+        "multilora products": {
+            modules_products(rows * length, *shape, MODULES, RANK): count for shape, count in shapes
+        },
+    }
     ids = torch.randint(0, int(SMOLLM2["vocab_size"]), (rows, length), device=device)
     half = dtype != torch.float32
     steps = {
@@ -180,7 +188,7 @@ def measure_step(
         for name in names
         if name in models
     }
-    floor = {"products": all_products(work, dtype, device)} if "products" in names else {}
+    floor = {name: all_products(alone[name], dtype, device) for name in names if name in alone}
     timed = interleave({**steps, **floor}, rounds, after_round=after_round)
     return StepCase(
         model="SmolLM2-135M",
@@ -197,5 +205,5 @@ def measure_step(
         peak_bytes={name: peak_bytes(run, device) for name, run in steps.items()} if memory else {},
         flops=sum(item.flops() * count for item, count in work.items()),
         bytes=sum(item.bytes(dtype.itemsize) * count for item, count in work.items()),
-        profile={name: profile(steps[name], device) for name in ("frozen", "packed") if name in steps},
+        profile={name: profile(steps[name], device) for name in ("frozen", "packed", "multilora") if name in steps},
     )

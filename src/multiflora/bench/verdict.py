@@ -179,10 +179,11 @@ def _whole_step(ours: str, opponent: str, dropout: float | None = None) -> Calla
 
 def _floor_of_step(case: StepCase, ours: str, opponent: str, clock: Clock) -> float | None:
     """The frozen model's passes and the products alone, over the opponent's step."""
-    # the products that were timed are R-LoRA's; for the others the frozen model alone is the floor
-    parts = ["frozen", "products"] if ours == "packed" else ["frozen"]
-    if not set(parts) <= set(case.seconds):
+    if ours == "packed" and "products" not in case.seconds:
         return None
+    # results may be older than the timing of MultiLoRA's products: the frozen model alone is then its floor
+    own = {"packed": "products", "multilora": "multilora products"}[ours]
+    parts = [name for name in ("frozen", own) if name in case.seconds]
     least = [sum(added) for added in zip(*(total(case.seconds, name, clock) for name in parts), strict=True)]
     return ratio(least, total(case.seconds, opponent, clock)).value
 

@@ -98,7 +98,7 @@ std::vector<Reading> readings(const Tensor& x, const Readers& readers) {
 }
 
 // Room for a block of x
-Tensor room(const Tensor& x) { return at::empty({std::min(BLOCK, x.size(0)), x.size(1)}, x.options()); }
+Tensor room(const Tensor& x) { return at::empty({std::min(rows_in_block(x), x.size(0)), x.size(1)}, x.options()); }
 
 // The product of rows with what dropout leaves of x, into `out`, (R, T)
 void read_dropped(const Tensor& out, const Tensor& given, const Tensor& rows, Dropout dropout) {
@@ -114,24 +114,23 @@ void read_dropped(const Tensor& out, const Tensor& given, const Tensor& rows, Dr
 // Adds the gradient of x to `dx`, where it is needed, and gives that of rows, in float32 at least
 Tensor read_dropped_backward(const Tensor& dread, Tensor& dx, const Tensor& given, const Tensor& rows, Dropout dropout,
                              bool needs_x, bool needs_rows) {
-  const auto x = given.contiguous(), room_for_x = room(x), room_for_grad = room(x);
+  const auto x = given.contiguous(), place = room(x);
   const auto wide = at::toOpMathType(x.scalar_type());
   const auto drows = needs_rows ? at::zeros(rows.sizes(), x.options().dtype(wide)) : Tensor();
   const bool sums = dx.defined();
   if (needs_x && !sums) dx = at::empty_like(x);
   by_block(x, dropout, [&](const Block& block) {
     const auto grad = block.of(dread, 1);
+    auto here = place.narrow(0, 0, block.rows);
     if (needs_rows) {
-      const auto left = room_for_x.narrow(0, 0, block.rows);
-      drop(left, block.of(x), block);
-      if (wide == x.scalar_type()) drows.addmm_(grad, left);
-      else drows.add_(at::mm(grad, left));
+      drop(here, block.of(x), block);
+      if (wide == x.scalar_type()) drows.addmm_(grad, here);
+      else drows.add_(at::mm(grad, here));
     }
     if (needs_x) {
-      auto part = room_for_grad.narrow(0, 0, block.rows);
-      at::mm_out(part, grad.t(), rows);
-      if (sums) add_dropped(block.of(dx), part, block);
-      else drop(block.of(dx), part, block);
+      at::mm_out(here, grad.t(), rows);
+      if (sums) add_dropped(block.of(dx), here, block);
+      else drop(block.of(dx), here, block);
     }
   });
   return drows;

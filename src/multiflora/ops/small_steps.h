@@ -105,15 +105,14 @@ struct Block {
   Tensor of(const Tensor& matrix, int64_t axis = 0) const { return matrix.narrow(axis, start, rows); }
 };
 
-constexpr int64_t BLOCK = 128;  // _BLOCK of packed.py
+int64_t rows_in_block(const Tensor& x) { return 512 / x.element_size(); }  // _BLOCK of packed.py
 
 // work(block) for the rows of x, so few at a time that what is made of them stays in the caches
-
 template <typename Work>
 void by_block(const Tensor& x, Dropout dropout, const Work& work) {
   Draws all(dropout, x.size(1));
-  for (int64_t start = 0; start < x.size(0); start += BLOCK) {
-    const auto rows = std::min(BLOCK, x.size(0) - start);
+  for (int64_t start = 0; start < x.size(0); start += rows_in_block(x)) {
+    const auto rows = std::min(rows_in_block(x), x.size(0) - start);
     work(Block{start, rows, all.take(rows), all.width, all.threshold});
   }
 }

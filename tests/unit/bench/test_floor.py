@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from multiflora.bench.floor import products, run_products
-from multiflora.bench.layers import competitor, matched_rank, run_layer
+from multiflora import MultiLoraConfig
+from multiflora.bench.floor import modules_products, products, run_products
+from multiflora.bench.layers import adapted, competitor, matched_rank, run_layer
 from multiflora.bench.steps import linear_shapes, smollm2
 
 CPU = torch.device("cpu")
@@ -36,8 +37,22 @@ def test_flops_are_those_of_the_layer_beyond_the_frozen_one(heads, rank):
     assert counted["packed"] - counted["frozen"] == products(30, 48, 80, heads, rank).flops()
 
 
-def test_the_timed_products_are_the_counted_ones():
-    work = products(30, 48, 80, heads=5, rank=8)
+def test_those_of_multilora_too():
+    base = nn.Linear(48, 80, bias=False).requires_grad_(False)
+    x, grad = torch.randn(30, 48, requires_grad=True), torch.randn(30, 80)
+    config = MultiLoraConfig(r=4, num_modules=3, lora_dropout=0.1, target_modules=["0"])
+    counted = []
+    for layer in (base, adapted(base, config)):
+        run = run_layer(layer, x, grad, autocast=False)
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            run()
+        counted.append(counter.get_total_flops())
+    assert counted[1] - counted[0] == modules_products(30, 48, 80, 3, 4).flops()
+
+
+@pytest.mark.parametrize("count", [products, modules_products])
+def test_the_timed_products_are_the_counted_ones(count):
+    work = count(30, 48, 80, 5, 8)
     run = run_products(work, torch.float32, CPU)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         phases = run()

@@ -55,14 +55,15 @@ def test_a_step(monkeypatch):
     for key, value in tiny.items():
         monkeypatch.setitem(steps.SMOLLM2, key, value)
     case = measure_step(rows=2, length=8, labels=3, dtype=torch.float32, dropout=0.1, rounds=2, device=CPU)
-    assert set(case.seconds) == {"frozen", "packed", "peft", "multilora", "peft 3r", "products"}
+    assert set(case.seconds) == {"frozen", "packed", "peft", "multilora", "peft 3r", "products", "multilora products"}
     assert set(case.seconds["packed"]) == {"forward", "backward", "update"}
     widths = sum(count * (d_in + d_out) for (d_in, d_out), count in LINEAR.items())
     ours = sum(count * (RANK * d_in + HEADS * RANK * d_out + HEADS * d_in) for (d_in, d_out), count in LINEAR.items())
     assert case.parameters["packed"] == ours
     assert abs(case.parameters["peft"] - ours) <= widths / 2
     assert case.parameters["peft 3r"] == 24 * widths
-    assert set(case.peak_bytes) == set(case.seconds) - {"products"}
+    assert set(case.peak_bytes) == set(case.seconds) - {"products", "multilora products"}
+    assert set(case.profile) == {"frozen", "packed", "multilora"}
 
 
 # of two tiny layers: q and o, k and v, gate and up, down

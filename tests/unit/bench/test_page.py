@@ -41,6 +41,12 @@ def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):
     section = page.partition("### MultiLoRA step / peft LoRA 3r, dropout 0.1")[2].partition("### ")[0]
     assert "| SmolLM2-135M, 2 × 256 tokens, bfloat16, dropout 0.1 | 0.99" in section
     assert "profiler" not in section
+    seen = slow.model_copy(update={"profile": {**slow.profile, "multilora": {"aten::mm": 0.95}}})
+    write_page(results(steps=(seen,)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    section = page.partition("### MultiLoRA step / peft LoRA 3r, dropout 0.1")[2].partition("### ")[0]
+    assert "| operator | MultiLoRA, packed | frozen |" in section
+    assert "| `aten::mm` | 950.00 | 900.00 |" in section
 
 
 def test_every_table_has_a_cell_for_every_column(tmp_path):

@@ -70,6 +70,12 @@ def test_a_floor_beyond_the_target_is_told():
     assert judge("R-LoRA step / peft LoRA, dropout 0.1", near).out_of_reach == ()
 
 
+@pytest.mark.parametrize(("products", "floor"), [({}, 1000 / 1400), ({"multilora_products": 150.0}, 1150 / 1400)])
+def test_multilora_has_its_own_products_for_a_floor(products, floor):
+    verdict = judge("MultiLoRA step / peft LoRA 3r, dropout 0.1", results(steps=(step(0.1, **products),)))
+    assert verdict.worst.floor == pytest.approx(floor)
+
+
 def test_the_clock_decides_which_samples_are_read():
     slow_wall = layer(0.1, packed=12.0)
     slow_wall.seconds["packed"]["backward"]["wall"] = [1.0] * 4
