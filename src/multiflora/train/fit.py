@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +76,7 @@ def fit(
     data, steps = order_examples(recipe, examples, processes)
     schedule = schedules(model, recipe, steps)
     rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
-    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop, _none_left_empty(folder):
+    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop:
         guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
         trainer = MultitaskTrainer(
             model=model,
@@ -114,13 +112,3 @@ def fit(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return data, trainer.state.log_history
-
-
-@contextmanager
-def _none_left_empty(folder: Path) -> Iterator[None]:
-    """Take the checkpoints' folder away again if there are none: transformers makes it in any case."""
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            folder.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ class MultitaskTrainer(SFTTrainer):
         collator = Collator(
             pad_token_id=processing_class.eos_token_id if pad is None else pad, packing=packing, max_length=max_length
         )
+        folder = Path(args.output_dir)
+        is_new = not folder.exists()
         # trl puts a fused head into the base model's forward; ours needs none, and a copy of the model would call the
         # original through it
         with own_forward(model.get_base_model() if hasattr(model, "get_base_model") else model):
@@ -116,6 +118,11 @@ class MultitaskTrainer(SFTTrainer):
                 callbacks=[*callbacks, *([] if guard is None else [guard])],
                 **kwargs,
             )
+        if is_new and self.args.should_save:
+            # transformers makes it at once; here it comes with the first checkpoint. Not taken away at the end of a run
+            # without any: one process would do so while another may still be looking into it
+            with suppress(OSError):
+                folder.rmdir()
         # transformers counts the labels of a step only for models that ask for the count
         self.model_accepts_loss_kwargs = True
         self.task_names = tuple(task_names)

@@ -73,13 +73,12 @@ def make_trainer(model: nn.Module, folder: Path, *, packing: bool = False, **set
     args = SFTConfig(
         output_dir=str(folder),
         report_to="none",
-        save_strategy="no",
         bf16=False,
         use_cpu=True,
         disable_tqdm=True,
         max_grad_norm=0.0,
         dataset_kwargs={"skip_prepare_dataset": True},
-        **({"gradient_checkpointing": False} | given),
+        **({"gradient_checkpointing": False, "save_strategy": "no"} | given),
     )
     return MultitaskTrainer(
         model=model,
@@ -158,6 +157,20 @@ def test_examples_are_trained_in_the_order_of_the_data_set(tmp_path: Path) -> No
     trainer = make_trainer(make_model(), tmp_path)
     tasks = torch.cat([batch["task_id"] for batch in trainer.get_train_dataloader()])
     assert tasks.tolist() == make_examples()["task_id"][:]
+
+
+def test_the_checkpoints_folder_comes_with_the_first_checkpoint_and_not_before(tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(), tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+    trainer.train()
+    assert not (tmp_path / "checkpoints").exists()
+    make_trainer(make_model(), tmp_path / "checkpoints", save_strategy="steps", save_steps=2).train()
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+
+
+def test_an_output_folder_that_was_there_stays(tmp_path: Path) -> None:
+    make_trainer(make_model(), tmp_path).train()
+    assert tmp_path.is_dir()
 
 
 def test_weight_decay_spares_vectors_routers_gates_and_scales(tmp_path: Path) -> None:
