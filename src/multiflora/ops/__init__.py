@@ -1,8 +1,11 @@
 """The arithmetic of packed branches: pure functions on tensors, no module, no configuration."""
 
-from multiflora.ops.mask import draw_seed, dropout_mask, head_mask
-from multiflora.ops.packed import Base, Dropout, blend, branches, heads, softmax, stems
+from multiflora.ops.elementwise import blend
+from multiflora.ops.mask import Dropout, draw_seed, dropout_mask, head_mask
+from multiflora.ops.packed import branches, softmax
+from multiflora.ops.reading import stems
 from multiflora.ops.reference import loop
+from multiflora.ops.writing import Base, heads
 
 __all__ = [
     "Base",

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from multiflora.ops import triton_kernels
 
+Dropout = tuple[float, int]
+"""Probability and seed of a mask."""
+
 # Bernoulli draws compare 16 random bits with a threshold: four draws for one 64-bit random number, several times
 # faster on a CPU than a float each. The drop rate is then a multiple of 2^-16; survivors are scaled by the exact one.
 _LEVELS = 1 << 16

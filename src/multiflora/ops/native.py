@@ -1,4 +1,4 @@
-"""The functions of :mod:`multiflora.ops.packed` compiled for this machine: ``packed.cpp``, built once, then loaded.
+"""The functions of :mod:`multiflora.ops` compiled for this machine: ``packed.cpp``, built once, then loaded.
 
 Between two calls of torch Python takes microseconds, and after a large product, which empties the caches, several times
 as many. A layer of a small model has some sixty such calls, and they came to two fifths of its extra time. Compiled,
@@ -35,7 +35,7 @@ __all__ = ["SOURCE", "library_file", "serve", "state"]
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("packed.cpp")
-_SOURCES = (SOURCE, SOURCE.with_name("small_steps.h"))
+_SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 _SWITCH = "MULTIFLORA_NATIVE"
 # -ffp-contract=off: a product and a sum are rounded one after the other, as torch's calls round them
 _FLAGS = ("-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -47,7 +47,7 @@ _VECTORS = {
 
 
 class Functions(NamedTuple):
-    """What the library holds; the arguments are those of packed.py's functions, in one flat list."""
+    """What the library holds; the arguments are those of the functions of their names, in one flat list."""
 
     stems: Any
     heads: Any

@@ -1,10 +1,13 @@
-// The functions of packed.py for processors: the same arithmetic in the same order, so the results are the same to the
-// last bit, without the interpreter between the calls of torch.
+// The functions of multiflora.ops for processors: the same arithmetic in the same order, so the results are the same to
+// the last bit, without the interpreter between the calls of torch.
 //
-// Letters and layouts are packed.py's, and so are the reasons; here stand only those that C++ adds. An undefined tensor
-// is packed.py's None. native.py builds this file on the machine it is used on.
+// Each header stands beside the Python file of its name (packing.h is what torch does there in a few calls); letters,
+// layouts and reasons are that file's, and here stand only those that C++ adds. An undefined tensor is Python's None.
+// native.py builds this file on the machine it is used on.
 
-#include "small_steps.h"
+#include "elementwise.h"
+#include "reading.h"
+#include "writing.h"
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -25,10 +28,7 @@ using Maybe = const std::optional<Tensor>&;
 
 Tensor or_undefined(Maybe tensor) { return tensor.value_or(Tensor()); }
 
-// (..., d) to (T, d)
-Tensor by_token(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
-
-// What torch.autograd.function.once_differentiable does: gradients that answer with an error when they are differentiated
+// What torch.autograd.function.once_differentiable does: gradients that answer with an error when differentiated
 variable_list once_differentiable(variable_list grads) {
   if (!at::GradMode::is_enabled()) return grads;
   for (auto& grad : grads)
@@ -54,161 +54,6 @@ struct Settings : torch::CustomClassHolder {
   Sizes sizes{1, 1};
   at::ScalarType of_B = at::kFloat;
 };
-
-// ---- what reads x ---------------------------------------------------------------------------------------------------
-
-// Stems, router rows and offset. What is made of them stands one under another in this order.
-struct Readers {
-  Tensor A, router, A0;
-  double scale;
-  Dropout dropout;
-
-  std::array<int64_t, 3> counts() const {
-    return {A.size(0), router.defined() ? router.size(0) : 0, A0.defined() ? A0.size(0) : 0};
-  }
-  int64_t count() const {
-    const auto [stems, gates, offset] = counts();
-    return stems + gates + offset;
-  }
-};
-
-// Readers of one input: x, or what dropout leaves of it
-struct Reading {
-  Tensor rows;  // [s A; R; -s A0], those that are for this input
-  int64_t first;  // their place among all readers
-  double scale;
-  bool of_dropped = false;
-
-  Tensor of(const Tensor& all) const { return all.narrow(0, first, rows.size(0)); }
-};
-
-std::vector<Reading> readings(const Tensor& x, const Readers& readers) {
-  const auto [stems, gates, offset] = readers.counts();
-  const auto p = readers.dropout.p;
-  // the survivors' weight goes into the rows, too
-  const auto scale = p > 0 ? readers.scale * survivor_weight(p) : readers.scale;
-  const auto rows = at::empty({stems + gates + offset, readers.A.size(1)}, x.options());
-  put(rows, 0, 0, readers.A, scale);
-  if (gates) put(rows, stems, 0, readers.router, 1);
-  if (offset) put(rows, stems + gates, 0, readers.A0, -readers.scale);
-  if (p == 0) return {Reading{rows, 0, scale}};
-  Reading of_dropped{rows.narrow(0, 0, stems), 0, scale, true};
-  if (gates + offset == 0) return {of_dropped};
-  return {Reading{rows.narrow(0, stems, gates + offset), stems, 1}, of_dropped};
-}
-
-// Room for a block of x
-Tensor room(const Tensor& x) { return at::empty({std::min(rows_in_block(x), x.size(0)), x.size(1)}, x.options()); }
-
-// The product of rows with what dropout leaves of x, into `out`, (R, T)
-void read_dropped(const Tensor& out, const Tensor& given, const Tensor& rows, Dropout dropout) {
-  const auto x = given.contiguous(), left = room(x);
-  by_block(x, dropout, [&](const Block& block) {
-    const auto here = left.narrow(0, 0, block.rows);
-    drop(here, block.of(x), block);
-    auto part = block.of(out, 1);
-    at::mm_out(part, rows, here.t());
-  });
-}
-
-// Adds the gradient of x to `dx`, where it is needed, and gives that of rows, in float32 at least
-Tensor read_dropped_backward(const Tensor& dread, Tensor& dx, const Tensor& given, const Tensor& rows, Dropout dropout,
-                             bool needs_x, bool needs_rows) {
-  const auto x = given.contiguous(), place = room(x);
-  const auto wide = at::toOpMathType(x.scalar_type());
-  const auto drows = needs_rows ? at::zeros(rows.sizes(), x.options().dtype(wide)) : Tensor();
-  const bool sums = dx.defined();
-  if (needs_x && !sums) dx = at::empty_like(x);
-  by_block(x, dropout, [&](const Block& block) {
-    const auto grad = block.of(dread, 1);
-    auto here = place.narrow(0, 0, block.rows);
-    if (needs_rows) {
-      drop(here, block.of(x), block);
-      if (wide == x.scalar_type()) drows.addmm_(grad, here);
-      else drows.add_(at::mm(grad, here));
-    }
-    if (needs_x) {
-      at::mm_out(here, grad.t(), rows);
-      if (sums) add_dropped(block.of(dx), here, block);
-      else drop(block.of(dx), here, block);
-    }
-  });
-  return drows;
-}
-
-// [u; logits; u0]
-Tensor read(const Tensor& x, const Readers& readers) {
-  auto all = at::empty({readers.count(), x.size(0)}, x.options());
-  for (const auto& reading : readings(x, readers)) {
-    auto part = reading.of(all);
-    if (reading.of_dropped) read_dropped(part, x, reading.rows, readers.dropout);
-    else at::mm_out(part, reading.rows, x.t());
-  }
-  return all;
-}
-
-struct ReadGrads {
-  Tensor dx, dA, drouter;
-};
-
-// `dread` is the gradient of what read() gave. dx is that of the base product, too, where dy and its weight are there.
-ReadGrads read_backward(const Tensor& dread, const Tensor& dy, const Tensor& weight, const Tensor& x,
-                        const Readers& readers, bool needs_x, bool needs_A, bool needs_router) {
-  const auto [stems, gates, offset] = readers.counts();
-  ReadGrads grads;
-  auto& dx = grads.dx;
-  for (const auto& reading : readings(x, readers)) {
-    // the offset is not trained
-    const auto end = std::min(reading.first + reading.rows.size(0), stems + gates);
-    const bool to_A = needs_A && reading.first < stems, to_router = needs_router && end > stems;
-    const auto from = reading.of(dread);
-    Tensor trained;
-    if ((to_A || to_router) && !reading.of_dropped)
-      trained = at::mm(dread.narrow(0, reading.first, end - reading.first), x);
-    if (needs_x && !dx.defined() && weight.defined() && dy.defined()) dx = at::mm(by_token(dy), weight);
-    if (reading.of_dropped) trained = read_dropped_backward(from, dx, x, reading.rows, readers.dropout, needs_x, to_A);
-    else if (needs_x) dx = dx.defined() ? dx.addmm_(from.t(), reading.rows) : at::mm(from.t(), reading.rows);
-    if (to_A) {
-      grads.dA = at::empty(readers.A.sizes(), readers.A.options());
-      put(grads.dA, 0, 0, cast(trained.narrow(0, 0, stems), readers.A.scalar_type()), reading.scale);
-    }
-    if (to_router) grads.drouter = cast(trained.narrow(0, stems - reading.first, gates), readers.router.scalar_type());
-  }
-  return grads;
-}
-
-// ---- what writes y --------------------------------------------------------------------------------------------------
-
-// W x + b into y
-void base_product(Tensor y, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  if (bias.defined()) at::addmm_out(y, bias, x, weight.t());
-  else at::mm_out(y, x, weight.t());
-}
-
-// y + z^T columns^T
-Tensor added(const Tensor& y, const Tensor& z, const Tensor& columns) {
-  if (y.scalar_type() == z.scalar_type()) return at::addmm(by_token(y), z.t(), columns.t()).view(y.sizes());
-  return y + at::mm(z.t(), columns.t()).to(y.scalar_type()).view(y.sizes());
-}
-
-struct WriteGrads {
-  Tensor dz;  // of [z; u0]
-  Tensor dgate, dB;
-};
-
-// The gradient of u is written into `du`
-WriteGrads write_backward(const Tensor& dy, const Tensor& du, const Tensor& u, const Tensor& gate,
-                          const Tensor& B, const Tensor& B0, const Settings& settings, bool needs_B) {
-  const auto grad = by_token(dy).to(u.scalar_type());
-  const auto columns = columns_of(B, B0, u.scalar_type());
-  WriteGrads grads;
-  grads.dz = turned(at::mm(grad, columns), u.scalar_type());
-  const auto of_z = grads.dz.narrow(0, 0, settings.sizes.heads * settings.sizes.rank);
-  const auto [dgate, z] = blend_backward(of_z, du, u, gate, settings.sizes, settings.of_heads);
-  grads.dgate = dgate;
-  if (needs_B) grads.dB = turned(at::mm(z, grad), settings.of_B);
-  return grads;
-}
 
 // ---- autograd -------------------------------------------------------------------------------------------------------
 
@@ -295,7 +140,8 @@ struct Heads : torch::autograd::Function<Heads> {
     const auto& settings = kept(ctx);
     const auto du = at::empty(u.sizes(), u.options());
     const auto [dz, dgate, dB] =
-        write_backward(dy, du, u, saved[1], saved[2], saved[3], settings, ctx->needs_input_grad(2));
+        write_backward(dy, du, u, saved[1], saved[2], saved[3], settings.sizes, settings.of_heads, settings.of_B,
+                       ctx->needs_input_grad(2));
     const auto many = settings.sizes.heads * settings.sizes.rank, offset = dz.size(0) - many;
     const auto du0 = offset ? dz.narrow(0, many, offset) : Tensor();
     return once_differentiable({dy, du, dB, du0, dgate, {}, {}, {}, {}, {}});
@@ -304,8 +150,9 @@ struct Heads : torch::autograd::Function<Heads> {
 
 // Stems, softmax and heads in one: a node of autograd in place of four
 struct Branches : torch::autograd::Function<Branches> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B, Maybe maybe_router,
-                        Maybe y, Maybe weight, Maybe bias, Maybe maybe_A0, Maybe maybe_B0, const Settings& settings) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B,
+                               Maybe maybe_router, Maybe y, Maybe weight, Maybe bias, Maybe maybe_A0, Maybe maybe_B0,
+                               const Settings& settings) {
     Arithmetic guard;
     const auto router = or_undefined(maybe_router), A0 = or_undefined(maybe_A0), B0 = or_undefined(maybe_B0);
     const auto tokens = by_token(x);
@@ -345,7 +192,8 @@ struct Branches : torch::autograd::Function<Branches> {
     const Readers readers{saved[2], router, saved[4], settings.scale, settings.of_x};
     const auto [stems, gates, offset] = readers.counts();
     const auto dread = at::empty({readers.count(), tokens.size(0)}, x.options());
-    const auto [dz, dgate, dB] = write_backward(dy, dread.narrow(0, 0, stems), u, gate, saved[5], saved[6], settings,
+    const auto [dz, dgate, dB] = write_backward(dy, dread.narrow(0, 0, stems), u, gate, saved[5], saved[6],
+                                                settings.sizes, settings.of_heads, settings.of_B,
                                                 ctx->needs_input_grad(2));
     if (gates) put(dread, stems, 0, softmax_backward(dgate, gate), 1);
     if (offset) put(dread, stems + gates, 0, dz.narrow(0, dz.size(0) - offset, offset), 1);
@@ -400,7 +248,7 @@ TORCH_LIBRARY(multiflora, library) {
               " -> (Tensor, Tensor, Tensor, Tensor)", &stems);
   library.def("heads(Tensor(a!) y, Tensor u, Tensor? u0, Tensor? gate, Tensor B, Tensor? B0, Tensor? x, Tensor? weight,"
               " Tensor? bias, int num_heads, int rank, float p, int seed) -> Tensor", &heads);
-  library.def("branches(Tensor x, Tensor A, Tensor? router, Tensor? A0, Tensor B, Tensor? B0, Tensor? y, Tensor? weight,"
-              " Tensor? bias, int num_heads, int rank, float scale, float stem_p, int stem_seed, float head_p,"
-              " int head_seed) -> (Tensor, Tensor)", &branches);
+  library.def("branches(Tensor x, Tensor A, Tensor? router, Tensor? A0, Tensor B, Tensor? B0, Tensor? y,"
+              " Tensor? weight, Tensor? bias, int num_heads, int rank, float scale, float stem_p, int stem_seed,"
+              " float head_p, int head_seed) -> (Tensor, Tensor)", &branches);
 }

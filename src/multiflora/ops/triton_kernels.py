@@ -211,7 +211,7 @@ def blend(u: Tensor, gate: Tensor | None, *, heads: int, rank: int, dropped: int
 def blend_backward(
     dz: Tensor, u: Tensor, gate: Tensor | None, *, heads: int, rank: int, dropped: int, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """:func:`multiflora.ops.packed.blend_backward` with the mask made on the way.
+    """:func:`multiflora.ops.elementwise.blend_backward` with the mask made on the way.
 
     Args:
         dz: The gradient of z, (H r, T).

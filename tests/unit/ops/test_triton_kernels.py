@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from multiflora import ops
-from multiflora.ops import native, packed, triton_kernels
+from multiflora.ops import elementwise, native, triton_kernels
 from multiflora.ops.mask import dropped_levels, survivor_weight
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
@@ -59,9 +59,9 @@ def test_equals_torch_in_values_and_gradients(dtype, sizes, gated, p):
         mask = mask * survivor_weight(p)
     words = {"heads": heads, "rank": rank}
     z = triton_kernels.blend(u, gate, **words, dropped=dropped, seed=SEED)
-    torch.testing.assert_close(z, packed.blend(u, gate, mask, **words), rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    torch.testing.assert_close(z, elementwise.blend(u, gate, mask, **words), rtol=CLOSE[dtype], atol=CLOSE[dtype])
     ours = triton_kernels.blend_backward(dz, u, gate, **words, dropped=dropped, seed=SEED)
-    theirs = packed.blend_backward(dz, u, gate, mask, **words)
+    theirs = elementwise.blend_backward(dz, u, gate, mask, **words)
     assert (ours[1] is None) == (gate is None)
     for mine, other in zip(ours, theirs, strict=True):
         if other is not None:
