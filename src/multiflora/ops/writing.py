@@ -60,7 +60,7 @@ def heads(
         mask = F.dropout(u.new_ones(*sizes, u.shape[1]), dropout[0]) if dropout[0] > 0 else None
         z = blend(u, gate, mask, heads=num_heads, rank=rank)
         z = z if u0 is None else torch.cat((z, u0))
-        return y + (z.t() @ _pack(B, B0, dim=1, dtype=z.dtype).t()).to(y.dtype).view(y.shape)
+        return y + (z.t() @ _columns(B, B0, z.dtype).t()).to(y.dtype).view(y.shape)
     compiled = native.serve(y)
     if compiled is not None:
         summed: Tensor = compiled.heads(y, u, u0, gate, B, B0, *(base or (None, None, None)), *sizes, *dropout)
@@ -89,7 +89,7 @@ class _Heads(torch.autograd.Function):
         dropout: Dropout,
         base: Base | None,
     ) -> Tensor:
-        z, columns = masked_blend(u, gate, sizes, dropout), _pack(B, B0, dim=1, dtype=u.dtype)
+        z, columns = masked_blend(u, gate, sizes, dropout), _columns(B, B0, u.dtype)
         # weights are there anyway and are packed once more; a B made on the way (with a scale folded in) is not
         ctx.save_for_backward(u, gate, *((B, B0) if B.is_leaf else (columns, None)))
         ctx.sizes, ctx.dropout, ctx.dtype = sizes, dropout, B.dtype
@@ -108,7 +108,7 @@ class _Heads(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         u, gate, B, B0 = ctx.saved_tensors
         heads, rank = ctx.sizes
-        grad, columns = by_token(dy).to(u.dtype), _pack(B, B0, dim=1, dtype=u.dtype)
+        grad, columns = by_token(dy).to(u.dtype), _columns(B, B0, u.dtype)
         # multiplied with tokens first and turned then: much faster than the other order where d_out is large
         small = (grad @ columns).t().contiguous()
         du, dgate, z = masked_blend_backward(small[: heads * rank], u, gate, ctx.sizes, ctx.dropout)
@@ -117,11 +117,9 @@ class _Heads(torch.autograd.Function):
         return dy, du, small[heads * rank :] if ctx.needs_input_grad[2] else None, dgate, dB, None, None, None, None
 
 
-def _pack(*parts: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
-    """Concatenate what is there along ``dim`` and cast the (small) result to the compute dtype."""
-    present = [part for part in parts if part is not None]
-    joined = present[0] if len(present) == 1 else torch.cat(present, dim)
-    return joined.to(dtype)
+def _columns(B: Tensor, B0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B | B0] in the compute dtype."""
+    return (B if B0 is None else torch.cat((B, B0), 1)).to(dtype)
 
 
 def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
