@@ -24,8 +24,12 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
     digits = 4 if verdict.target.limit < 0.1 else 2
     value, low, high = (f"{number:.{digits}f}" for number in worst.estimate)
     spread = value if low == high else f"{value} ({low} to {high})"
-    beyond = len(set(verdict.out_of_reach) - set(verdict.held))
-    word = f"{verdict.word} ({beyond} out of reach)" if beyond else verdict.word
+    counts = {
+        "out of reach": len(set(verdict.out_of_reach) - set(verdict.held)),
+        "too close to tell": len(verdict.undecided),
+    }
+    notes = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    word = f"{verdict.word} ({notes})" if notes else verdict.word
     floor = "" if worst.floor is None else f"{worst.floor:.2f}"
     return verdict.target.name, verdict.target.bound, f"{middle:.{digits}f}", spread, floor, word
 
@@ -62,6 +66,7 @@ def verdict_dicts(results: Results) -> list[dict[str, Any]]:
                     "wall": None if line.wall is None else line.wall.value,
                     "floor": line.floor,
                     "held": verdict.target.held(line.estimate.value),
+                    "undecided": line in verdict.undecided,
                 }
                 for line in verdict.lines
             ],

@@ -77,6 +77,15 @@ class Verdict(NamedTuple):
         return tuple(line for line in self.lines if line.floor is not None and not self.target.held(line.floor))
 
     @property
+    def undecided(self) -> tuple[Line, ...]:
+        """The cases that are too close to tell: their quartiles lie on both sides of the limit, and it is in reach."""
+        beyond = set(self.out_of_reach) - set(self.held)
+        held = self.target.held
+        return tuple(
+            line for line in self.lines if line not in beyond and held(line.estimate.low) != held(line.estimate.high)
+        )
+
+    @property
     def word(self) -> str:
         """``held``, ``missed``, ``held in 3 of 4`` or ``not measured``."""
         if not self.lines:

@@ -100,6 +100,27 @@ def test_a_gpu_is_judged_on_the_large_layers():
     assert judge("GPU: R-LoRA layer / compiled loop", on_gpu).lines[0].estimate.value == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "peft", "word"),
+    [
+        # of 1500; the limit is .9, the floor .73, and the upper quartiles are .82, .92, .94, .93
+        ([1100.0, 1200.0, 1200.0, 1300.0], 1500.0, "held"),
+        ([1200.0, 1300.0, 1300.0, 1600.0], 1500.0, "held (1 too close to tell)"),
+        ([1300.0, 1350.0, 1400.0, 1450.0], 1500.0, "missed (1 too close to tell)"),
+        ([1400.0, 1400.0, 1400.0, 1400.0], 1500.0, "missed"),
+        # of 1200 the frozen passes and the products alone are .92
+        ([800.0, 1150.0, 1150.0, 1300.0], 1200.0, "missed (1 out of reach)"),
+    ],
+)
+def test_what_is_too_close_to_tell_is_told(milliseconds, peft, word):
+    measured = step(0.0, peft=peft)
+    measured.seconds["packed"]["forward"]["cpu"] = [0.0] * 4
+    measured.seconds["packed"]["backward"]["cpu"] = [1e-3 * value for value in milliseconds]
+    verdict = judge("R-LoRA step / peft LoRA, dropout 0", results(steps=(measured,)))
+    assert cells(verdict)[-1] == word
+    assert bool(verdict.undecided) == ("too close" in word)
+
+
 def test_a_row_of_the_table():
     rows = {row[0]: row for row in map(cells, verdicts(results()))}
     assert rows["16 heads / 2 heads"][1:] == ("≤ 1.15", "1.10", "1.10", "", "held")
