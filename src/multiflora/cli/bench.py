@@ -30,7 +30,7 @@ class _Device(str, Enum):
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds: about two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds: a few minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every shape, type and dropout: more than an hour.")] = False,
     only: Annotated[
         list[_Section] | None, typer.Option("--only", help="Measure this part alone. May be repeated.")
