@@ -83,6 +83,15 @@ def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
     return Counter((layer.in_features, layer.out_features) for layer in layers)
 
 
+def work_alone(model: nn.Module, tokens: int) -> dict[str, dict[Products, int]]:
+    """What R-LoRA's and MultiLoRA's branches on all linear layers have to compute, and how often each."""
+    shapes = linear_shapes(model).items()
+    return {
+        "products": {products(tokens, *shape, HEADS, RANK): count for shape, count in shapes},
+        "multilora products": {modules_products(tokens, *shape, MODULES, RANK): count for shape, count in shapes},
+    }
+
+
 def all_products(work: Mapping[Products, int], dtype: torch.dtype, device: torch.device) -> Callable[[], Phases]:
     """The products of every layer of a model alone, layers of one shape on the same buffers."""
     runs = {run_products(item, dtype, device): count for item, count in work.items()}
@@ -173,14 +182,7 @@ def measure_step(
     configs = _configs(dropout, matched_rank(model, size))
     models = {"frozen": model, "packed": packed}
     models |= {name: _adapt(model, configs[name]) for name in names if name in configs and name not in models}
-    shapes = linear_shapes(model).items()
-    work = {products(rows * length, *shape, HEADS, RANK): count for shape, count in shapes}
-    alone = {
-        "products": work,
-        "multilora products": {
-            modules_products(rows * length, *shape, MODULES, RANK): count for shape, count in shapes
-        },
-    }
+    alone = work_alone(model, rows * length)
     ids = torch.randint(0, int(SMOLLM2["vocab_size"]), (rows, length), device=device)
     half = dtype != torch.float32
     steps = {
@@ -203,7 +205,7 @@ def measure_step(
         },
         seconds=samples(timed),
         peak_bytes={name: peak_bytes(run, device) for name, run in steps.items()} if memory else {},
-        flops=sum(item.flops() * count for item, count in work.items()),
-        bytes=sum(item.bytes(dtype.itemsize) * count for item, count in work.items()),
+        flops=sum(item.flops() * count for item, count in alone["products"].items()),
+        bytes=sum(item.bytes(dtype.itemsize) * count for item, count in alone["products"].items()),
         profile={name: profile(steps[name], device) for name in ("frozen", "packed", "multilora") if name in steps},
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from multiflora import MultiLoraConfig
+from multiflora.bench import steps
 from multiflora.bench.floor import modules_products, products, run_products
 from multiflora.bench.layers import adapted, competitor, matched_rank, run_layer
 from multiflora.bench.steps import linear_shapes, smollm2
@@ -58,6 +60,15 @@ def test_the_timed_products_are_the_counted_ones(count):
         phases = run()
     assert counter.get_total_flops() == work.flops()
     assert set(phases) == {"forward", "backward"}
+
+
+def test_the_products_of_a_step_are_those_of_every_layer():
+    model = smollm2(torch.float32, torch.device("cpu"), hidden_size=36, intermediate_size=64, num_hidden_layers=3)
+    lora = get_peft_model(model, LoraConfig(r=steps.MODULES * steps.RANK, target_modules="all-linear"))
+    parameters, _ = lora.get_nb_trainable_parameters()
+    work = steps.work_alone(lora.unload(), tokens=10)["multilora products"]
+    # forward, and twice that backward: two operations for each parameter and token
+    assert sum(item.flops() * count for item, count in work.items()) == 3 * 2 * 10 * parameters
 
 
 def test_bytes_by_hand():
