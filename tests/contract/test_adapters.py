@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from contract.cases import IDS, TASKS, LlamaForCausalLM, base_fingerprint, layers, logits, stir
-from multiflora import context
+from multiflora import context, task
 
 
 def two(case, tiny_llama):
@@ -52,12 +52,12 @@ def test_two_active_adapters_add_up(case, tiny_llama):
     model, *_ = two(case, tiny_llama)
     layer = next(layer for layer in layers(model) if len(layer.configs) == 2)
     x = torch.randn(2, 7, layer.in_features)
-    context.find(model)._ids = TASKS
 
     @torch.no_grad()
     def output(*names):
         model.base_model.set_adapter(list(names))
-        return layer(x)
+        with task(model, TASKS.tolist()):
+            return layer(x)
 
     with torch.no_grad():
         base = layer.base_layer(x)

@@ -120,7 +120,7 @@ def _batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[tu
 def _add(sums: dict[str, Moments], adapter: str, layer: BranchLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
     """The forward hook: add this batch's real tokens."""
     x, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
-    keep = layer.routing.keep(len(x))
+    keep = layer.routing.tokens(layer.name, args[0]).keep()
     if keep is not None:
         x, y = x[keep.bool()], y[keep.bool()]
     parts: Mapping[str, Tensor] = layer.parts(adapter)

@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from multiflora.context import missing
@@ -56,15 +55,13 @@ class AlignLoraConfig(AdapterConfig):
 
 
 def loss(config: AlignLoraConfig, seen: Seen) -> Tensor | None:
-    """λ times the layer's share of the mean divergence between tasks."""
+    """λ times the mean divergence between tasks."""
     if config.num_tasks == 1:
         return None
-    tokens = seen.stems.shape[1]
-    tasks = seen.routing.tasks(config, torch.Size([tokens]), seen.stems.device)
+    tasks = seen.tokens.tasks(config, seen.stems.device)
     if tasks is None:
         raise missing(config)
-    divergence = alignment(seen.stems.t(), tasks, config.num_tasks or 1, seen.routing.keep(tokens))
-    return config.align_weight / seen.layers * divergence
+    return config.align_weight * alignment(seen.stems.t(), tasks, config.num_tasks or 1, seen.tokens.keep())
 
 
 METHOD = Method(

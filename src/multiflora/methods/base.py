@@ -24,7 +24,7 @@ from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
 
 if TYPE_CHECKING:
-    from multiflora.context import Routing
+    from multiflora.context import Tokens
     from multiflora.methods.config import AdapterConfig
 
 Parts = Mapping[str, Tensor]
@@ -41,14 +41,13 @@ class Seen(NamedTuple):
     """Weight of each head, (H, T); None where all weigh 1."""
     logits: Tensor | None
     """The router's, (H, T), or None where there is no router."""
-    routing: Routing
-    layers: int
-    """How many layers carry the adapter: for losses that are a mean over them."""
+    tokens: Tokens
+    """Which rows, tasks and padding they are."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a method adds to the loss, layer by layer."""
+    """What a method adds to the loss, layer by layer; the model's is the mean over the layers."""
 
     value: Callable[[Any, Seen], Tensor | None]
     """(config, what the layer saw) -> what to add, or None where nothing can be said."""

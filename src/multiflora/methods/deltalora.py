@@ -12,7 +12,8 @@ the gradient (the gradient of A and B flows through s B A alone, as in the paper
 :math:`A_K, B_K`, which are saved with the adapter where ``start_step`` is not 0. So it works on quantised bases, beside
 other adapters, and merges exactly, into rank 2r.
 
-``start_step`` K counts the optimiser's steps during which W stays; the paper's algorithm moves for the first time in
+``start_step`` K counts the optimiser's steps of an adapter's first training during which W stays, and in a later one
+W goes on from where it is; the paper's algorithm moves for the first time in
 step K + 2 of its K. With K > 0 a training loop of your own needs `multiflora.training_callbacks`; without them W moves
 from the first step on. The paper trains without dropout, as the default here does: with it, W would follow a product
 that the forward pass has not used.

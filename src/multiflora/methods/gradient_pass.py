@@ -52,6 +52,11 @@ def start_from_gradients(
             f"Adapter {adapter_name!r} takes no start from a gradient: it is "
             f"{'not on this model' if config is None else config.method_name}. Use LoraGaConfig, or leave the call out."
         )
+    if not any(layer.learns(adapter_name) for layer in layers):
+        raise AdapterError(
+            f"Adapter {adapter_name!r} is not in use, or not being trained; the gradient would be another adapter's. "
+            f"Activate it first: model.set_adapter({adapter_name!r})."
+        )
     for layer in layers:
         least, r = min(layer.in_features, layer.out_features), layer.ranks[adapter_name]
         if 2 * r > least:
@@ -65,6 +70,11 @@ def start_from_gradients(
                 f"{layer.name} is divided among processes; the start from a gradient needs whole matrices. Start the "
                 "adapter in one process, save it, and train it sharded from there; or use LoRA."
             )
+    if any(layer.has_learned(adapter_name) for layer in layers):
+        raise AdapterError(
+            f"Adapter {adapter_name!r} has been trained already, or starts at random (init_weights=False); a start from "
+            "the gradient would replace what it has learned. Train it on as it is, or add a fresh adapter."
+        )
     kept = list(batches)
     if not kept:
         raise AdapterError("There is no batch to take the gradient over; give at least one.")
@@ -84,7 +94,7 @@ def weight_gradients(
     """
     sums: dict[BranchLinear, Tensor] = {}
     handles = [layer.register_forward_hook(partial(_watch, sums)) for layer in layers]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in batches:
@@ -93,7 +103,8 @@ def weight_gradients(
                 raise AdapterError("A batch brought no loss; give batches with labels.")
             loss.backward()
     finally:
-        model.train(training)
+        for module, before in training.items():
+            module.training = before
         model.zero_grad(set_to_none=True)
         for handle in handles:
             handle.remove()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from multiflora import ops
-from multiflora.context import Routing, missing
+from multiflora.context import Routing, Tokens, missing
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Loss, Method, Seen, class_of
 from multiflora.methods.config import AdapterConfig
@@ -42,8 +43,6 @@ class Plan(NamedTuple):
     needs_task: bool
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
-    loss: Loss | None
-    """The method's, where the config turns it on."""
 
 
 class BranchLinear(nn.Module, BaseTunerLayer):
@@ -91,7 +90,6 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 method.head_dropout(config),
                 method.needs_task(),
                 method.between is None and method.gate.left_to_op(config),
-                method.loss if method.loss is not None and method.loss.on(config) else None,
             )
         return found
 
@@ -116,6 +114,19 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
                 found[part] = tensor
         return found
+
+    def learns(self, adapter_name: str) -> bool:
+        """Whether an adapter is in use here and being trained."""
+        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
+            return False
+        return any(part.requires_grad for part in self.parts(adapter_name).values())
+
+    def has_learned(self, adapter_name: str) -> bool:
+        """Whether an adapter with a stored offset has moved away from it: what it computes here is not its start."""
+        parts = self.parts(adapter_name)
+        return "A0" not in parts or not (
+            bool((parts["A"] == parts["A0"]).all()) and bool((parts["B"] == parts["B0"]).all())
+        )
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
         """Add an adapter: make its tensors, fill them, put them beside the base weight."""
@@ -181,8 +192,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name not in self.configs:
                 continue
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            y = y.index_copy(0, rows, self._add_branches(x[rows], y[rows], name, rows=rows, of=len(adapter_names)))
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            at = torch.tensor(rows, device=x.device)
+            y = y.index_copy(0, at, self._add_branches(x[at], y[at], name, rows=rows, of=len(adapter_names)))
         return y
 
     def _base_is_plain(self, x: Tensor) -> bool:
@@ -203,7 +215,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         )
 
     def _add_branches(
-        self, x: Tensor, y: Tensor, adapter_name: str, rows: Tensor | None = None, of: int | None = None
+        self, x: Tensor, y: Tensor, adapter_name: str, rows: Sequence[int] | None = None, of: int | None = None
     ) -> Tensor:
         add = self._loop if self.routing.loop else self._branches
         return add(x.to(_compute_dtype(x)), adapter_name, y=y, rows=rows, of=of)
@@ -215,15 +227,17 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         *,
         y: Tensor | None = None,
         base: ops.Base | None = None,
-        rows: Tensor | None = None,
+        rows: Sequence[int] | None = None,
         of: int | None = None,
     ) -> Tensor:
         """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
         plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
-        tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
+        loss = self._loss(adapter_name, plan)
+        tokens = self._tokens(plan, x, rows, of, loss)
+        tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
-        if plan.left_to_op and not (self.training and plan.loss is not None):
+        if plan.left_to_op and loss is None:
             summed, gate = ops.branches(
                 x,
                 parts["A"],
@@ -239,7 +253,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 stem_dropout=self._dropout(plan.stem_dropout),
                 head_dropout=self._dropout(plan.head_dropout),
             )
-            self._record(gate, tasks)
+            self._record(gate, tasks, tokens)
             return summed
         place, u, logits, u0 = ops.stems(
             x,
@@ -255,7 +269,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             matrices = method.between.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
-        self._report(adapter_name, stems, gate, logits, tasks)
+        self._report(adapter_name, loss, stems, gate, logits, tasks, tokens)
         return ops.heads(
             place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
             u,
@@ -270,12 +284,14 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         )
 
     def _loop(
-        self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Tensor | None = None, of: int | None = None
+        self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Sequence[int] | None = None, of: int | None = None
     ) -> Tensor:
         """The same, head by head."""
         plan, parts = self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
-        tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
+        loss = self._loss(adapter_name, plan)
+        tokens = self._tokens(plan, x, rows, of, loss)
+        tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         p, seed = self._dropout(plan.stem_dropout)
         dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
@@ -283,7 +299,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         logits = None if router is None else router.to(x.dtype) @ x.t()
         gate = method.gate.weights(config, parts, logits, tasks)
         scale = self.scaling[adapter_name]
-        self._report(adapter_name, (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t(), gate, logits, tasks)
+        stems = (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t()
+        self._report(adapter_name, loss, stems, gate, logits, tasks, tokens)
         y = ops.loop(
             y,
             dropped,
@@ -307,34 +324,55 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         """A mask's probability and a fresh seed; no dropout outside training."""
         return (p, ops.draw_seed()) if p > 0 and self.training else (0.0, 0)
 
-    def _tasks(self, plan: Plan, x: Tensor, rows: Tensor | None, of: int | None) -> Tensor | None:
+    def _loss(self, adapter_name: str, plan: Plan) -> Loss | None:
+        """What the method adds to the loss, where the config has it on now and the adapter is being trained."""
+        loss = plan.method.loss
+        if loss is None or not self.training or not loss.on(plan.config):
+            return None
+        return loss if any(part.requires_grad for part in self.parts(adapter_name).values()) else None
+
+    def _tokens(
+        self, plan: Plan, x: Tensor, rows: Sequence[int] | None, of: int | None, loss: Loss | None
+    ) -> Tokens | None:
+        """What is known of the input's tokens; None where nobody asks."""
+        if not (plan.needs_task or loss is not None or self.routing.recorder is not None):
+            return None
+        # a mixed batch: what is known is known of the whole batch, of which these are some rows
+        lead = x.shape[:-1] if rows is None or of is None else torch.Size([of, *x.shape[1:-1]])
+        return self.routing.tokens(self.name, x, lead)
+
+    def _tasks(self, plan: Plan, tokens: Tokens, x: Tensor, rows: Sequence[int] | None) -> Tensor | None:
         """The task of each token, (T,); None where it is neither known nor needed."""
-        config, lead = plan.config, x.shape[:-1]
-        if rows is None:
-            tasks = self.routing.tasks(config, lead, x.device)
-        else:
-            # a mixed batch: the ids are those of the whole batch, of which these are some rows
-            assert of is not None
-            whole = self.routing.tasks(config, torch.Size([of, *lead[1:]]), x.device)
-            tasks = None if whole is None else whole.view(of, -1)[rows].reshape(-1)
+        if not plan.needs_task and self.routing.recorder is None:
+            return None
+        tasks = tokens.tasks(plan.config, x.device, rows)
         if tasks is None and plan.needs_task:
-            raise missing(config)
+            raise missing(plan.config)
+        if tasks is not None and rows is not None:
+            tasks = tasks.view(tokens.lead[0], -1)[list(rows)].reshape(-1)
         return tasks
 
     def _report(
-        self, adapter_name: str, stems: Tensor, gate: Tensor | None, logits: Tensor | None, tasks: Tensor | None
+        self,
+        adapter_name: str,
+        loss: Loss | None,
+        stems: Tensor,
+        gate: Tensor | None,
+        logits: Tensor | None,
+        tasks: Tensor | None,
+        tokens: Tokens | None,
     ) -> None:
-        plan, routing = self.plan(adapter_name), self.routing
-        if self.training and plan.loss is not None:
-            seen = Seen(stems, gate, logits, routing, routing.layers.get(adapter_name, 1))
-            loss = plan.loss.value(plan.config, seen)
-            if loss is not None:
-                routing.losses.append(loss)
-        self._record(gate, tasks)
+        if loss is not None and tokens is not None:
+            value = loss.value(self.configs[adapter_name], Seen(stems, gate, logits, tokens))
+            if value is not None:
+                self.routing.report(adapter_name, value)
+        self._record(gate, tasks, tokens)
 
-    def _record(self, gate: Tensor | None, tasks: Tensor | None) -> None:
-        if gate is not None and self.routing.recorder is not None:
-            self.routing.recorder(self.name, gate.detach().t(), tasks)
+    def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
+        recorder = self.routing.recorder
+        if gate is not None and tokens is not None and recorder is not None:
+            with self.routing.reporting(tokens):
+                recorder(self.name, gate.detach().t(), tasks)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 

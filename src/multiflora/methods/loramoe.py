@@ -15,6 +15,7 @@ from typing import ClassVar, Optional
 import torch
 from torch import Tensor
 
+from multiflora.context import missing
 from multiflora.methods.base import Loss, Method, Seen
 from multiflora.methods.config import at_least, not_negative, one_of, probability
 from multiflora.methods.gates import TokenRouter
@@ -74,17 +75,26 @@ class LoraMoeConfig(RouterConfig):
 
 def loss(config: LoraMoeConfig, seen: Seen) -> Tensor | None:
     """Localized balance loss plus the router's own, each with its weight."""
-    total, routing = router_loss(config, seen), seen.routing
+    total = router_loss(config, seen)
     if config.balance_weight and seen.gate is not None:
-        gate = seen.gate.t()
-        load = per_row(gate, routing.rows(gate.shape[0]), routing.keep(gate.shape[0]))
-        knowledge = torch.zeros(load.shape[0], dtype=torch.bool, device=load.device)
+        gate, tokens = seen.gate.t(), seen.tokens
+        # an expert's tokens are of no row that could be known: their load is balanced as that of one
+        rows, count = tokens.rows(gate.device), tokens.count
+        if rows is None:
+            rows, count = torch.zeros(len(gate), dtype=torch.long, device=gate.device), 1
+        keep = tokens.keep()
+        load = per_row(gate, count, keep, rows)
+        # a row that only fills the batch has no load at all, which is no imbalance
+        there = None if keep is None else (load.sum(1) > 0).to(load.dtype)
+        knowledge = torch.zeros(count, dtype=torch.bool, device=gate.device)
         if config.balance_delta:
-            kinds = [name in (config.knowledge_tasks or ()) for name in config.task_names or ()]
-            knowledge = torch.tensor(kinds, device=load.device)[
-                routing.task_of_rows(config, gate.device, load.shape[0])
-            ]
-        balance = config.balance_weight * localized_balance(load, knowledge, config.balance_delta)
+            tasks = tokens.tasks(config, gate.device)
+            if tasks is None:
+                raise missing(config)
+            kinds = torch.tensor([name in (config.knowledge_tasks or ()) for name in config.task_names or ()])
+            # the row's last token decides where ids are for each token
+            knowledge = knowledge.index_put((rows,), kinds.to(gate.device)[tasks])
+        balance = config.balance_weight * localized_balance(load, knowledge, config.balance_delta, there)
         total = balance if total is None else total + balance
     return total
 

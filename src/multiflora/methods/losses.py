@@ -1,4 +1,12 @@
-"""What methods add to the loss. Pure functions; the layer collects their values, ``auxiliary_loss`` sums them."""
+r"""What methods add to the loss: pure functions on one layer's tensors.
+
+.. math:: L = L_{\text{task}} + \sum_{\text{adapters}} \operatorname{mean}_{\text{layers}} \ell
+
+One rule for all of them: the mean over the layers that carry the adapter, so that a weight means the same in a small
+and in a large model. So it is in Align-LoRA's script, and in transformers' ``load_balancing_loss_func``, which the code
+of MixLoRA takes over: one value for the model, however many layers there are. (The Switch paper, arXiv 2101.03961, adds
+layers up, with a weight chosen for its number of them.) `multiflora.context` adds it to the model's own loss.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +14,39 @@ import torch
 from torch import Tensor
 
 
-def per_row(gate: Tensor, rows: int, keep: Tensor | None) -> Tensor:
-    """Mean gate of each row's real tokens: (T, H) with T = rows · length, and keep (T,) in {0, 1}, give (rows, H)."""
-    by_row = gate.reshape(rows, -1, gate.shape[-1])
-    if keep is None:
-        return by_row.mean(1)
-    weight = keep.reshape(rows, -1, 1).to(gate.dtype)
-    return (by_row * weight).sum(1) / weight.sum(1).clamp(min=1)
+def per_row(gate: Tensor, rows: int, keep: Tensor | None, of: Tensor | None = None) -> Tensor:
+    """Mean gate of each row's real tokens, (rows, H); 0 for a row that has none.
+
+    Args:
+        gate: (T, H).
+        rows: How many rows there are.
+        keep: 1 for real tokens and 0 for padding, (T,), or None.
+        of: The row of each token, (T,); None: all rows are equally long, and come one after another.
+    """
+    if of is None:
+        of = torch.arange(rows, device=gate.device).repeat_interleave(len(gate) // rows)
+    weight = torch.ones_like(gate[:, :1]) if keep is None else keep.to(gate.device, gate.dtype).unsqueeze(1)
+    sums = gate.new_zeros(rows, gate.shape[1]).index_add(0, of, gate * weight)
+    tokens = gate.new_zeros(rows, 1).index_add(0, of, weight)
+    return sums / tokens.clamp(min=1)
 
 
-def squared_variation(values: Tensor) -> Tensor:
-    r""":math:`\mathrm{CV}^2 = \operatorname{var}/\operatorname{mean}^2` over all entries; 0 for fewer than two."""
+def squared_variation(values: Tensor, there: Tensor | None = None) -> Tensor:
+    r""":math:`\mathrm{CV}^2 = \operatorname{var}/\operatorname{mean}^2` over all entries; 0 for fewer than two.
+
+    Args:
+        values: Any shape.
+        there: 1 for entries that count and 0 for others, of the same shape; None: all count.
+    """
     flat = values.flatten()
-    if flat.numel() < 2:
-        return flat.sum() * 0
-    return flat.var() / (flat.mean().square() + 1e-10)
+    weight = torch.ones_like(flat) if there is None else there.flatten().to(flat.dtype)
+    number = weight.sum()
+    mean = (flat * weight).sum() / number.clamp(min=1)
+    variance = ((flat - mean).square() * weight).sum() / (number - 1).clamp(min=1)
+    return variance / (mean.square() + 1e-10)
 
 
-def localized_balance(load: Tensor, knowledge: Tensor, delta: float) -> Tensor:
+def localized_balance(load: Tensor, knowledge: Tensor, delta: float, there: Tensor | None = None) -> Tensor:
     r"""LoRAMoE's localized balancing loss, :math:`\mathrm{CV}^2(Q \odot I)` (arXiv 2312.09979, section 3.3).
 
     Experts of the first half are meant for world-knowledge rows, those of the second half for all others. I is
@@ -34,12 +57,13 @@ def localized_balance(load: Tensor, knowledge: Tensor, delta: float) -> Tensor:
         load: Q, mean gate of each row, (rows, E).
         knowledge: Whether a row is of the world-knowledge kind, (rows,).
         delta: δ in [0, 1).
+        there: 1 for rows that hold text and 0 for those that only fill the batch, (rows,); None: all do.
     """
     experts = load.shape[1]
     first_half = torch.arange(experts, device=load.device) < experts // 2
     together = first_half.unsqueeze(0) == knowledge.to(torch.bool).unsqueeze(1)
     importance = torch.where(together, 1 + delta, 1 - delta).to(load.dtype)
-    return squared_variation(load * importance)
+    return squared_variation(load * importance, None if there is None else there.unsqueeze(1).expand_as(load))
 
 
 def router_z(logits: Tensor, keep: Tensor | None) -> Tensor:

@@ -27,6 +27,9 @@ from multiflora.methods.config import AdapterConfig
 from multiflora.methods.layer import BranchLinear, layer_class
 from multiflora.peft_bridge import prefix, quantization_backend, quantization_kwargs
 
+# what lists of experts are called, where a layer is in no other list
+_EXPERTS = re.compile(r"experts?\w*\.")
+
 
 class BranchModel(BaseTuner):
     """A model whose linear layers carry the branches of one method; made by ``peft.get_peft_model``."""
@@ -124,12 +127,9 @@ class BranchModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         routing = find(model)
         if routing is not None:
-            routing.layers[adapter_name] = sum(
-                isinstance(layer, BranchLinear) and adapter_name in layer.configs for layer in model.modules()
-            )
-        hooked = any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values())
-        if routing is not None and not hooked:
-            self._hook = model.register_forward_pre_hook(routing.begin, with_kwargs=True)
+            _place(routing, model)
+            if not any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values()):
+                self._hooks = list(_hooks(routing, model))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and forget its tasks."""
@@ -137,7 +137,6 @@ class BranchModel(BaseTuner):
         routing = find(self.model)
         if routing is not None:
             routing.configs.pop(adapter_name, None)
-            routing.layers.pop(adapter_name, None)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
@@ -160,17 +159,11 @@ class BranchModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
-        hook = getattr(self, "_hook", None)
-        if hook is not None:
+        for hook in getattr(self, "_hooks", ()):
             hook.remove()
         return unloaded
 
     # ---- calls ------------------------------------------------------------------------------------------------------
-
-    def generate(self, *args: Any, task_id: Any = None, **kwargs: Any) -> Any:
-        """The base model's ``generate``; ``task_id`` names the task of each row (its beams share it)."""
-        with nullcontext() if task_id is None else task(self.model, torch.as_tensor(task_id).tolist()):
-            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -198,11 +191,83 @@ class BranchModel(BaseTuner):
             for module in self.modules()
             if isinstance(module, (BranchLinear, AuxiliaryTrainingWrapper))
         ]
+        routing = find(self.model)
         try:
-            yield
+            with nullcontext() if routing is None else routing.mixed():
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _place(routing: Routing, model: nn.Module) -> None:
+    """Note of the adapted layers what decides whose tokens they see: a decoder, experts, any list of modules."""
+    decoder, inside = _decoder(model), dict[nn.Module, int]()
+    for _, module in model.named_modules():  # parents come before their children
+        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        for child in module.children():
+            inside[child] = inside.get(module, 0) + listed
+    of_decoder = set() if decoder is None else set(decoder.modules())
+    layers = [layer for layer in model.modules() if isinstance(layer, BranchLinear)]
+    routing.decoder_layers = frozenset(layer.name for layer in layers if layer in of_decoder)
+    routing.listed = frozenset(layer.name for layer in layers if inside.get(layer))
+    routing.shared_out = frozenset(
+        layer.name
+        for layer in layers
+        if inside.get(layer, 0) > 1 or (inside.get(layer) and _EXPERTS.search(layer.name))
+    )
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """The decoder of a model that has an encoder, too."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    decoder: Any = model.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def _hooks(routing: Routing, model: nn.Module) -> Iterator[Any]:
+    """Whatever tells the layers of a pass: on the model, on its backbone called by itself, and on ``generate``."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    for module in dict.fromkeys((model, backbone)):
+        if isinstance(module, nn.Module):
+            yield module.register_forward_pre_hook(routing.begin, with_kwargs=True)
+            yield module.register_forward_hook(routing.end, with_kwargs=True, always_call=True)
+    decoder = _decoder(model)
+    if decoder is not None:
+        yield decoder.register_forward_pre_hook(routing.enter_decoder, with_kwargs=True)
+    if hasattr(model, "generate"):
+        yield _Generate(model)
+
+
+class _Generate:
+    """``generate`` of a model whose adapters may want to know tasks, in its place until it is removed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.before = vars(model).get("generate")
+        model.generate = self
+
+    def __call__(self, *args: Any, task_id: Any = None, **kwargs: Any) -> Any:
+        """The model's ``generate``; ``task_id`` is the task of all rows or of each (its beams share it)."""
+        call = partial(type(self.model).generate, self.model) if self.before is None else self.before
+        if task_id is None:
+            return call(*args, **kwargs)
+        which = task_id.tolist() if isinstance(task_id, torch.Tensor) else task_id
+        if isinstance(which, (list, tuple)) and any(not isinstance(one, (str, int)) for one in which):
+            raise AdapterError(
+                "generate takes one task for all rows or one for each, by name or id, and not one for each token: "
+                f"task_id is {task_id!r}."
+            )
+        with task(self.model, which):
+            return call(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        if vars(self.model).get("generate") is self:
+            del self.model.generate
+            if self.before is not None:
+                self.model.generate = self.before
 
 
 def can_adapt(module: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def router_loss(config: Any, seen: Seen) -> Tensor | None:
     if not (balance or z) or seen.gate is None or seen.logits is None:
         return None
     logits, gate = seen.logits.t(), seen.gate.t()
-    keep = seen.routing.keep(len(logits))
+    keep = seen.tokens.keep()
     terms: list[Tensor] = []
     if balance:
         terms.append(balance * load_balance(logits, gate, keep))

@@ -39,14 +39,23 @@ def training_callbacks(model: nn.Module) -> list[TrainerCallback]:
         >>> for callback in multiflora.training_callbacks(model):  # doctest: +SKIP
         ...     trainer.add_callback(callback)
     """
-    needed = any(
-        method.gradient_start is not None or method.after_step is not None for _, method, _, _ in _adapters(model)
+    # also of adapters that are not in use yet: which are trained is seen when the training begins
+    methods = (
+        layer.method_of(name) for layer in model.modules() if isinstance(layer, BranchLinear) for name in layer.configs
     )
+    needed = any(method.gradient_start is not None or method.after_step is not None for method in methods)
     return [MethodCallback()] if needed else []
 
 
 class MethodCallback(TrainerCallback):
-    """Calls what the adapters' methods ask for."""
+    """Calls what the adapters' methods ask for.
+
+    Only adapters that are in use and being trained are touched, and only those that have learned nothing yet: a second
+    training of a saved adapter goes on from what the first has made of it.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: set[str] = set()
 
     def on_train_begin(
         self,
@@ -58,10 +67,15 @@ class MethodCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the start from the gradient of the first batches, unless the training goes on from a checkpoint."""
-        if state.global_step:
-            return
-        for name, method, config, _ in _adapters(model):
-            if method.gradient_start is not None:
+        found = list(_adapters(model))
+        self._fresh = {
+            name
+            for name, method, _, layers in found
+            if (method.after_step is not None or (method.gradient_start is not None and not state.global_step))
+            and not any(layer.has_learned(name) for layer in layers)
+        }
+        for name, method, config, _ in found:
+            if method.gradient_start is not None and name in self._fresh:
                 batches = _first_batches(train_dataloader, args.train_batch_size, config.gradient_batches)
                 device = next(model.parameters()).device
                 start_from_gradients(model, [_on(batch, device) for batch in batches], adapter_name=name)
@@ -71,14 +85,15 @@ class MethodCallback(TrainerCallback):
     ) -> None:
         """Let the methods see the weights as the step has left them."""
         for name, method, config, layers in _adapters(model):
-            if method.after_step is not None:
+            if method.after_step is not None and name in self._fresh:
                 method.after_step(config, [layer.parts(name) for layer in layers], state.global_step)
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Method, Any, list[BranchLinear]]]:
+    """The adapters that are in use and being trained."""
     for name, config in configs_of(model).items():
         layers = [module for module in model.modules() if isinstance(module, BranchLinear) and name in module.configs]
-        if layers:
+        if any(layer.learns(name) for layer in layers):
             yield name, layers[0].method_of(name), config, layers
 
 

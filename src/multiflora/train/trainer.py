@@ -16,10 +16,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from multiflora.context import auxiliary_loss, find
+from multiflora.context import auxiliary_loss, chosen_positions, find
 from multiflora.data.collate import Collator
 from multiflora.files import write_text
 from multiflora.methods.baselines import tokens_in_front
+from multiflora.methods.layer import BranchLinear
 from multiflora.train.adapter import save_adapter
 from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
 from multiflora.train.checkpoint import Window, remove_older, seal
@@ -29,8 +30,10 @@ from multiflora.train.watch import RoutingWatch
 
 __all__ = ["MultitaskTrainer", "own_forward"]
 
-# routers, gates and scales start at a meaning of their own; pulling them to zero would not be regularisation
-_NOT_DECAYED = ("router", "scale", "gate")
+# a gate, a matrix between stem and heads and peft's scales start at a meaning of their own; pulling them to zero would not
+# be regularisation
+_DECAYED_PARTS = ("A", "B")
+_NOT_DECAYED_OF_PEFT = ("ia3_l", "lora_magnitude_vector")
 
 
 @contextmanager
@@ -160,7 +163,8 @@ class MultitaskTrainer(SFTTrainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         front = tokens_in_front(self.accelerator.unwrap_model(model))
         listening = self._watch.listening() if self._watch is not None and self.model.training else nullcontext()
-        with listening, project_only(head, behind(positions, labels.shape[1], front)):
+        seen = behind(positions, labels.shape[1], front)
+        with listening, project_only(head, seen), chosen_positions(model, seen):
             outputs = model(**inputs, use_cache=False)
         losses = token_losses(outputs.logits, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
@@ -207,11 +211,21 @@ class MultitaskTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Name the parameters that weight decay applies to: matrices that are no router, gate or scale."""
+        """Name the parameters that weight decay applies to: matrices, of our branches A and B alone."""
+        spared = {
+            id(part)
+            for layer in model.modules()
+            if isinstance(layer, BranchLinear)
+            for name in layer.configs
+            for kind, part in layer.parts(name).items()
+            if kind not in _DECAYED_PARTS
+        }
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and not any(word in name for word in _NOT_DECAYED)
+            if parameter.ndim > 1
+            and id(parameter) not in spared
+            and not any(part in _NOT_DECAYED_OF_PEFT for part in name.split("."))
         ]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
