@@ -14,9 +14,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,7 @@ class Recorder(Protocol):
         """Take a layer's gate, (T, H), without gradient, and the task of each token, (T,) or None."""
 
 
-@dataclass(eq=False)
-class Side:
+class Side(NamedTuple):
     """The tokens of one stack of layers: of the whole model, or of an encoder or decoder."""
 
     rows: int | None = None
@@ -51,33 +49,41 @@ class Side:
     """1 for text and 0 for fill, (rows, length) or longer in front, by what a cache holds."""
 
 
-@dataclass(eq=False)
 class Pass:
-    """What one forward pass knows, and what its layers reported."""
+    """What one forward pass knows, and what its layers reported.
 
-    main: Side = field(default_factory=Side)
-    decoder: Side | None = None
-    """Of the decoder, where that has tokens of its own."""
-    memory: Tensor | None = None
-    """The encoder's states, as the decoder's layers may see them."""
-    pictures: bool = False
-    """Whether the input is no text: rows may be cut into windows, which lie together."""
-    ids: Tensor | Sequence[TaskName] | None = None
-    """Of the rows, or of the tokens, as they came with the batch."""
-    default: Which | None = None
-    """Set by :func:`task` where none came with the batch."""
-    learns: bool = False
-    """Whether the layers shall report losses."""
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    """What each adapter's layers add to the loss."""
-    counted: str = ""
-    """"loss" once they are in the model's own loss, "asked" once :func:`auxiliary_loss` has given them out."""
-    went_back: bool = False
-    """Whether a gradient was taken through the pass."""
-    chosen: Tensor | None = None
-    """Positions that the output head sees, in the batch flattened to rows times length."""
-    opener: nn.Module | None = None
-    resolved: dict[int, Tensor | None] = field(default_factory=dict)
+    Attributes:
+        main: The tokens of the model, or of its encoder.
+        decoder: Those of the decoder, where that has tokens of its own.
+        memory: The encoder's states, as the decoder's layers may see them.
+        pictures: Whether the input is no text: rows may be cut into windows, which lie together.
+        ids: Tasks of the rows, or of the tokens, as they came with the batch.
+        default: Tasks set by :func:`task`, for where none came with the batch.
+        chosen: Positions that the output head sees, (n,), in the batch flattened to rows times length.
+        learns: Whether the model was training.
+        with_gradient: Whether gradients were on when the pass began.
+        losses: What each adapter's layers add to the loss.
+        counted: "loss" once they are in the model's own loss, "asked" once :func:`auxiliary_loss` has given them out.
+        pull: The gradient of the loss by each adapter's layers, once it is known, where these had none in the pass.
+        went_back: Whether a gradient was taken through the pass.
+        opener: The module whose call it is, until that is over.
+    """
+
+    def __init__(self, default: Which | None, opener: nn.Module | None = None) -> None:
+        self.main = Side()
+        self.decoder: Side | None = None
+        self.memory: Tensor | None = None
+        self.pictures = False
+        self.ids: Tensor | Sequence[TaskName] | None = None
+        self.default = default
+        self.chosen: Tensor | None = None
+        self.learns = self.with_gradient = False
+        self.losses: dict[str, list[Tensor]] = {}
+        self.counted = ""
+        self.pull: dict[str, Tensor] = {}
+        self.went_back = False
+        self.opener = opener
+        self._resolved: dict[int, Tensor | None] = {}
 
     def ids_for(self, config: Any, rows: Sequence[int] | None = None) -> Tensor | None:
         """The ids by one adapter's own list of tasks, (), (rows,) or (rows, length); None where none is known.
@@ -88,9 +94,9 @@ class Pass:
         """
         if rows is not None:
             return self._resolve(config, rows)
-        if id(config) not in self.resolved:
-            self.resolved[id(config)] = self._resolve(config, None)
-        return self.resolved[id(config)]
+        if id(config) not in self._resolved:
+            self._resolved[id(config)] = self._resolve(config, None)
+        return self._resolved[id(config)]
 
     def _resolve(self, config: Any, rows: Sequence[int] | None) -> Tensor | None:
         which = self.ids if self.ids is not None else self.default
@@ -107,8 +113,7 @@ class Pass:
         return torch.tensor([index_of(config, one) if i in wanted else 0 for i, one in enumerate(which)])
 
 
-@dataclass(eq=False)
-class Tokens:
+class Tokens(NamedTuple):
     """The tokens that one layer sees in one pass.
 
     Rows and tasks are known where the tokens come in the order of the batch: as (rows, ..., d), as all tokens one
@@ -127,7 +132,7 @@ class Tokens:
     """Whether it is in any list of modules, as no layer behind a pooling is."""
 
     @property
-    def count(self) -> int:
+    def batch(self) -> int:
         """How many rows the batch has."""
         if self.side.rows:
             return self.side.rows
@@ -135,14 +140,14 @@ class Tokens:
 
     def _all(self) -> bool:
         """Whether all tokens of all rows are here, a row's one after another."""
-        rows, length = self.count, self.side.length
+        rows, length = self.batch, self.side.length
         if length is None:
             return self.lead == (rows,)
         return self.lead == (rows, length) or (self.lead == (rows * length,) and not self.shared_out)
 
     def rows(self, device: torch.device) -> Tensor | None:
         """The row of each token, (T,), or None where that cannot be known."""
-        rows, tokens = self.count, self.lead.numel()
+        rows, tokens = self.batch, self.lead.numel()
         if rows == 1:
             return torch.zeros(tokens, dtype=torch.long, device=device)
         if self.chosen is not None:
@@ -159,7 +164,7 @@ class Tokens:
     def keep(self) -> Tensor | None:
         """1 for real tokens and 0 for padding, (T,), or None where that is not known."""
         mask, length = self.side.mask, self.side.length
-        if mask is None or length is None or mask.shape[0] != self.count or mask.shape[1] < length:
+        if mask is None or length is None or mask.shape[0] != self.batch or mask.shape[1] < length:
             return None
         mask = mask[:, mask.shape[1] - length :].reshape(-1)
         if self.chosen is not None:
@@ -193,20 +198,20 @@ class Tokens:
                     f"{tuple(self.lead)} ({self.layer}). Give one id for each row, or for each token."
                 )
             ids = ids[:, 0]
-        if self.count % len(ids):
+        if self.batch % len(ids):
             raise AdapterError(
-                f"There are tasks for {len(ids)} rows, but the batch has {self.count}. Give one task for all rows, or "
+                f"There are tasks for {len(ids)} rows, but the batch has {self.batch}. Give one task for all rows, or "
                 "one for each."
             )
         # the copies of a row that beam search makes lie together
-        ids = ids.to(device).repeat_interleave(self.count // len(ids))
+        ids = ids.to(device).repeat_interleave(self.batch // len(ids))
         rows = self.rows(device)
-        if rows is not None and (self.side.rows or len(self.lead) > 1 or tokens == self.count == len(ids)):
+        if rows is not None and (self.side.rows or len(self.lead) > 1 or tokens == self.batch == len(ids)):
             return ids[rows]
         if bool((ids == ids[0]).all()):
             return ids[:1].expand(tokens)
         raise AdapterError(
-            f"{self.layer} sees {tokens} tokens of a batch of {self.count} rows, and not in the order of the rows, as "
+            f"{self.layer} sees {tokens} tokens of a batch of {self.batch} rows, and not in the order of the rows, as "
             "an expert does or a layer behind a choice of positions: which task each belongs to cannot be known. Give "
             "batches of one task, or leave the layer out of target_modules."
         )
@@ -274,9 +279,10 @@ class Routing:
         ids, real = kwargs.pop("task_id", None), kwargs.pop("real_tokens", None)
         if here.current is not None:  # the backbone inside the whole model
             return args, kwargs
-        found = Pass(default=self.default, opener=module)
+        found = Pass(self.default, module)
         # a backbone has no loss; what its layers report is fetched by `auxiliary_loss`
         found.learns, found.chosen = module.training, here.chosen
+        found.with_gradient = torch.is_grad_enabled()
         first = _first_tensor(args, kwargs)
         mask = kwargs.get("attention_mask") if real is None else real
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -354,7 +360,7 @@ class Routing:
                 return found
             if (latest := found or here.last or self._newest) is not None:
                 return latest
-        return Pass(default=self.default)
+        return Pass(self.default)
 
     def tokens(self, layer: str, x: Tensor, lead: torch.Size | None = None) -> Tokens:
         """What is known of the tokens of a layer's input.
@@ -374,30 +380,20 @@ class Routing:
             chosen = None
         return Tokens(found, layer, side, lead, chosen, layer in self.shared_out, layer in self.listed)
 
-    def report(self, adapter: str, loss: Tensor) -> None:
-        """Take what a layer adds to the loss; a block computed again has said it already."""
+    def report(self, adapter: str, loss: Tensor, y: Tensor) -> Tensor:
+        """Take what a layer adds to the loss; its output y comes back, for a block computed again with its gradient.
+
+        Re-entrant checkpointing computes a block without gradients at first: what its layers add is in the loss then,
+        and learns from the second time.
+        """
         found = self._here.current
         if found is not None:
             found.losses.setdefault(adapter, []).append(loss)
-
-    @contextmanager
-    def reporting(self, tokens: Tokens) -> Iterator[None]:
-        """A layer reports inside: `keep` is about these tokens."""
-        before, self._here.reporting = self._here.reporting, tokens
-        try:
-            yield
-        finally:
-            self._here.reporting = before
-
-    def keep(self, tokens: int) -> Tensor | None:
-        """1 for real tokens and 0 for padding, (T,), of the layer that reports; None where that is not known."""
-        seen = self._here.reporting
-        return seen.keep() if seen is not None and seen.lead.numel() == tokens else None
-
-    def single(self, config: Any) -> int | None:
-        """The one task set for all rows, or None: for merging, which makes one matrix whatever the last batch was."""
-        ids = Pass(default=self.default).ids_for(config)
-        return int(ids) if ids is not None and ids.numel() == 1 else None
+        elif loss.requires_grad and not torch.compiler.is_compiling() and _backward_of() != -1:
+            pull = self.now().pull.get(adapter)
+            if pull is not None:
+                y = _Pull.apply(y, loss, pull)  # type: ignore[no-untyped-call]
+        return y
 
     @property
     def losses(self) -> list[Tensor]:
@@ -509,15 +505,36 @@ def _total(found: Pass) -> Tensor:
         AdapterError: They were computed without gradient although the model is training.
     """
     means: list[Tensor] = []
-    for losses in found.losses.values():
-        with_gradient = torch.compiler.is_compiling() or all(one.requires_grad for one in losses)
-        if torch.is_grad_enabled() and not with_gradient:
-            raise AdapterError(
-                "The layers' losses carry no gradient although the model is training. Re-entrant gradient "
-                'checkpointing hides them: use gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-        means.append(torch.stack([one.to(losses[0].device) for one in losses]).mean())
+    for adapter, losses in found.losses.items():
+        mean = torch.stack([one.to(losses[0].device) for one in losses]).mean()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not all(o.requires_grad for o in losses):
+            if not found.with_gradient:
+                raise AdapterError(
+                    "The layers' losses carry no gradient although the model is training: the forward pass was made "
+                    "without. Make it with gradients on (no torch.no_grad()), or leave auxiliary_loss out."
+                )
+            carrier = torch.zeros((), device=mean.device, requires_grad=True)
+            carrier.register_hook(partial(_keep_pull, pull=found.pull, adapter=adapter, layers=len(losses)))  # type: ignore[no-untyped-call]
+            mean = mean + carrier
+        means.append(mean)
     return torch.stack([one.to(means[0].device) for one in means]).sum()
+
+
+def _keep_pull(grad: Tensor, *, pull: dict[str, Tensor], adapter: str, layers: int) -> None:
+    pull[adapter] = grad / layers
+
+
+class _Pull(torch.autograd.Function):
+    """y, whose gradient brings a layer's loss its own."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, pull: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.pull = pull.to(loss.device, loss.dtype)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad, ctx.pull, None
 
 
 def _numbers(ids: Any) -> bool:
@@ -697,8 +714,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
         model: Any model, wrapped by peft or not.
 
     Raises:
-        AdapterError: The losses were computed without gradient although the model is training, as re-entrant gradient
-            checkpointing does; nothing would be learned from them.
+        AdapterError: The model is training and the pass was made without gradients; nothing would be learned from it.
 
     Example:
         >>> auxiliary_loss(torch.nn.Linear(2, 2))

@@ -72,8 +72,8 @@ def start_from_gradients(
             )
     if any(layer.has_learned(adapter_name) for layer in layers):
         raise AdapterError(
-            f"Adapter {adapter_name!r} has been trained already, or starts at random (init_weights=False); a start from "
-            "the gradient would replace what it has learned. Train it on as it is, or add a fresh adapter."
+            f"Adapter {adapter_name!r} has been trained already, or starts at random (init_weights=False); a start "
+            "from the gradient would replace what it has learned. Train it on as it is, or add a fresh adapter."
         )
     kept = list(batches)
     if not kept:

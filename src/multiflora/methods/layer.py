@@ -124,8 +124,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
     def has_learned(self, adapter_name: str) -> bool:
         """Whether an adapter with a stored offset has moved away from it: what it computes here is not its start."""
         parts = self.parts(adapter_name)
-        return "A0" not in parts or not (
-            bool((parts["A"] == parts["A0"]).all()) and bool((parts["B"] == parts["B0"]).all())
+        return "A0" not in parts or any(
+            bool((parts[part].to(parts[start].dtype) != parts[start]).any())
+            for part, start in (("A", "A0"), ("B", "B0"))
         )
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
@@ -269,8 +270,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             matrices = method.between.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
-        self._report(adapter_name, loss, stems, gate, logits, tasks, tokens)
-        return ops.heads(
+        value = self._value(loss, plan, stems, gate, logits, tokens)
+        self._record(gate, tasks, tokens)
+        summed = ops.heads(
             place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
             u,
             u0,
@@ -282,6 +284,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             rank=plan.rank,
             dropout=self._dropout(plan.head_dropout),
         )
+        return summed if value is None else self.routing.report(adapter_name, value, summed)
 
     def _loop(
         self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Sequence[int] | None = None, of: int | None = None
@@ -300,7 +303,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         gate = method.gate.weights(config, parts, logits, tasks)
         scale = self.scaling[adapter_name]
         stems = (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t()
-        self._report(adapter_name, loss, stems, gate, logits, tasks, tokens)
+        value = self._value(loss, plan, stems, gate, logits, tokens)
+        self._record(gate, tasks, tokens)
         y = ops.loop(
             y,
             dropped,
@@ -318,7 +322,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
-        return y.view(shape)
+        y = y.view(shape)
+        return y if value is None else self.routing.report(adapter_name, value, y)
 
     def _dropout(self, p: float) -> ops.Dropout:
         """A mask's probability and a fresh seed; no dropout outside training."""
@@ -352,21 +357,19 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             tasks = tasks.view(tokens.lead[0], -1)[list(rows)].reshape(-1)
         return tasks
 
-    def _report(
+    def _value(
         self,
-        adapter_name: str,
         loss: Loss | None,
+        plan: Plan,
         stems: Tensor,
         gate: Tensor | None,
         logits: Tensor | None,
-        tasks: Tensor | None,
         tokens: Tokens | None,
-    ) -> None:
-        if loss is not None and tokens is not None:
-            value = loss.value(self.configs[adapter_name], Seen(stems, gate, logits, tokens))
-            if value is not None:
-                self.routing.report(adapter_name, value)
-        self._record(gate, tasks, tokens)
+    ) -> Tensor | None:
+        """What the layer adds to the loss, or None."""
+        if loss is None or tokens is None:
+            return None
+        return loss.value(plan.config, Seen(stems, gate, logits, tokens))
 
     def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
         recorder = self.routing.recorder

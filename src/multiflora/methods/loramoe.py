@@ -79,7 +79,7 @@ def loss(config: LoraMoeConfig, seen: Seen) -> Tensor | None:
     if config.balance_weight and seen.gate is not None:
         gate, tokens = seen.gate.t(), seen.tokens
         # an expert's tokens are of no row that could be known: their load is balanced as that of one
-        rows, count = tokens.rows(gate.device), tokens.count
+        rows, count = tokens.rows(gate.device), tokens.batch
         if rows is None:
             rows, count = torch.zeros(len(gate), dtype=torch.long, device=gate.device), 1
         keep = tokens.keep()

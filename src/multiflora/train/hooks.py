@@ -44,7 +44,7 @@ def training_callbacks(model: nn.Module) -> list[TrainerCallback]:
         layer.method_of(name) for layer in model.modules() if isinstance(layer, BranchLinear) for name in layer.configs
     )
     needed = any(method.gradient_start is not None or method.after_step is not None for method in methods)
-    return [MethodCallback()] if needed else []
+    return [MethodCallback(model)] if needed else []
 
 
 class MethodCallback(TrainerCallback):
@@ -52,10 +52,13 @@ class MethodCallback(TrainerCallback):
 
     Only adapters that are in use and being trained are touched, and only those that have learned nothing yet: a second
     training of a saved adapter goes on from what the first has made of it.
+
+    Args:
+        model: The model to be trained.
     """
 
-    def __init__(self) -> None:
-        self._fresh: set[str] = set()
+    def __init__(self, model: nn.Module) -> None:
+        self._fresh = _fresh(model)
 
     def on_train_begin(
         self,
@@ -67,15 +70,9 @@ class MethodCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the start from the gradient of the first batches, unless the training goes on from a checkpoint."""
-        found = list(_adapters(model))
-        self._fresh = {
-            name
-            for name, method, _, layers in found
-            if (method.after_step is not None or (method.gradient_start is not None and not state.global_step))
-            and not any(layer.has_learned(name) for layer in layers)
-        }
-        for name, method, config, _ in found:
-            if method.gradient_start is not None and name in self._fresh:
+        self._fresh = _fresh(model)
+        for name, method, config, _ in _adapters(model):
+            if method.gradient_start is not None and name in self._fresh and not state.global_step:
                 batches = _first_batches(train_dataloader, args.train_batch_size, config.gradient_batches)
                 device = next(model.parameters()).device
                 start_from_gradients(model, [_on(batch, device) for batch in batches], adapter_name=name)
@@ -87,6 +84,16 @@ class MethodCallback(TrainerCallback):
         for name, method, config, layers in _adapters(model):
             if method.after_step is not None and name in self._fresh:
                 method.after_step(config, [layer.parts(name) for layer in layers], state.global_step)
+
+
+def _fresh(model: nn.Module) -> set[str]:
+    """The adapters that have learned nothing yet, of those whose methods ask for anything."""
+    return {
+        name
+        for name, method, _, layers in _adapters(model)
+        if (method.gradient_start is not None or method.after_step is not None)
+        and not any(layer.has_learned(name) for layer in layers)
+    }
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Method, Any, list[BranchLinear]]]:

@@ -30,8 +30,8 @@ from multiflora.train.watch import RoutingWatch
 
 __all__ = ["MultitaskTrainer", "own_forward"]
 
-# a gate, a matrix between stem and heads and peft's scales start at a meaning of their own; pulling them to zero would not
-# be regularisation
+# a gate, a matrix between stem and heads and peft's scales start at a meaning of their own; pulling them to zero would
+# not be regularisation
 _DECAYED_PARTS = ("A", "B")
 _NOT_DECAYED_OF_PEFT = ("ia3_l", "lora_magnitude_vector")
 
