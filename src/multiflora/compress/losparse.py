@@ -10,7 +10,12 @@ among all layers, until a share ``keep`` of S is left. The importance of a numbe
     I = |s \cdot \partial L/\partial s|, \quad \bar I \leftarrow \beta_1 \bar I + (1-\beta_1) I, \quad
     \bar U \leftarrow \beta_2 \bar U + (1-\beta_2) |I - \bar I|, \quad \text{score} = \bar I\, \bar U
 
-and that of a row is the mean over its numbers. How much is left follows a cubic schedule. Pure functions on tensors.
+and that of a row is the mean over its numbers. With :math:`\beta_2 = 1`, the published script's and the default here,
+the uncertainty is switched off: the score is :math:`\bar I` alone. How much is left follows a cubic schedule. Pure
+functions on tensors.
+
+Differs from the published code: there I is first averaged over the steps from one pruning to the next (``deltaT``), and
+that mean enters :math:`\bar I` once; here every step enters it.
 """
 
 from __future__ import annotations
@@ -79,9 +84,11 @@ class Averages(NamedTuple):
 
 
 def update(averages: Averages, values: Tensor, gradient: Tensor, *, beta1: float, beta2: float) -> Averages:
-    """The running means after one more step."""
+    """The running means after one more step; with ``beta2`` 1 the uncertainty is 1 for all."""
     now = (values * gradient).abs()
     importance = beta1 * averages.importance + (1 - beta1) * now
+    if beta2 == 1:
+        return Averages(importance, torch.ones_like(importance))
     return Averages(importance, beta2 * averages.uncertainty + (1 - beta2) * (now - importance).abs())
 
 

@@ -24,8 +24,8 @@ class CompressSpec(Strict):
     """Steps from one pruning to the next, until all is taken away."""
     beta1: float = Field(default=0.85, ge=0, lt=1)
     """Memory of the running mean of the importance."""
-    beta2: float = Field(default=0.85, ge=0, lt=1)
-    """Memory of the running mean of its uncertainty."""
+    beta2: float = Field(default=1.0, ge=0, le=1)
+    """Memory of the running mean of its uncertainty; 1, as in the published script: importance alone counts."""
 
     @model_validator(mode="after")
     def _fits(self) -> CompressSpec:

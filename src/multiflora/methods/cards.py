@@ -322,7 +322,7 @@ METHODS: dict[str, MethodCard] = {
                 "end": 0.3,
                 "every": 10,
                 "beta1": 0.85,
-                "beta2": 0.85,
+                "beta2": 1.0,
             },
         ),
         MethodCard(

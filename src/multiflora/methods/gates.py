@@ -109,6 +109,8 @@ class TokenRouter(Gate):
 
     reads: Reads = "token"
     zero: Callable[[Any], bool] = lambda config: False
+    std: float | None = None
+    """Of a normal start; None: Kaiming-uniform."""
     top_k: Callable[[Any], int | None] = lambda config: config.top_k
     names = ("router",)
 
@@ -118,6 +120,8 @@ class TokenRouter(Gate):
     def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
         if config.init_weights and self.zero(config):
             torch.nn.init.zeros_(parts["router"])
+        elif config.init_weights and self.std is not None:
+            normal(parts["router"], self.std, generator)
         else:
             kaiming_uniform(parts["router"], generator)
 

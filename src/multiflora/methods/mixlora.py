@@ -5,9 +5,11 @@ r"""MixLoRA's routing: E whole LoRA experts, of which the best k serve a token (
     \omega(x) = \operatorname{softmax}\left(\text{top-}k\,(R x)\right)
 
 with the load-balance loss :math:`b\,E \sum_e F_e P_e`, without which few experts would be chosen and few would learn.
+The weight b = 0.001 and the router's start, :math:`R \sim \mathcal N(0, 0.02^2)`, are the published code's.
 
 Differs from the paper: there one router serves a whole feed-forward block, and attention carries plain LoRAs. Here, as
-in all methods of this library, every adapted layer has a router of its own. So it is MixLoRA's gate, not its block.
+in all methods of this library, every adapted layer has a router of its own. So it is MixLoRA's gate, not its block. The
+code draws a dropout mask on x for each expert; here one mask serves all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 class MixLoraConfig(RouterConfig):
     """MixLoRA's routing (arXiv 2404.15159): ``num_experts`` LoRAs, the best ``top_k`` for each token.
 
-    Defaults: 8 experts, the best 2, balance loss of weight 0.01, dropout 0.05.
+    Defaults: 8 experts, the best 2, balance loss of weight 0.001, dropout 0.05.
 
     Example:
         >>> MixLoraConfig(num_experts=4, target_modules=["gate_proj", "up_proj", "down_proj"]).top_k
@@ -45,7 +47,7 @@ leave it out.
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
     num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
     top_k: Optional[int] = field(default=2, metadata={"help": "How many experts serve a token."})  # noqa: UP045
-    router_balance_loss: float = field(default=0.01, metadata={"help": "Weight of the load-balance loss."})
+    router_balance_loss: float = field(default=0.001, metadata={"help": "Weight of the load-balance loss."})
 
     def problems(self) -> list[str]:
         """See the base class."""
@@ -57,7 +59,7 @@ METHOD = Method(
     config=MixLoraConfig,
     heads=lambda config: config.num_experts,
     shared_stem=False,
-    gate=TokenRouter(),
+    gate=TokenRouter(std=0.02),
     start=start,
     loss=ROUTER_LOSS,
     why_not_mergeable=(
