@@ -395,6 +395,25 @@ class Routing:
                 y = _Pull.apply(y, loss, pull)  # type: ignore[no-untyped-call]
         return y
 
+    @contextmanager
+    def reporting(self, tokens: Tokens) -> Iterator[None]:
+        """A layer reports inside: `keep` is about these tokens."""
+        before, self._here.reporting = self._here.reporting, tokens
+        try:
+            yield
+        finally:
+            self._here.reporting = before
+
+    def keep(self, tokens: int) -> Tensor | None:
+        """1 for real tokens and 0 for padding, (T,), of the layer that reports; None where that is not known."""
+        seen = self._here.reporting
+        return seen.keep() if seen is not None and seen.lead.numel() == tokens else None
+
+    def single(self, config: Any) -> int | None:
+        """The one task set for all rows, or None: for merging, which makes one matrix whatever the last batch was."""
+        ids = Pass(self.default).ids_for(config)
+        return int(ids) if ids is not None and ids.numel() == 1 else None
+
     @property
     def losses(self) -> list[Tensor]:
         """What each layer of this thread's last pass adds to the loss."""

@@ -67,6 +67,18 @@ def test_importance_is_platons_number_by_number():
         assert float(averages.rows()[i]) == pytest.approx(total / 4, rel=1e-12)
 
 
+def test_with_beta2_of_one_importance_alone_counts():
+    torch.manual_seed(0)
+    averages = Averages(torch.zeros(3, 4), torch.zeros(3, 4))
+    importance = torch.zeros(3, 4)
+    for _ in range(5):
+        value, grad = torch.randn(3, 4), torch.randn(3, 4)
+        averages = update(averages, value, grad, beta1=0.85, beta2=1)
+        importance = 0.85 * importance + 0.15 * (value * grad).abs()
+    assert torch.allclose(averages.rows(), importance.mean(1))
+    assert CompressSpec().beta2 == 1
+
+
 def test_rows_compete_over_all_layers_by_what_they_hold():
     torch.manual_seed(0)
     scores, widths = [torch.rand(5), torch.rand(3), torch.rand(4)], [8, 2, 3]

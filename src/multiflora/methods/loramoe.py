@@ -4,8 +4,8 @@ r"""LoRAMoE: E whole LoRA experts behind a dense router on the token (Dou et al.
 
 The localized balance loss asks the first half of the experts to serve rows of world knowledge and the second half all
 others: :math:`\mathrm{CV}^2(Q \odot I)`, see ``losses.localized_balance``. It needs the row's task and
-``knowledge_tasks``. The published script leaves it off, as the default here does. The code draws a dropout mask on x for
-each expert; here one mask serves all.
+``knowledge_tasks``. The published script leaves it off, as the default here does. The code draws a dropout mask on x
+for each expert; here one mask serves all.
 """
 
 from __future__ import annotations

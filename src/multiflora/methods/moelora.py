@@ -5,8 +5,8 @@ r"""MOELoRA: E low-rank experts blended by the task alone (Liu et al. 2023, arXi
     \qquad \omega(t) = \operatorname{softmax}(W_T\, e_t)
 
 r is the rank of all experts together: each has r / E. The gate sees only the row's task t, so for each task the sum is
-one matrix and merges exactly. A starts N(0, 0.01²), B at zero. The code draws a dropout mask on x for each expert; here one
-mask serves all.
+one matrix and merges exactly. A starts N(0, 0.01²), B at zero. The code draws a dropout mask on x for each
+expert; here one mask serves all.
 """
 
 from __future__ import annotations

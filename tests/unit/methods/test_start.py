@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from multiflora import HydraLoraConfig, MLoraConfig, MoeLoraConfig, MultiLoraConfig, RLoraConfig
+from multiflora import HydraLoraConfig, MixLoraConfig, MLoraConfig, MoeLoraConfig, MultiLoraConfig, RLoraConfig
 from multiflora.methods import METHODS, build_config
 
 OURS = sorted(name for name, card in METHODS.items() if card.module)
@@ -115,3 +115,8 @@ def test_the_rlora_offset_is_the_mean_head_at_the_start():
     assert torch.equal(parts["A0"], parts["A"])
     assert torch.allclose(parts["B0"], parts["B"].view(D_OUT, 3, 4).mean(1))
     assert not parts["A0"].requires_grad
+
+
+def test_mixlora_starts_as_its_code():
+    assert close(layer_of(MixLoraConfig()).parts("default")["router"], 0.02)
+    assert MixLoraConfig().router_balance_loss == 0.001

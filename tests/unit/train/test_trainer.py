@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
 
 import multiflora
+from multiflora.context import find
 from multiflora.data.collate import Collator
 from multiflora.methods import build_config
 from multiflora.train.trainer import MultitaskTrainer
@@ -173,15 +174,46 @@ def test_an_output_folder_that_was_there_stays(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
-def test_weight_decay_spares_vectors_routers_gates_and_scales(tmp_path: Path) -> None:
-    trainer = make_trainer(make_model(), tmp_path, weight_decay=0.1)
-    holder = nn.Module()
-    for name in ("lora_A", "lora_router", "scale", "expert_gate"):
-        setattr(holder, name, nn.Linear(2, 2, bias=True))
-    assert trainer.get_decay_parameter_names(holder) == ["lora_A.weight"]
+DECAYED = {
+    "multilora": {"A", "B"},
+    "hydralora": {"A", "B"},
+    "moelora": {"A", "B"},
+    "mtllora": {"A", "B"},
+    "rlora": {"A", "B"},
+}
+
+
+@pytest.mark.parametrize("method", DECAYED)
+def test_weight_decay_is_for_a_and_b_wherever_they_stand(method: str, tmp_path: Path) -> None:
+    """Also on modules whose own name has a gate in it; not for routers, scales, embeddings and matrices of a task."""
+    settings = {"target_modules": ["gate_proj", "q_proj"]} | ({} if method == "multilora" else {"r": 4})
+    settings |= {"num_tasks": 3} if method in ("moelora", "mtllora") else {}
+    settings |= {"num_experts": 2} if method == "moelora" else {}
+    trainer = make_trainer(make_model(build_config(method, settings)), tmp_path, weight_decay=0.1)
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    decayed = trained & set(trainer.get_decay_parameter_names(trainer.model))
+    parts = {name.split(".mf_")[1].split(".")[0].rpartition(f"{method}_")[2] for name in decayed}
+    assert parts == DECAYED[method]
+    assert any("gate_proj" in name for name in decayed)
+    assert all(name.split(".")[-2].endswith(("_A", "_B")) == (name in decayed) for name in trained)
     trainer.create_optimizer()
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
-    assert "AdamW" in type(trainer.optimizer).__name__
+
+
+@pytest.mark.parametrize(
+    ("adapter", "spared"),
+    [
+        (LoraConfig(r=2, target_modules=["gate_proj", "up_proj"]), set()),
+        (LoraConfig(r=2, use_dora=True, target_modules=["gate_proj"]), {"lora_magnitude_vector"}),
+        (IA3Config(target_modules=["k_proj", "gate_proj"], feedforward_modules=["gate_proj"]), {"ia3_l"}),
+    ],
+    ids=["lora", "dora", "ia3"],
+)
+def test_weight_decay_of_peft_s_adapters_spares_scales_alone(adapter: Any, spared: set[str], tmp_path: Path) -> None:
+    trainer = make_trainer(make_model(adapter), tmp_path, weight_decay=0.1)
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    assert trained - decayed == {name for name in trained if spared & set(name.split("."))}
 
 
 def test_a_copy_of_the_trained_model_stands_alone(tmp_path: Path) -> None:
@@ -201,6 +233,45 @@ def test_the_adapters_auxiliary_loss_is_added_once_per_step(tmp_path: Path) -> N
     quarter = trainer.compute_loss(trainer.model, batch)
     assert float(auxiliary) > 0.01
     torch.testing.assert_close(whole - quarter, auxiliary * 3 / 4, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("method", ["mixlora", "alignlora", "loramoe"])
+def test_fill_has_no_part_in_the_adapters_losses(method: str, packing: bool, tmp_path: Path) -> None:
+    """Neither what pads a row or fills a folded one, nor rows that only fill the last step up."""
+    settings = {"lora_dropout": 0.0, "r": 2, "num_tasks": 3, "target_modules": ["q_proj", "up_proj"]}
+    settings |= {"router_z_loss": 0.3, "num_experts": 3} if method in ("mixlora", "loramoe") else {"align_weight": 0.3}
+    settings |= {"router_balance_loss": 0.0} if method == "mixlora" else {}
+    trainer = make_trainer(make_model(build_config(method, settings)), tmp_path, packing=packing)
+    examples = make_examples()
+    model = trainer.model.train()
+    seen: list[Tensor] = []
+    for row in examples:  # one at a time there is no fill
+        model(
+            input_ids=torch.tensor([row["input_ids"]]),
+            **(
+                {"task_id": torch.tensor([0])} if method != "alignlora" else {"task_id": torch.tensor([row["task_id"]])}
+            ),
+        )
+        seen.append(torch.stack(model_losses(model)))
+    rows = [row | {"example": i} for i, row in enumerate(examples)]
+    rows += [rows[0] | {"example": -1}, rows[3] | {"example": -1}]
+    collate = Collator(pad_token_id=0, packing=packing, max_length=24)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(model, collate(rows))
+    found = torch.stack(model_losses(model))
+    if method == "alignlora":
+        # the rows in fill must not change it: the same batch without them
+        trainer.compute_loss(model, collate(rows[:-2]))
+        torch.testing.assert_close(found, torch.stack(model_losses(model)), atol=1e-5, rtol=1e-4)
+    else:
+        lengths = torch.tensor([float(len(row["input_ids"])) for row in examples])
+        wanted = (torch.stack(seen) * lengths[:, None]).sum(0) / lengths.sum()
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def model_losses(model: nn.Module) -> list[Tensor]:
+    return [loss.detach() for loss in find(model).losses]
 
 
 @pytest.mark.parametrize("packing", [False, True])
