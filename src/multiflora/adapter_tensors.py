@@ -121,8 +121,12 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
         yield f"tensor {foreign[0]} belongs to another method; {CONFIG} says {method.name}. The two files do not match."
     if not layers:
         yield f"it holds no tensor of {method.name} (expected names with {mark}). Save the adapter again."
-    wanted = {*method.parameter_names(), *(OFFSET if method.offset(config) else ())}
+    every = {*method.parameter_names(), *(OFFSET if method.offset(config) else ())}
+    shared = set(method.shared(config))
+    holder = next((layer for layer in layers if shared & layer.shapes.keys()), layers[0] if layers else None)
     for layer in layers:
+        # one layer holds for all what all share
+        wanted = every if layer is holder else every - shared
         stem = f"{ROOT}{layer.name}{mark}"
         for part in sorted(wanted - layer.shapes.keys()):
             yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."
@@ -136,7 +140,7 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
         rank = method.offset_rank(config, r)
         shapes |= {"A0": (rank, A[-1]), "B0": (B[0], rank)} if rank else {}
         for part, shape in shapes.items():
-            if layer.shapes[part] != shape:
+            if part in wanted and layer.shapes[part] != shape:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for {shape}. Weights and "
                     f"{CONFIG} do not belong together, or only a shard was saved."

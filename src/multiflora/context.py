@@ -233,6 +233,7 @@ class Routing:
         decoder_layers: Names of the adapted layers inside a decoder that has an encoder beside it.
         shared_out: Names of the adapted layers that stand beside others like them, which share the tokens out.
         listed: Names of the adapted layers inside any list of modules.
+        holders: For each adapter with tensors that all its layers share, the layer that holds them.
         recorder: Called with every gate, or None.
         loop: Compute head by head (:func:`multiflora.ops.loop`) instead of packed.
     """
@@ -242,6 +243,7 @@ class Routing:
         self.decoder_layers: frozenset[str] = frozenset()
         self.shared_out: frozenset[str] = frozenset()
         self.listed: frozenset[str] = frozenset()
+        self.holders: dict[str, Any] = {}
         self.recorder: Recorder | None = None
         self.loop = False
         self.warned = False

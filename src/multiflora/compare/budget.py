@@ -109,7 +109,12 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
         >>> count_parameters(describe("lora"), build_config("lora", {"r": 8}), [Width("q_proj", 4096, 4096)])
         65536
     """
-    return sum(prod(shape) for layer in widths for shape in _shapes(method, config, layer).values())
+    shared = set() if isinstance(method, Baseline) else set(_described(method, config).shared(config))
+    total = 0
+    for number, layer in enumerate(widths):
+        shapes = _shapes(method, config, layer)
+        total += sum(prod(shape) for part, shape in shapes.items() if not number or part not in shared)
+    return total
 
 
 def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width]) -> Flops:

@@ -60,7 +60,11 @@ class SavedAdapter:
     def _layer(self, file: TensorFile, held: set[str], name: str) -> Layer:
         stem = f"{ROOT}{name}.{_prefix(self.method)}"
         wanted = (*self.method.parameter_names(), *(OFFSET if self.method.offset(self.config) else ()))
-        parts = {part: file[stem + part] for part in wanted}
+        shared = self.method.shared(self.config)
+        parts = {part: file[stem + part] for part in wanted if part not in shared}
+        for part in shared:  # one layer holds them for all
+            end = f".{_prefix(self.method)}{part}"
+            parts[part] = file[next((key for key in sorted(held) if key.endswith(end)), stem + part)]
         r, alpha = rank_and_alpha(self.config, name)
         return Layer(name, parts, self.method.rank(self.config, r), self.method.scaling(self.config, r, alpha))
 

@@ -109,6 +109,8 @@ class Method:
     head_dropout: Callable[[Any], float] = lambda config: 0.0
     """Dropout on each head's input."""
     between: Between | None = None
+    shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    """Names of the tensors that all layers have in common; the first adapted layer holds them."""
     loss: Loss | None = None
     moving: Callable[[Any, Parts], tuple[Tensor, Tensor]] | None = None
     """(config, parts) -> A⁰ and B⁰ of a frozen term that follows the trained weights, in place of the stored offset."""

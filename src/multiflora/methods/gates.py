@@ -149,7 +149,8 @@ class TaskGate(Gate):
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert tasks is not None
-        return self.table(config, parts)[tasks].t()
+        # a table that all layers share may lie on another device
+        return self.table(config, parts).to(tasks.device)[tasks].t()
 
     def constant(self, config: Any, parts: Parts, heads: int, task: int | None) -> Tensor:
         return self.table(config, parts)[task]

@@ -41,6 +41,8 @@ class Plan(NamedTuple):
     stem_dropout: float
     head_dropout: float
     needs_task: bool
+    shared: tuple[str, ...]
+    """Tensors that the first adapted layer holds for all."""
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
 
@@ -89,6 +91,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 config.lora_dropout,
                 method.head_dropout(config),
                 method.needs_task(),
+                method.shared(config),
                 method.between is None and method.gate.left_to_op(config),
             )
         return found
@@ -113,6 +116,10 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         for part, attribute in self._frozen.items():
             if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
                 found[part] = tensor
+        holder: Any = self.routing.holders.get(adapter_name)
+        if holder is not None and holder is not self:
+            for part in holder.plan(adapter_name).shared:
+                found[part] = holder._modules[holder._trained[part]]._parameters[adapter_name]
         return found
 
     def learns(self, adapter_name: str) -> bool:
@@ -136,13 +143,18 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self.ranks[adapter_name] = r
         self.plans.pop(adapter_name, None)
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
+        holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
-            self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
+            if holder is self or part not in method.shared(config):
+                self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
         generator = None
         if config.init_seed is not None:
             # each layer its own stream, the same whatever order layers are made in
             generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(self.name.encode()))
-        method.fill(config, self.parts(adapter_name), generator)
+        parts = self.parts(adapter_name)
+        if holder is not self:  # which has filled what all share
+            parts |= {part: torch.empty_like(parts[part]) for part in method.shared(config)}
+        method.fill(config, parts, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if method.offset(config):
             # taken after the move: the offset has to be that of the weights as they are stored

@@ -137,6 +137,7 @@ class BranchModel(BaseTuner):
         routing = find(self.model)
         if routing is not None:
             routing.configs.pop(adapter_name, None)
+            routing.holders.pop(adapter_name, None)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 

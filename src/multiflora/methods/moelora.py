@@ -5,8 +5,9 @@ r"""MOELoRA: E low-rank experts blended by the task alone (Liu et al. 2023, arXi
     \qquad \omega(t) = \operatorname{softmax}(W_T\, e_t)
 
 r is the rank of all experts together: each has r / E. The gate sees only the row's task t, so for each task the sum is
-one matrix and merges exactly. A starts N(0, 0.01²), B at zero. The code draws a dropout mask on x for each
-expert; here one mask serves all.
+one matrix and merges exactly. All layers have one gate in common, as in paper and code; with ``shared_gate=False`` each
+has one of its own. A starts N(0, 0.01²), B at zero. The code draws a dropout mask on x for each expert; here one mask
+serves all.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class MoeLoraConfig(AdapterConfig):
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
     num_experts: int = field(default=8, metadata={"help": "How many experts (E); r must be a multiple of it."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Width of the learned embedding of a task."})
+    shared_gate: bool = field(
+        default=True, metadata={"help": "One gate for all layers (the paper's), or false: one for each layer."}
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""
@@ -49,6 +53,7 @@ class MoeLoraConfig(AdapterConfig):
             *super().problems(),
             *at_least(self, 1, "num_experts", "task_embedding_dim"),
             *one_of(self, "init_weights", (True, False)),
+            *one_of(self, "shared_gate", (True, False)),
         ]
         if not found:
             for where, rank in {
@@ -79,4 +84,5 @@ METHOD = Method(
     shared_stem=False,
     gate=TaskEmbeddingGate(),
     start=start,
+    shared=lambda config: TaskEmbeddingGate.names if config.shared_gate else (),
 )

@@ -143,6 +143,13 @@ def adapter_config(recipe: Recipe) -> Any:
         from multiflora.train.lorahub import check_lorahub  # which trains, and so needs this module
 
         check_lorahub(recipe)
+    method = method_of(config)
+    if method is not None and method.shared(config) and is_sharded():
+        raise ConfigError(
+            f"method is {name}, whose layers share one gate, and the weights are spread over processes (FSDP or "
+            "ZeRO-3), which gather one layer at a time. Set method.shared_gate to false, or start it with whole copies "
+            "(DDP)."
+        )
     if METHODS[name].trains == "factors" and is_sharded():
         raise ConfigError(
             f"method is {name}, whose rows compete over all layers, and the weights are spread over processes (FSDP or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -120,3 +121,44 @@ def test_the_rlora_offset_is_the_mean_head_at_the_start():
 def test_mixlora_starts_as_its_code():
     assert close(layer_of(MixLoraConfig()).parts("default")["router"], 0.02)
     assert MixLoraConfig().router_balance_loss == 0.001
+
+
+def test_moelora_s_layers_have_one_gate_or_one_each():
+    from peft import get_peft_model
+
+    for shared in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+        words = {"r": 4, "num_experts": 2, "num_tasks": 3, "target_modules": ["0", "1"], "shared_gate": shared}
+        model = get_peft_model(net, MoeLoraConfig(**words))
+        first, second = (layer.parts("default") for layer in model.base_model.model)
+        for part in ("task_embedding", "task_router"):
+            assert (first[part] is second[part]) == shared
+        gates = [name for name, _ in model.named_parameters() if "task_" in name]
+        assert len(gates) == (2 if shared else 4)
+        assert {name for name in model.state_dict() if "task_" in name} == set(gates)
+
+
+def test_a_shared_gate_is_saved_once_and_read_back_by_all(tmp_path):
+    from peft import PeftModel, get_peft_model
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).to(torch.bfloat16)
+
+    words = {"r": 4, "num_experts": 2, "num_tasks": 3, "target_modules": ["0", "1"], "init_weights": False}
+    model = get_peft_model(net(), MoeLoraConfig(**words)).eval()
+    x, tasks = torch.randn(3, 12, dtype=torch.bfloat16), torch.tensor([0, 2, 1])
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        again = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low)
+        assert torch.equal(again(x, task_id=tasks), model(x, task_id=tasks))
+    model.add_adapter("two", MoeLoraConfig(**words))
+    model.delete_adapter("default")
+    assert torch.isfinite(model(x, task_id=tasks)).all()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert copied(x, task_id=tasks).abs().sum() > 0
+    assert copied.base_model.model[1].parts("two")["task_router"].abs().sum() > 0
