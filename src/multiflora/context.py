@@ -65,6 +65,8 @@ class Pass:
         losses: What each adapter's layers add to the loss.
         counted: "loss" once they are in the model's own loss, "asked" once :func:`auxiliary_loss` has given them out.
         pull: The gradient of the loss by each adapter's layers, once it is known, where these had none in the pass.
+        asked: What :func:`auxiliary_loss` gives out of losses that are in the model's loss.
+        reached: Whether a gradient came to them, where they are.
         went_back: Whether a gradient was taken through the pass.
         opener: The module whose call it is, until that is over.
     """
@@ -81,6 +83,8 @@ class Pass:
         self.losses: dict[str, list[Tensor]] = {}
         self.counted = ""
         self.pull: dict[str, Tensor] = {}
+        self.asked: Tensor | None = None
+        self.reached: list[Tensor] = []
         self.went_back = False
         self.opener = opener
         self._resolved: dict[int, Tensor | None] = {}
@@ -246,7 +250,7 @@ class Routing:
         self.holders: dict[str, Any] = {}
         self.recorder: Recorder | None = None
         self.loop = False
-        self.warned = False
+        self.told = False
         self._here = _Here()
         # the newest pass of any thread: for a gradient that comes by no output of a pass
         self._newest: Pass | None = None
@@ -338,10 +342,11 @@ class Routing:
 
     def _warn_of_losses_left_out(self) -> None:
         before = self._here.last
-        if self.warned or torch.compiler.is_compiling() or before is None or not before.losses:
+        if self.told or torch.compiler.is_compiling() or before is None or not (before.losses and before.went_back):
             return
-        if before.went_back and not before.counted:
-            self.warned = True
+        # said or seen once: on a GPU, to look waits for the device
+        self.told = True
+        if before.counted != "asked" and not any(bool(one) for one in before.reached):
             of = ", ".join(repr(name) for name in before.losses)
             warnings.warn(
                 f"The losses of adapter {of} (balance, alignment) are in no loss: this training takes its loss from "
@@ -503,11 +508,66 @@ def _with_loss(output: Any, found: Pass, kwargs: Mapping[str, Any]) -> Any:
     if not isinstance(own, Tensor) or own.numel() != 1 or not own.is_floating_point():
         return output
     found.counted = "loss"
-    whole = own + (_total(found) * _share(kwargs)).to(own.device, own.dtype)
+    total = _total(found) * _share(kwargs)
+    if not torch.compiler.is_compiling() and total.requires_grad:
+        total, by_token, found.asked = _Once.apply(total, found)  # type: ignore[no-untyped-call]
+        probs = output.get("log_probs") if isinstance(output, Mapping) else None
+        if isinstance(probs, Tensor) and probs.requires_grad:
+            output["log_probs"] = _ByToken.apply(probs, by_token, probs != 0)  # type: ignore[no-untyped-call]
+    whole = own + total.to(own.device, own.dtype)
     if plain:
         return (whole, *output[1:])
     output["loss"] = whole
     return output
+
+
+class _Once(torch.autograd.Function):
+    """The losses for each way a training may take them, of which one counts: the first that a gradient comes by.
+
+    These are the model's loss, the log-probabilities of trl's trainers, and what `auxiliary_loss` gives out, which adds
+    nothing to the value of a loss that has them already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, found: Pass) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        ctx.found = found
+        ctx.set_materialize_grads(False)
+        return total.clone(), total.clone(), torch.zeros_like(total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        in_loss, by_token, asked = grads
+        found = in_loss
+        if found is None:
+            found = asked if by_token is None else by_token
+            if by_token is not None and asked is not None:
+                found = torch.where(by_token == 0, asked, by_token)
+        if found is not None:
+            ctx.found.reached.append(found != 0)
+        return found, None
+
+
+class _ByToken(torch.autograd.Function):
+    """Log-probabilities, (rows, length), of which a mean over tokens is a loss: the losses get the weight of that mean.
+
+    So trl's SFTTrainer takes its loss. Any other use of them, as a preference has, weighs tokens differently, and then
+    the losses get nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, total: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(counts)
+        ctx.like = total.dtype, total.device
+        return probs.view_as(probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (counts,) = ctx.saved_tensors
+        most, least = grad.masked_fill(~counts, -torch.inf).max(), grad.masked_fill(~counts, torch.inf).min()
+        is_mean = (most < 0) & (most - least <= -1e-3 * least)
+        pull = torch.where(is_mean, -(grad * counts).sum(), 0.0)
+        dtype, device = ctx.like
+        return grad, pull.to(device, dtype), None
 
 
 def _share(kwargs: Mapping[str, Any]) -> Tensor | float:
@@ -743,8 +803,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor | float:
     """
     routing = find(model)
     last = None if routing is None else routing._here.last
-    if last is None or not last.losses or last.counted == "loss":
+    if last is None or not last.losses:
         return 0.0
+    if last.counted == "loss":
+        return 0.0 if last.asked is None else last.asked
     last.counted = "asked"
     return _total(last)
 

@@ -56,6 +56,8 @@ def test_the_model_s_own_loss_has_all_of_it(case, tiny_llama):
     assert float(found.loss) == pytest.approx(float(of_logits(found) + added), rel=1e-5)
     assert auxiliary_loss(model) == 0.0, "it is in the model's loss already"
     by_loss = gradient(model, found.loss)
+    found = model(input_ids=IDS, labels=IDS, task_id=TASKS)
+    assert torch.allclose(gradient(model, found.loss + auxiliary_loss(model)), by_loss, rtol=1e-4, atol=1e-6)
     # a loop that takes its loss from the logits asks for it
     found = model(input_ids=IDS, task_id=TASKS)
     asked = auxiliary_loss(model)
@@ -145,6 +147,23 @@ class FromLogits(Trainer):
         return F.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+class InSpiteOfLabels(Trainer):
+    """A trainer that gives labels and takes its loss from the logits all the same."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's own loss is not looked at."""
+        found = model(**inputs)
+        return F.cross_entropy(found.logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+class AndAskedInSpite(InSpiteOfLabels):
+    """The same with the line that the warning asks for."""
+
+    def compute_loss(self, model, inputs, *args, **words):
+        """What the warning says."""
+        return super().compute_loss(model, inputs, *args, **words) + auxiliary_loss(model)
+
+
 class AndAsked(FromLogits):
     """The same with the line that the warning asks for."""
 
@@ -156,14 +175,18 @@ class AndAsked(FromLogits):
 def test_a_trainer_that_passes_it_by_is_told_once(case, tiny_llama, tmp_path):
     """A trainer that takes its loss from the logits is told, once, the line that adds it."""
     on = weights(case)
-    for kind, expected in ((FromLogits, 1 if on else 0), (AndAsked, 0)):
+    told = 1 if on else 0
+    weights_of = {}
+    for kind, expected in ((FromLogits, told), (InSpiteOfLabels, told), (AndAsked, 0), (AndAskedInSpite, 0)):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            trained(case, tiny_llama, tmp_path, on, kind=kind)
+            weights_of[kind] = trained(case, tiny_llama, tmp_path, on, kind=kind)
             trained(case, tiny_llama, tmp_path, dict.fromkeys(on, 0.0), kind=kind)
         lines = [str(one.message) for one in said if "auxiliary_loss" in str(one.message)]
         assert len(lines) == expected
         assert all("loss = loss + multiflora.auxiliary_loss(model)" in line for line in lines)
+    assert torch.allclose(weights_of[AndAsked], weights_of[AndAskedInSpite], atol=1e-6)
+    assert torch.equal(weights_of[AndAsked], weights_of[FromLogits]) != bool(on)
 
 
 def test_gradient_checkpointing_keeps_it(case, tiny_llama):
