@@ -13,7 +13,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 import multiflora
 from multiflora.context import find
@@ -233,6 +234,64 @@ def test_the_adapters_auxiliary_loss_is_added_once_per_step(tmp_path: Path) -> N
     quarter = trainer.compute_loss(trainer.model, batch)
     assert float(auxiliary) > 0.01
     torch.testing.assert_close(whole - quarter, auxiliary * 3 / 4, atol=1e-6, rtol=1e-5)
+
+
+ROWS = Dataset.from_list(
+    [{"input_ids": [3, 4, 5, 6, 7, 8 + i], "labels": [-100, -100, 5, 6, 7, 8 + i]} for i in range(8)]
+)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_trl_s_own_trainer_learns_from_the_adapters_losses(accumulation: int, tmp_path: Path) -> None:
+    def trained(weight: float) -> Tensor:
+        settings = {"r": 2, "num_experts": 3, "lora_dropout": 0.0, "target_modules": ["q_proj", "up_proj"]}
+        model = make_model(build_config("mixlora", settings | {"router_balance_loss": weight}))
+        args = SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4 // accumulation, report_to="none",
+            gradient_accumulation_steps=accumulation, bf16=False, use_cpu=True, disable_tqdm=True, save_strategy="no",
+            optim="sgd", learning_rate=0.1, max_grad_norm=0.0, dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        SFTTrainer(model=model, args=args, train_dataset=ROWS, processing_class=make_tokenizer()).train()
+        return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    assert (trained(100.0) - trained(0.0)).abs().max() > 1e-3
+
+
+def test_a_mean_over_tokens_takes_them_with_its_own_weight_and_a_preference_does_not() -> None:
+    settings = {"r": 2, "num_experts": 3, "lora_dropout": 0.0, "target_modules": ["q_proj"], "router_balance_loss": 9.0}
+    model = make_model(build_config("mixlora", settings)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    add_fused_lm_head(model.get_base_model())
+    ids, labels = torch.tensor(ROWS["input_ids"]), torch.tensor(ROWS["labels"])
+
+    def gradient(take: Any) -> Tensor:
+        outputs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        grads = torch.autograd.grad(take(outputs), trained, allow_unused=True)
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(trained, grads, strict=True)]
+        )
+
+    tokens = int((labels[:, 1:] != -100).sum())
+    in_loss = gradient(lambda out: 8 * out.loss)
+    torch.testing.assert_close(gradient(lambda out: -8 * out.log_probs.sum() / tokens), in_loss, atol=1e-5, rtol=1e-4)
+    both = gradient(lambda out: 8 * (-out.log_probs.sum() / tokens + multiflora.auxiliary_loss(model)))
+    torch.testing.assert_close(both, in_loss, atol=1e-5, rtol=1e-4)
+
+    def preference(out: Any) -> Tensor:
+        return -F.logsigmoid(out.log_probs[::2].sum() - out.log_probs[1::2].sum())
+
+    alone = gradient(preference)
+    assert not any(bool(one) for one in find(model)._here.last.reached)
+    asked = gradient(lambda out: preference(out) + multiflora.auxiliary_loss(model))
+    torch.testing.assert_close(
+        asked - alone, (in_loss - 8 * nll(model, ids, labels, trained)) / 8, atol=1e-5, rtol=1e-3
+    )
+
+
+def nll(model: nn.Module, ids: Tensor, labels: Tensor, trained: list[Tensor]) -> Tensor:
+    model.peft_config["default"].router_balance_loss = 0.0
+    grads = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, trained, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(trained, grads, strict=True)])
 
 
 @pytest.mark.parametrize("packing", [False, True])
