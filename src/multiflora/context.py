@@ -154,7 +154,7 @@ class Tokens(NamedTuple):
         rows, tokens = self.batch, self.lead.numel()
         if rows == 1:
             return torch.zeros(tokens, dtype=torch.long, device=device)
-        if self.chosen is not None:
+        if self.chosen is not None and self.side.length:
             return torch.div(self.chosen.to(device), self.side.length, rounding_mode="floor")
         pooled = self.side.length not in (None, 1)
         one_each = self.lead == (rows,) and not (self.listed if pooled else self.shared_out)
@@ -529,13 +529,13 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, found: Pass) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, total: Tensor, found: Pass) -> tuple[Tensor, Tensor, Tensor]:
         ctx.found = found
         ctx.set_materialize_grads(False)
         return total.clone(), total.clone(), torch.zeros_like(total)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         in_loss, by_token, asked = grads
         found = in_loss
         if found is None:
@@ -555,13 +555,13 @@ class _ByToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, probs: Tensor, total: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, probs: Tensor, total: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(counts)
         ctx.like = total.dtype, total.device
         return probs.view_as(probs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (counts,) = ctx.saved_tensors
         most, least = grad.masked_fill(~counts, -torch.inf).max(), grad.masked_fill(~counts, torch.inf).min()
         is_mean = (most < 0) & (most - least <= -1e-3 * least)
@@ -609,12 +609,12 @@ class _Pull(torch.autograd.Function):
     """y, whose gradient brings a layer's loss its own."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, pull: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, loss: Tensor, pull: Tensor) -> Tensor:
         ctx.pull = pull.to(loss.device, loss.dtype)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, ctx.pull, None
 
 

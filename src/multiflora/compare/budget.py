@@ -109,7 +109,7 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
         >>> count_parameters(describe("lora"), build_config("lora", {"r": 8}), [Width("q_proj", 4096, 4096)])
         65536
     """
-    shared = set() if isinstance(method, Baseline) else set(_described(method, config).shared(config))
+    shared = () if isinstance(method, Baseline) else method.of(config).shared(config)
     total = 0
     for number, layer in enumerate(widths):
         shapes = _shapes(method, config, layer)

@@ -219,11 +219,11 @@ def _place(routing: Routing, model: nn.Module) -> None:
     )
 
 
-def _decoder(model: nn.Module) -> nn.Module | None:
+def _decoder(model: Any) -> nn.Module | None:
     """The decoder of a model that has an encoder, too."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         return None
-    decoder: Any = model.get_decoder()
+    decoder = model.get_decoder()
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
