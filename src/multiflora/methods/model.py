@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
     _maybe_include_all_linear_layers,
+    onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
@@ -141,29 +142,53 @@ class BranchModel(BaseTuner):
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse before the first layer is touched: a half-merged model would be worse than none."""
-        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        for layer in self.model.modules():
-            if not isinstance(layer, BranchLinear):
-                continue
-            backend = layer.quantization_backend
-            if backend is not None and not backend.supports_merge:
-                raise ExportError(
-                    f"Cannot merge into {layer.name}: {backend.backend_name} weights cannot be read back and written. "
-                    "Keep the adapter beside the quantised model, or merge into the unquantised one."
-                )
-            for name in layer.active_adapters:
-                if name in layer.configs:
-                    task = layer._task_to_merge(name)
-                    layer.method_of(name).static_gate(layer.configs[name], layer.parts(name), task)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge in place, into all layers or none; see `BranchLinear.updates` for what is refused."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        else:
+            for layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()  # the base as it was is asked for
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         hook = getattr(self, "_hook", None)
         if hook is not None:
             hook.remove()
         return unloaded
+
+    def _layers(self) -> Iterator[BranchLinear]:
+        return (layer for layer in self.model.modules() if isinstance(layer, BranchLinear))
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse before the first layer is touched: a half-merged model would be worse than none."""
+        if isinstance(adapter_names, str):
+            raise ExportError(f"adapter_names is {adapter_names!r}; expected a list of names: [{adapter_names!r}].")
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise ExportError(f"There is no adapter {unknown[0]!r} to merge; there are {', '.join(self.peft_config)}.")
+        places = places_of_weights(self.model)
+        for layer in self._layers():
+            with onload_layer(layer):
+                updates = layer.updates(adapter_names, safe_merge=safe_merge)
+            weight = layer.get_base_layer()._parameters.get("weight")
+            here = [] if weight is None else places[_identity(weight)]
+            others = [place for place in here if place != f"{layer.name}.base_layer"]
+            if updates and others:
+                raise ExportError(
+                    f"Cannot merge into {layer.name}: its weight is also that of {others[0]}, which would change with "
+                    "it. Keep the adapter, or give the layer a weight of its own before it is adapted (for an output "
+                    "layer: load the model with tie_word_embeddings=False and copy the embeddings' weight)."
+                )
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +228,28 @@ class BranchModel(BaseTuner):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def places_of_weights(model: nn.Module) -> dict[object, list[str]]:
+    """In which places of a model each weight is used: the names of the modules that own it, where they hang.
+
+    A tied weight (an output layer's, which is the embedding's) has two, and so has a module that hangs in two places,
+    of which one was adapted. An adapted layer that is reached in two ways is one place: there a merge is exact.
+    """
+    places: dict[object, list[str]] = {}
+    for name, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            weight = None if child is None else child._parameters.get("weight")
+            if weight is not None:
+                places.setdefault(_identity(weight), []).append(f"{name}.{child_name}".lstrip("."))
+    return places
+
+
+def _identity(weight: torch.Tensor) -> object:
+    """The same for two parameters that hold the same numbers in the same memory."""
+    if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor) or not weight.numel():
+        return id(weight)
+    return weight.device, weight.data_ptr()
 
 
 def can_adapt(module: nn.Module) -> bool:
