@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -38,8 +39,6 @@ class Plan(NamedTuple):
     heads: int
     rank: int
     """Of each head."""
-    stem_dropout: float
-    head_dropout: float
     needs_task: bool
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
@@ -78,6 +77,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             setattr(self, attribute, nn.ParameterDict())
         for attribute in self._frozen.values():
             setattr(self, attribute, BufferDict(persistent=True))
+        # modules, as everybody else's: what switches a model's dropout off looks for these
+        self.lora_dropout = nn.ModuleDict()
+        self.head_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
         self._merged: dict[str, Merged] = {}
@@ -97,8 +99,6 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 method,
                 method.heads(config),
                 method.rank(config, self.ranks[adapter_name]),
-                config.lora_dropout,
-                method.head_dropout(config),
                 method.needs_task(),
                 method.between is None and method.gate.left_to_op(config),
                 method.loss if method.loss is not None and method.loss.on(config) else None,
@@ -136,6 +136,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
             self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
+        for kind, p in (("lora_dropout", config.lora_dropout), ("head_dropout", method.head_dropout(config))):
+            if p > 0:
+                getattr(self, kind)[adapter_name] = nn.Dropout(p).train(self.training)
         generator = None
         if config.init_seed is not None:
             # each layer its own stream, the same whatever order layers are made in
@@ -200,7 +203,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
     def _base_is_plain(self, x: Tensor) -> bool:
         """Whether the base product can be taken together with the stems': a frozen ``nn.Linear`` nobody hooks into."""
         base: Any = self._modules["base_layer"]
-        if type(base) is not nn.Linear or torch.compiler.is_compiling() or self.routing.loop:
+        if type(base) is not nn.Linear or torch.compiler.is_compiling() or self._loops():
             return False
         parameters: dict[str, Any] = base._parameters
         # neither is a parameter where pruning or weight norm computes it anew in each call
@@ -218,10 +221,14 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    def _loops(self) -> bool:
+        """Whether to compute head by head: asked for, or inside a transform that only knows torch's own operations."""
+        return self.routing.loop or (not torch.compiler.is_compiling() and _is_transformed())
+
     def _add_branches(
         self, x: Tensor, y: Tensor, adapter_name: str, rows: Tensor | None = None, of: int | None = None
     ) -> Tensor:
-        add = self._loop if self.routing.loop else self._branches
+        add = self._loop if self._loops() else self._branches
         return add(x.to(_compute_dtype(x)), adapter_name, y=y, rows=rows, of=of)
 
     def _branches(
@@ -252,8 +259,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 num_heads=plan.heads,
                 rank=plan.rank,
                 scale=self.scaling[adapter_name],
-                stem_dropout=self._dropout(plan.stem_dropout),
-                head_dropout=self._dropout(plan.head_dropout),
+                stem_dropout=self._dropout("lora_dropout", adapter_name),
+                head_dropout=self._dropout("head_dropout", adapter_name),
             )
             self._record(gate, tasks)
             return summed
@@ -264,7 +271,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             A0,
             None if base is None else base[1],
             scale=self.scaling[adapter_name],
-            dropout=self._dropout(plan.stem_dropout),
+            dropout=self._dropout("lora_dropout", adapter_name),
         )
         stems = u
         if method.between is not None:
@@ -282,7 +289,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             base,
             num_heads=plan.heads,
             rank=plan.rank,
-            dropout=self._dropout(plan.head_dropout),
+            dropout=self._dropout("head_dropout", adapter_name),
         )
 
     def _loop(
@@ -293,7 +300,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         config, method = plan.config, plan.method
         tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        p, seed = self._dropout(plan.stem_dropout)
+        p, seed = self._dropout("lora_dropout", adapter_name)
         dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
         router = parts.get("router")
         logits = None if router is None else router.to(x.dtype) @ x.t()
@@ -312,16 +319,21 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             scale=scale,
             num_heads=plan.heads,
             rank=plan.rank,
-            dropout=self._dropout(plan.head_dropout),
+            dropout=self._dropout("head_dropout", adapter_name),
         )
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
         return y.view(shape)
 
-    def _dropout(self, p: float) -> ops.Dropout:
-        """A mask's probability and a fresh seed; no dropout outside training."""
-        return (p, ops.draw_seed()) if p > 0 and self.training else (0.0, 0)
+    def _dropout(self, kind: str, adapter_name: str) -> ops.Dropout:
+        """A mask's probability and a fresh seed; none outside training, nor where somebody switched the module off."""
+        modules: Any = self._modules
+        module: Any = modules[kind]._modules.get(adapter_name)
+        if module is None or not module.training:
+            return 0.0, 0
+        p = getattr(module, "p", 0.0)
+        return (p, ops.draw_seed()) if p > 0 else (0.0, 0)
 
     def _tasks(self, plan: Plan, x: Tensor, rows: Tensor | None, of: int | None) -> Tensor | None:
         """The task of each token, (T,); None where it is neither known nor needed."""
@@ -488,6 +500,15 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         return f"{self.method.name}." + super().__repr__()
 
 
+def _is_transformed() -> bool:
+    """Inside torch.func, forward-mode differentiation or torch.jit.trace: to these the packed op is opaque."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Branches are computed in the dtype the base layer computes in: autocast's where it is on, else the input's."""
     device = x.device.type
@@ -503,7 +524,10 @@ def layer_class(method: Method) -> type[BranchLinear]:
     names = {
         "method": method,
         "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
-        "other_param_names": ("configs", "plans", "ranks", "scaling", *(f"{stem}{part}" for part in OFFSET)),
+        "other_param_names": (
+            *("configs", "plans", "ranks", "scaling", "lora_dropout", "head_dropout"),
+            *(f"{stem}{part}" for part in OFFSET),
+        ),
         "__doc__": f"A frozen linear layer with {method.name} branches.",
         "__module__": __name__,
     }

@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from multiflora.adapter_tensors import state_problems
 from multiflora.context import Routing, find, task
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
@@ -65,10 +66,11 @@ class BranchModel(BaseTuner):
                     f"Target module {name} is a {type(base).__name__}, which is not supported; only linear layers "
                     "(nn.Linear, transformers' Conv1D and quantised ones) can be adapted. Leave it out."
                 )
-            if name.rpartition(".")[2] in ("out_proj", "conv1d") and _is_mamba(model):
+            reader = reads_weight_itself(model, name)
+            if reader is not None:
                 raise AdapterError(
-                    f"Target module {name} belongs to a Mamba block, whose fused kernels read its weight directly and "
-                    "would pass the adapter by. Leave it out of target_modules."
+                    f"Target module {name} belongs to {reader} its weight directly and would pass the adapter by. "
+                    f"Leave it out: exclude_modules=[{name.rpartition('.')[2]!r}]."
                 )
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, field) or {}:
@@ -190,6 +192,32 @@ class BranchModel(BaseTuner):
                     "layer: load the model with tie_word_embeddings=False and copy the embeddings' weight)."
                 )
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: peft's sums of adapters are made of LoRA's two factors, and gates are no factors.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(
+            f"add_weighted_adapter is not there for {self.method.name} adapters: it weighs the two factors of LoRAs, "
+            "and several heads with a gate are more than these. Make several adapters active at once, which adds their "
+            "updates (model.base_model.set_adapter([...])), or convert each by `multiflora convert` and weigh the "
+            "plain LoRAs."
+        )
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """peft asks for each state's own names before it loads one, whoever calls: here a damaged state is refused."""
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_state(model, config.method_name, adapter_name, remapped)
+        return remapped
+
     # ---- calls ------------------------------------------------------------------------------------------------------
 
     def generate(self, *args: Any, task_id: Any = None, **kwargs: Any) -> Any:
@@ -260,8 +288,50 @@ def can_adapt(module: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
-def _is_mamba(model: nn.Module) -> bool:
-    return "mamba" in str(getattr(getattr(model, "config", None), "model_type", ""))
+_MAMBA_KINDS = ("falcon_h1", "nemotron_h")
+"""Models with Mamba blocks whose kind does not say so."""
+
+
+def reads_weight_itself(model: nn.Module, name: str) -> str | None:
+    """What computes with a layer's weight in place of calling the layer, so that no adapter on it has an effect.
+
+    Args:
+        model: The model.
+        name: Of the layer.
+
+    Returns:
+        "...'s code, which reads", for a sentence; None where the layer is called.
+    """
+    above, _, own = name.rpartition(".")
+    parent = model.get_submodule(above)
+    if isinstance(parent, nn.MultiheadAttention) and own == "out_proj":
+        return "nn.MultiheadAttention, which reads"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    if fast and isinstance(parent, nn.TransformerEncoderLayer) and own in ("linear1", "linear2"):
+        return (
+            "nn.TransformerEncoderLayer, whose fast path for inference (unless torch.backends.mha."
+            "set_fastpath_enabled(False) was called) reads"
+        )
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if own in ("out_proj", "conv1d") and ("mamba" in kind or kind in _MAMBA_KINDS or hasattr(parent, "A_log")):
+        return "a Mamba block, whose fused kernels read"
+    return None
+
+
+def state_of(model: nn.Module, method_name: str, adapter_name: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors in a model, by their names in its ``state_dict``."""
+    mark, end = f".{prefix(method_name)}", f".{adapter_name}"
+    return {name: tensor for name, tensor in model.state_dict().items() if mark in name and name.endswith(end)}
+
+
+def check_state(model: nn.Module, method_name: str, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not all and only those of an adapter, before one of them is loaded.
+
+    Raises:
+        AdapterError: A tensor is missing, damaged, of another shape or of another adapter; it is named.
+    """
+    for problem in state_problems(state_of(model, method_name, adapter_name), state):
+        raise AdapterError(f"The adapter {adapter_name} is damaged or of another model: {problem}")
 
 
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
