@@ -176,7 +176,8 @@ def damaged(state):
     yield "holds NaN or infinity", state | {name: nan}
     yield "holds NaN or infinity", state | {name: infinite}
     yield "has shape", state | {name: state[name][:, :-1].contiguous()}
-    yield "has shape", state | {name: state[name].t().contiguous()}
+    if state[name].shape[0] != state[name].shape[1]:
+        yield "has shape", state | {name: state[name].t().contiguous()}
     yield "is of type", state | {name: state[name].to(torch.int32)}
     yield "has no place", state | {name.replace("layers.0", "layers.7"): state[name].clone()}
 

@@ -7,8 +7,9 @@ and order, so results are equal to the last bit, and whether this module is at w
 
 The first training on a processor builds the library with the system's C++ compiler, in about 20 seconds, into the
 user's cache, its digest beside it; every later process loads it from there, once it has seen that folder and files
-belong to the user or to root, that nobody else may write to them, and that the digest is the file's. Without a compiler, on another system than Linux, or with
-``MULTIFLORA_NATIVE=0`` in the environment, Python goes on making the calls.
+belong to the user or to root, that nobody else may write to them, and that the digest is the file's. Without a
+compiler, on another system than Linux, or with ``MULTIFLORA_NATIVE=0`` in the environment, Python goes on making the
+calls; so it does whatever goes wrong, and says once why.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ _said = False
 _tried: Literal["not yet", "to load", "to build"] = "not yet"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The library that is there is not to be loaded."""
 
 
 # what compiler, disk and loader answer with, a home folder that cannot be told, and a library that lacks a function
-_REFUSALS = (Refused, OSError, RuntimeError, AttributeError, ValueError, TypeError, subprocess.SubprocessError)
+_REFUSALS = (RefusedError, OSError, RuntimeError, AttributeError, ValueError, TypeError, subprocess.SubprocessError)
 
 
 def serve(x: Tensor) -> Functions | None:
@@ -179,13 +180,13 @@ def _check(file: Path) -> None:
     """Refuse a library that somebody else may have put there, or that is not the one that was built.
 
     Raises:
-        Refused: Owner, mode or content are not as `_build` left them.
+        RefusedError: Owner, mode or content are not as `_build` left them.
         OSError: It cannot be read.
     """
     digest = _digest_of(file)
     _check_owner(*_folders(file), file, digest)
     if digest.read_text("ascii", errors="replace").strip() != hashlib.sha256(file.read_bytes()).hexdigest():
-        raise Refused(f"{file} is not what was built (its digest is another than in {digest.name}). Remove it")
+        raise RefusedError(f"{file} is not what was built (its digest is another than in {digest.name}). Remove it")
 
 
 def _check_owner(*paths: Path) -> None:
@@ -193,11 +194,13 @@ def _check_owner(*paths: Path) -> None:
     for path in paths:
         about = path.lstat()
         if not (stat.S_ISDIR(about.st_mode) or stat.S_ISREG(about.st_mode)):
-            raise Refused(f"{path} is a link or no plain file, so the library is not loaded. Remove it")
+            raise RefusedError(f"{path} is a link or no plain file, so the library is not loaded. Remove it")
         if about.st_uid not in (os.getuid(), 0):
-            raise Refused(f"{path} belongs to another user ({about.st_uid}), so the library is not loaded. Remove it")
+            raise RefusedError(
+                f"{path} belongs to another user ({about.st_uid}), so the library is not loaded. Remove it"
+            )
         if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise Refused(
+            raise RefusedError(
                 f"{path} may be written to by others (mode {stat.S_IMODE(about.st_mode):o}), so the library is not "
                 f"loaded. Take that right away (chmod go-w {path}), and remove what others put there"
             )
@@ -221,14 +224,14 @@ def _try_out(functions: Functions) -> None:
     """Ask the functions for a small sum: a library of other functions, or with other arguments, shows here.
 
     Raises:
-        Refused: They give other numbers.
+        RefusedError: They give other numbers.
         RuntimeError: They take other arguments.
     """
     with torch.no_grad():
         A, B, base = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), torch.zeros(1, 2)
         found = functions.branches(base + 1, A, None, None, B, None, base, None, None, 1, 1, 2.0, 0.0, 0, 0.0, 0)
     if not torch.equal(found[0], torch.tensor([[18.0, 24.0]])):
-        raise Refused("The library gives other numbers than Python, so it is not used. Remove it")
+        raise RefusedError("The library gives other numbers than Python, so it is not used. Remove it")
 
 
 def _build(file: Path) -> None:
