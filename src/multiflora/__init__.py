@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -122,23 +124,25 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-@wrapt.when_imported("peft")
-def _register(_peft: Any) -> None:
-    """Teach peft our methods as soon as it is imported, now or later."""
-    try:
+def _register(arrived: Any) -> None:
+    """Teach peft our methods as soon as it is imported, now or later.
+
+    peft may come in the middle of one of our modules, which imports it: then all of these have to be whole first.
+    """
+    half_made = {name for name in _NEEDED if _is_half_made(name)} - {arrived.__name__}
+    if "peft" in sys.modules and not half_made and (arrived.__name__ == "peft" or not _is_half_made("peft")):
         import_module("multiflora.peft_bridge").register_methods()
-    except (ImportError, AttributeError) as error:
-        waiting = next(
-            (name for name in [*sys.modules] if name.startswith("multiflora.") and _is_half_made(name)), None
-        )
-        if waiting is None:
-            raise
-        raise ImportError(
-            f"{waiting} was imported before peft, which loads all methods when it comes and now finds this module half "
-            "made. Import peft first, or take the name from multiflora itself: from multiflora import RLoraConfig."
-        ) from error
 
 
 def _is_half_made(name: str) -> bool:
     """Whether a module's own import is still under way; importlib tells by the same mark."""
-    return bool(getattr(getattr(sys.modules[name], "__spec__", None), "_initializing", False))
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+# what registration imports; any of them may be a script's first import
+_NEEDED = ["multiflora.peft_bridge"] + [
+    f"multiflora.methods.{module.name}" for module in iter_modules([str(Path(__file__).with_name("methods"))])
+]
+
+for _name in ["peft", *_NEEDED]:
+    wrapt.register_post_import_hook(_register, _name)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from multiflora.methods import METHODS
 from multiflora.tensor_file import TensorFile
@@ -19,13 +20,24 @@ from multiflora.tensor_file import TensorFile
 if TYPE_CHECKING:
     from multiflora.methods.base import Method
 
-__all__ = ["CONFIG", "OFFSET", "ROOT", "is_lora", "method_of", "misfits", "rank_and_alpha", "tensor_problems"]
+__all__ = [
+    "CONFIG",
+    "OFFSET",
+    "ROOT",
+    "is_lora",
+    "method_of",
+    "misfits",
+    "rank_and_alpha",
+    "state_problems",
+    "tensor_problems",
+]
 
 CONFIG = "adapter_config.json"
 ROOT = "base_model.model."
 """What peft puts before the name of every module."""
 OFFSET = ("A0", "B0")
 _NUMBERS = ("F64", "F32", "F16", "BF16")
+_DTYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
 def method_of(config: Any) -> Method | None:
@@ -78,10 +90,45 @@ def tensor_problems(config: Any, file: TensorFile) -> Iterator[str]:
     for name in file.names:
         if 0 in file.shape(name):
             continue
-        tensor = file[name]
-        # NaN passes through minimum and maximum; this reads a tensor once and makes no copy
-        if not all(map(torch.isfinite, tensor.aminmax())):
-            yield f"tensor {name} holds NaN or infinity; the adapter was broken in training. Train or fetch it again."
+        yield from _number_problems(name, file[name])
+
+
+def _number_problems(name: str, tensor: Tensor) -> Iterator[str]:
+    # NaN passes through minimum and maximum; this reads a tensor once and makes no copy
+    if not all(map(torch.isfinite, tensor.aminmax())):
+        yield f"tensor {name} holds NaN or infinity; the adapter was broken in training. Train or fetch it again."
+
+
+def state_problems(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with tensors that are about to be loaded into a model, a sentence each.
+
+    Args:
+        wanted: The adapter's tensors as they are in the model, by name: all of them must come.
+        state: What is to be loaded, under the same names; other modules' tensors may come along.
+    """
+    from multiflora.peft_bridge import STEM
+
+    missing = sorted(wanted.keys() - state.keys())
+    if missing:
+        yield (
+            f"tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are); it would be left at its random "
+            "start. Save the adapter again."
+        )
+    strange = sorted(name for name in state.keys() - wanted.keys() if f".{STEM}" in name or ".lora_" in name)
+    if strange:
+        yield (
+            f"tensor {strange[0]} has no place in this model with this adapter ({len(strange)} have none). It belongs "
+            "to another adapter or model."
+        )
+    for name, tensor in state.items():
+        place = wanted.get(name)
+        # of weights that are spread over processes a process may hold nothing
+        if place is not None and place.numel() and place.shape != tensor.shape:
+            yield f"tensor {name} has shape {tuple(tensor.shape)}; expected {tuple(place.shape)}. Save it again."
+        if place is not None and str(tensor.dtype) not in _DTYPES:
+            yield f"tensor {name} is of type {tensor.dtype}; expected one of {', '.join(_DTYPES)}. Save it again."
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            yield from _number_problems(name, tensor)
 
 
 def _is_pruned(config: Any, name: str) -> bool:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.nn.utils import prune
 
-from contract.cases import CASES, IDS, TASK_NAMES, base_fingerprint, fingerprint, layers, logits, relative
-from multiflora import ExportError, context, task
+from contract.cases import (
+    CASES,
+    IDS,
+    TASK_NAMES,
+    TASKS,
+    base_fingerprint,
+    fingerprint,
+    layers,
+    logits,
+    relative,
+    stir,
+)
+from multiflora import AdapterError, ExportError, context, task
 
 ONE_TASK = {"task_names": ["verse"]}
 FIRST = torch.zeros(2, dtype=torch.long)
@@ -52,7 +66,18 @@ def test_merge_for_a_task(case, tiny_llama, refused):
             model(IDS[:1], task_id=torch.tensor([1 - i]))
         with task(model, name):
             model.merge_adapter()
-        assert relative(logits(model), expected) < 1e-5
+        assert relative(logits(model, None), expected) < 1e-5
+        assert relative(logits(model, torch.full((2,), i)), expected) < 1e-5
+        if case.merges == "per task":
+            # what is in the weight now is one task's; another's rows are not answered with it
+            for asked in (torch.full((2,), 1 - i), TASKS):
+                with pytest.raises(AdapterError, match=rf"merged for the task '{name}'.*rows of another task"):
+                    logits(model, asked)
+            with task(model, TASK_NAMES[1 - i]):
+                with pytest.raises(AdapterError, match=rf"merged for the task '{name}'"):
+                    logits(model, None)
+                with pytest.raises(ExportError, match=rf"already merged into .*the task '{name}'; call unmerge"):
+                    model.merge_adapter()
         model.unmerge_adapter()
         assert relative(logits(model, tasks=torch.full((2,), i)), expected) < 1e-5
         outputs.append(expected)
@@ -100,6 +125,77 @@ def test_safe_merge(case, tiny_llama, refused):
     with pytest.raises(ExportError, match=r"NaNs detected.*default"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(first.base_layer.weight, before)
+
+
+def test_merge_into_all_layers_or_none(case, tiny_llama, refused):
+    """A merge goes into all layers or none: adapters by name, a NaN in the last layer, a name that nobody has."""
+    model = case.trained(tiny_llama(), **ONE_TASK)
+    model.add_adapter("routed", case.config(target_modules=["down_proj"], **ONE_TASK))
+    before = base_fingerprint(model)
+    if case.merges == "no":
+        check_refusal(case, model, refused, lambda model: model.merge_adapter(adapter_names=["default", "routed"]))
+        check_refusal(case, model, refused, lambda model: model.merge_and_unload(adapter_names=["routed"]))
+        layer = next(layer for layer in layers(model) if "routed" in layer.configs)
+        check_refusal(case, model, refused, lambda model: layer.merge(adapter_names=["default", "routed"]))
+        return
+    with pytest.raises(ExportError, match=r"no adapter 'nobody' to merge; there are default, routed"):
+        model.merge_adapter(adapter_names=["default", "nobody"])
+    with torch.no_grad():
+        list(layers(model))[-1].parts("default")["B"][0, 0] = torch.nan
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ExportError, match=r"NaNs detected"):
+            merge(safe_merge=True)
+        assert base_fingerprint(model) == before
+        assert not any(layer.merged for layer in layers(model))
+
+
+def test_merge_into_a_shared_weight(case, tiny_llama, refused):
+    """A weight that another module uses, too (a tied output layer), is not merged into."""
+    words = ONE_TASK | {"target_modules": ["lm_head", "q_proj"]}
+    model = case.trained(tiny_llama(tie_word_embeddings=True), **words)
+    output, before = logits(model, FIRST), base_fingerprint(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        why = "router reads the input" if case.merges == "no" else "into lm_head: its weight is also that of .*embed_to"
+        with pytest.raises(ExportError, match=why) as raised:
+            merge()
+        assert base_fingerprint(model) == before
+        assert torch.equal(logits(model, FIRST), output)
+    refused(raised.value)
+
+
+def test_unmerge_takes_off_what_was_added(case, tiny_llama):
+    """What is unmerged, or unloaded, is what was merged, whatever the adapter has become in between."""
+    if case.merges == "no":
+        pytest.skip("it does not merge")
+    base = logits(tiny_llama(), None)
+    for undo in ("unmerge_adapter", "unload"):
+        model = case.trained(tiny_llama(), **ONE_TASK)
+        model.merge_adapter()
+        stir(model, seed=7)
+        getattr(model, undo)()
+        with model.disable_adapter() if undo == "unmerge_adapter" else nullcontext():
+            assert relative(logits(model, None), base) < 1e-5
+
+
+def test_merge_into_a_pruned_weight(case, tiny_llama, refused):
+    """A pruned layer is adapted and trained; a merge is refused until prune.remove has made it plain."""
+    base = tiny_llama()
+    pruned = base.model.layers[0].self_attn.q_proj
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    untouched = logits(base, None)
+    model = case.trained(base, **ONE_TASK)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, None), untouched)
+    output = logits(model, FIRST)
+    model(input_ids=IDS, labels=IDS, task_id=FIRST).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+    why = "router reads the input" if case.merges == "no" else r"q_proj: its weight is computed anew.*prune\.remove"
+    with pytest.raises(ExportError, match=why) as raised:
+        model.merge_adapter()
+    refused(raised.value)
+    if case.merges != "no":
+        prune.remove(pruned, "weight")
+        assert relative(logits(model.merge_and_unload(), None), output) < 1e-5
 
 
 def test_merge_bfloat16(case, tiny_llama, refused):

@@ -28,7 +28,7 @@ Which = Callable[[Method, dict[str, Any]], bool]
 
 
 def _router(method: Method, parameters: dict[str, Any]) -> bool:
-    return method.why_not_mergeable is not None
+    return method.merges() == "no"
 
 
 def _any(method: Method, parameters: dict[str, Any]) -> bool:
@@ -89,7 +89,7 @@ def routers_do_not_merge(helper: Any) -> Any:
     def wrapped(model_id: str, config_cls: type, config_kwargs: dict[str, Any]) -> None:
         helper(model_id, config_cls, config_kwargs)
         method = OURS.get(config_cls)
-        if method is not None and method.why_not_mergeable is not None:
+        if method is not None and method.merges() == "no":
             pytest.skip("router methods do not merge: their update is not one matrix")
 
     return wrapped

@@ -84,7 +84,7 @@ def to_lora(
     with adapter_folder(model) as source:
         config = read_config(source)
         method = method_of(config)
-        calibrated = method is not None and method.why_not_mergeable is not None
+        calibrated = method is not None and method.merges() == "no"
         _check_options(source, config, calibrated, calibration, fit, per_task)
         if method is None:
             jobs: Iterator[_Job] = iter([_plain_job(source, rank)])

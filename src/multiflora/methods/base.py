@@ -119,7 +119,7 @@ class Method:
     after_step: Callable[[Any, Iterable[Parts], int], None] | None = None
     """(config, every layer's parts, steps done): what follows each step of the optimiser."""
     why_not_mergeable: str | None = None
-    """One sentence, for methods whose update is not a matrix."""
+    """One sentence, for methods whose update is no matrix for another reason than what their gate reads."""
     chosen: Callable[[Any], Method] | None = None
     """For a method that is spelled out in its config: (config) -> the method that it spells."""
     chosen_names: tuple[str, ...] = ()
@@ -137,9 +137,23 @@ class Method:
         """Whether what is added cannot be computed without the row's task."""
         return self.loss is not None and self.loss.reads_task and self.loss.on(config)
 
+    def refuses_merge(self) -> str | None:
+        """Why the update is no matrix, in a sentence; None where it is one, or one for each task.
+
+        It follows from what the gate reads (a router's logits are those of the token), so that no method can forget it.
+        """
+        if self.why_not_mergeable is not None:
+            return self.why_not_mergeable
+        if self.gate.reads != "token" and "router" not in self.gate.names:
+            return None
+        return (
+            f"A {self.name} adapter cannot be merged: its router reads the input, so no single weight matrix equals "
+            "it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."
+        )
+
     def merges(self) -> Merges:
         """Whether the update is one matrix, one for each task, or none."""
-        if self.why_not_mergeable is not None:
+        if self.refuses_merge() is not None:
             return "no"
         return "per task" if self.needs_task() else "exactly"
 
@@ -231,8 +245,9 @@ class Method:
         Raises:
             ExportError: The gate reads the input, or needs a task and none is given.
         """
-        if self.why_not_mergeable is not None:
-            raise ExportError(self.why_not_mergeable)
+        refusal = self.refuses_merge()
+        if refusal is not None:
+            raise ExportError(refusal)
         if self.needs_task() and task is None:
             raise ExportError(
                 f"A {self.name} adapter has one weight per task, and no task is set. Merge inside "

@@ -76,6 +76,9 @@ class AdapterConfig(PeftConfig):
         default=None, metadata={"help": "Not supported: only modules can be adapted."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Not supported: leave it False."})
+    layer_replication: Optional[list[list[int]]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Not supported: the base model is never changed."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -124,6 +127,11 @@ class AdapterConfig(PeftConfig):
         if self.target_parameters:
             found.append(
                 f"target_parameters is {self.target_parameters}; only modules can be adapted: use target_modules."
+            )
+        if self.layer_replication:
+            found.append(
+                f"layer_replication is {self.layer_replication}; it makes another base model, which is never changed "
+                "here: replicate the layers yourself, and adapt that model."
             )
         if self.ensure_weight_tying:
             found.append("ensure_weight_tying is True; tied copies of an adapter are not supported: leave it False.")

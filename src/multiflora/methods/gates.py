@@ -129,7 +129,7 @@ class TokenRouter(Gate):
         assert logits is not None
         k = self.top_k(config)
         if k is not None:
-            left_out = torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, False)
+            left_out = torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, 0)
             logits = logits.masked_fill(left_out, -torch.inf)
         return ops.softmax(logits)
 

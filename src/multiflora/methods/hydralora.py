@@ -100,8 +100,4 @@ METHOD = Method(
     gate=TokenRouter(),
     start=start,
     loss=ROUTER_LOSS,
-    why_not_mergeable=(
-        "A HydraLoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
-        "the adapter, or use `multiflora convert` for plain LoRA with a reported error."
-    ),
 )

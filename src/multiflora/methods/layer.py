@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from multiflora import ops
@@ -38,13 +40,20 @@ class Plan(NamedTuple):
     heads: int
     rank: int
     """Of each head."""
-    stem_dropout: float
-    head_dropout: float
     needs_task: bool
     shared: tuple[str, ...]
     """Tensors that the first adapted layer holds for all."""
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
+
+
+class Merged(NamedTuple):
+    """What was added to the base weight: kept, so that the same is taken off again, whatever the adapter became."""
+
+    task: int | None
+    """The task that it is the update of, for methods with one for each."""
+    A: Tensor
+    B: Tensor
 
 
 class BranchLinear(nn.Module, BaseTunerLayer):
@@ -69,9 +78,12 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             setattr(self, attribute, nn.ParameterDict())
         for attribute in self._frozen.values():
             setattr(self, attribute, BufferDict(persistent=True))
+        # modules, as everybody else's: what switches a model's dropout off looks for these
+        self.lora_dropout = nn.ModuleDict()
+        self.head_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        self._merged_tasks: dict[str, int | None] = {}
+        self._merged: dict[str, Merged] = {}
 
     def method_of(self, adapter_name: str) -> Method:
         """What the adapter is: the class's method, or what the adapter's config spells out."""
@@ -88,8 +100,6 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 method,
                 method.heads(config),
                 method.rank(config, self.ranks[adapter_name]),
-                config.lora_dropout,
-                method.head_dropout(config),
                 method.needs_task(),
                 method.shared(config),
                 method.between is None and method.gate.left_to_op(config),
@@ -147,6 +157,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
             if holder is self or part not in method.shared(config):
                 self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
+        for kind, p in (("lora_dropout", config.lora_dropout), ("head_dropout", method.head_dropout(config))):
+            if p > 0:
+                getattr(self, kind)[adapter_name] = nn.Dropout(p).train(self.training)
         generator = None
         if config.init_seed is not None:
             # each layer its own stream, the same whatever order layers are made in
@@ -177,6 +190,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
+            for name, merged in self._merged.items():
+                self._check_merged_task(name, merged.task, x)
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
         active = self.active_adapters
@@ -213,24 +228,32 @@ class BranchLinear(nn.Module, BaseTunerLayer):
     def _base_is_plain(self, x: Tensor) -> bool:
         """Whether the base product can be taken together with the stems': a frozen ``nn.Linear`` nobody hooks into."""
         base: Any = self._modules["base_layer"]
-        if type(base) is not nn.Linear or torch.compiler.is_compiling() or self.routing.loop:
+        if type(base) is not nn.Linear or torch.compiler.is_compiling() or self._loops():
             return False
         parameters: dict[str, Any] = base._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        # neither is a parameter where pruning or weight norm computes it anew in each call
+        weight: Any = parameters.get("weight")
+        bias = parameters.get("bias")
         return (
             # a quantised or sharded weight is a Tensor subclass, whose Parameter has that subclass's type
             type(weight) in (nn.Parameter, Tensor)
             and weight.dtype == _compute_dtype(x) == x.dtype
             and not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
+            and "bias" in parameters
             and "forward" not in base.__dict__
+            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
+
+    def _loops(self) -> bool:
+        """Whether to compute head by head: asked for, or inside a transform that only knows torch's own operations."""
+        return self.routing.loop or (not torch.compiler.is_compiling() and _is_transformed())
 
     def _add_branches(
         self, x: Tensor, y: Tensor, adapter_name: str, rows: Sequence[int] | None = None, of: int | None = None
     ) -> Tensor:
-        add = self._loop if self.routing.loop else self._branches
+        add = self._loop if self._loops() else self._branches
         return add(x.to(_compute_dtype(x)), adapter_name, y=y, rows=rows, of=of)
 
     def _branches(
@@ -263,8 +286,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 num_heads=plan.heads,
                 rank=plan.rank,
                 scale=self.scaling[adapter_name],
-                stem_dropout=self._dropout(plan.stem_dropout),
-                head_dropout=self._dropout(plan.head_dropout),
+                stem_dropout=self._dropout("lora_dropout", adapter_name),
+                head_dropout=self._dropout("head_dropout", adapter_name),
             )
             self._record(gate, tasks, tokens)
             return summed
@@ -275,7 +298,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             A0,
             None if base is None else base[1],
             scale=self.scaling[adapter_name],
-            dropout=self._dropout(plan.stem_dropout),
+            dropout=self._dropout("lora_dropout", adapter_name),
         )
         stems = u
         if method.between is not None:
@@ -294,7 +317,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             base,
             num_heads=plan.heads,
             rank=plan.rank,
-            dropout=self._dropout(plan.head_dropout),
+            dropout=self._dropout("head_dropout", adapter_name),
         )
         return summed if value is None else self.routing.report(adapter_name, value, summed)
 
@@ -308,7 +331,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        p, seed = self._dropout(plan.stem_dropout)
+        p, seed = self._dropout("lora_dropout", adapter_name)
         dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
         router = parts.get("router")
         logits = None if router is None else router.to(x.dtype) @ x.t()
@@ -329,7 +352,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             scale=scale,
             num_heads=plan.heads,
             rank=plan.rank,
-            dropout=self._dropout(plan.head_dropout),
+            dropout=self._dropout("head_dropout", adapter_name),
         )
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
@@ -337,9 +360,14 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         y = y.view(shape)
         return y if value is None else self.routing.report(adapter_name, value, y)
 
-    def _dropout(self, p: float) -> ops.Dropout:
-        """A mask's probability and a fresh seed; no dropout outside training."""
-        return (p, ops.draw_seed()) if p > 0 and self.training else (0.0, 0)
+    def _dropout(self, kind: str, adapter_name: str) -> ops.Dropout:
+        """A mask's probability and a fresh seed; none outside training, nor where somebody switched the module off."""
+        modules: Any = self._modules
+        module: Any = modules[kind]._modules.get(adapter_name)
+        if module is None or not module.training:
+            return 0.0, 0
+        p = getattr(module, "p", 0.0)
+        return (p, ops.draw_seed()) if p > 0 else (0.0, 0)
 
     def _loss(self, adapter_name: str, plan: Plan) -> Loss | None:
         """What the method adds to the loss, where the config has it on now and the adapter is being trained."""
@@ -413,30 +441,78 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         Raises:
             ExportError: The update is not one matrix.
         """
-        return self._delta(adapter_name, self._task_to_merge(adapter_name))
+        return self._delta(*self.factors(adapter_name, task=self._task_to_merge(adapter_name)))
 
-    def _delta(self, adapter_name: str, task: int | None) -> Tensor:
-        A, B = self.factors(adapter_name, task=task)
+    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).t() if isinstance(self.get_base_layer(), Conv1D) else B @ A
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update is one matrix (peft asks before ``convert_to_lora``)."""
         return self.method_of(adapter_name).merges() == "exactly"
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' ΔW to the base weight; ``safe_merge`` checks that the result is finite first."""
-        for name in check_adapters_to_merge(self, adapter_names):
+    def updates(self, adapter_names: list[str] | None = None, *, safe_merge: bool = False) -> dict[str, Merged]:
+        """What a merge would add to the base weight, by adapter; those that are merged already are left out.
+
+        Args:
+            adapter_names: Which adapters; None: the active ones.
+            safe_merge: Refuse an update that would make the weight infinite or NaN.
+
+        Raises:
+            ExportError: The merged layer would not equal the unmerged one. Nothing has been changed.
+        """
+        base, backend = self.get_base_layer(), self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ExportError(
+                f"Cannot merge into {self.name}: {backend.backend_name} weights cannot be read back and written. "
+                "Keep the adapter beside the quantised model, or merge into the unquantised one."
+            )
+        found: dict[str, Merged] = {}
+        weight = self.get_base_weight() if safe_merge else None
+        for name in self.active_adapters if adapter_names is None else adapter_names:
             if name not in self.configs:
                 continue
             task = self._task_to_merge(name)
-            delta = self._delta(name, task)
-            weight = self.get_base_weight()
-            merged = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ExportError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
-            self._merged_tasks[name] = task
+            # copies: a factor may be the parameter itself, which training changes in place
+            update = Merged(task, *(factor.detach().clone() for factor in self.factors(name, task=task)))
+            merged = self._merged.get(name)
+            if merged is not None:
+                if merged.task != task:
+                    raise ExportError(
+                        f"The adapter {name} is already merged into {self.name}, for "
+                        f"{self._task_name(name, merged.task)}; call unmerge_adapter() before it is merged for "
+                        f"{self._task_name(name, task)}."
+                    )
+                continue
+            if weight is not None:
+                weight = self._added(update, weight)
+                if not torch.isfinite(weight).all():
+                    raise ExportError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            found[name] = update
+        if found and backend is None and base._parameters.get("weight") is None:
+            raise ExportError(
+                f"Cannot merge into {self.name}: its weight is computed anew in each forward pass (pruned, or "
+                "parametrised), so what is added to it would be lost. Make it a plain weight first, with "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+            )
+        return found
+
+    def _added(self, update: Merged, weight: Tensor, sign: int = 1) -> Tensor:
+        """A base weight with an update added or taken off, rounded once."""
+        delta = self._delta(update.A, update.B)
+        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' ΔW to the base weight; ``safe_merge`` checks that the result is finite first.
+
+        Raises:
+            ExportError: See `updates`; nothing has been changed.
+        """
+        wanted = check_adapters_to_merge(self, adapter_names)  # which says what is merged already
+        for name, update in self.updates(adapter_names, safe_merge=safe_merge).items():
+            if name in wanted:
+                self.set_base_weight(self._added(update, self.get_base_weight()))
+                self.merged_adapters.append(name)
+                self._merged[name] = update
 
     def unmerge(self) -> None:
         """Take the merged ΔW off again (in low precision up to rounding, as with peft's LoRA)."""
@@ -444,10 +520,29 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            delta = self._delta(name, self._merged_tasks.pop(name))
-            weight = self.get_base_weight()
-            self.set_base_weight((weight.to(delta.dtype) - delta.to(weight.device)).to(weight.dtype))
+            update = self._merged.pop(self.merged_adapters.pop())
+            self.set_base_weight(self._added(update, self.get_base_weight(), -1))
+
+    def _task_name(self, adapter_name: str, task: int | None) -> str:
+        names = self.configs[adapter_name].task_names
+        return f"the task {names[task]!r}" if names and task is not None else f"task {task}"
+
+    def _check_merged_task(self, adapter_name: str, merged: int | None, x: Tensor) -> None:
+        """Refuse rows of another task than the one whose weight is in the base now."""
+        if merged is None:
+            return
+        tasks = self.routing.tasks(self.configs[adapter_name], x.shape[:-1], x.device)
+        if tasks is None:
+            return
+        message = (
+            f"The adapter {adapter_name} is merged for {self._task_name(adapter_name, merged)}, and the batch has rows "
+            "of another task. Call unmerge_adapter() first, or leave the task out."
+        )
+        same = (tasks == merged).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(same, message)  # no Python branch: it would break the graph
+        elif not same:
+            raise AdapterError(message)
 
     def extra_repr(self) -> str:
         """Which quantised kind of layer this adapts, if any, for ``print(model)``."""
@@ -456,6 +551,15 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.method.name}." + super().__repr__()
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func, forward-mode differentiation or torch.jit.trace: to these the packed op is opaque."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -473,7 +577,10 @@ def layer_class(method: Method) -> type[BranchLinear]:
     names = {
         "method": method,
         "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
-        "other_param_names": ("configs", "plans", "ranks", "scaling", *(f"{stem}{part}" for part in OFFSET)),
+        "other_param_names": (
+            *("configs", "plans", "ranks", "scaling", "lora_dropout", "head_dropout"),
+            *(f"{stem}{part}" for part in OFFSET),
+        ),
         "__doc__": f"A frozen linear layer with {method.name} branches.",
         "__module__": __name__,
     }

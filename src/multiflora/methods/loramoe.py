@@ -108,8 +108,4 @@ METHOD = Method(
     gate=TokenRouter(),
     start=start,
     loss=Loss(loss, ("balance_weight", *ROUTER_LOSS.weights)),
-    why_not_mergeable=(
-        "A LoRAMoE adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
-        "the adapter, or use `multiflora convert` for plain LoRA with a reported error."
-    ),
 )

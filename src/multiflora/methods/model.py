@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
     _maybe_include_all_linear_layers,
+    onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from multiflora.adapter_tensors import state_problems
 from multiflora.context import Routing, find, task
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
@@ -67,10 +69,11 @@ class BranchModel(BaseTuner):
                     f"Target module {name} is a {type(base).__name__}, which is not supported; only linear layers "
                     "(nn.Linear, transformers' Conv1D and quantised ones) can be adapted. Leave it out."
                 )
-            if name.rpartition(".")[2] in ("out_proj", "conv1d") and _is_mamba(model):
+            reader = reads_weight_itself(model, name)
+            if reader is not None:
                 raise AdapterError(
-                    f"Target module {name} belongs to a Mamba block, whose fused kernels read its weight directly and "
-                    "would pass the adapter by. Leave it out of target_modules."
+                    f"Target module {name} belongs to {reader} its weight directly and would pass the adapter by. "
+                    f"Leave it out: exclude_modules=[{name.rpartition('.')[2]!r}]."
                 )
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, field) or {}:
@@ -141,28 +144,78 @@ class BranchModel(BaseTuner):
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse before the first layer is touched: a half-merged model would be worse than none."""
-        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        for layer in self.model.modules():
-            if not isinstance(layer, BranchLinear):
-                continue
-            backend = layer.quantization_backend
-            if backend is not None and not backend.supports_merge:
-                raise ExportError(
-                    f"Cannot merge into {layer.name}: {backend.backend_name} weights cannot be read back and written. "
-                    "Keep the adapter beside the quantised model, or merge into the unquantised one."
-                )
-            for name in layer.active_adapters:
-                if name in layer.configs:
-                    task = layer._task_to_merge(name)
-                    layer.method_of(name).static_gate(layer.configs[name], layer.parts(name), task)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge in place, into all layers or none; see `BranchLinear.updates` for what is refused."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        else:
+            for layer in self._layers():
+                if layer.merged:
+                    layer.unmerge()  # the base as it was is asked for
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for hook in getattr(self, "_hooks", ()):
             hook.remove()
         return unloaded
+
+    def _layers(self) -> Iterator[BranchLinear]:
+        return (layer for layer in self.model.modules() if isinstance(layer, BranchLinear))
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse before the first layer is touched: a half-merged model would be worse than none."""
+        if isinstance(adapter_names, str):
+            raise ExportError(f"adapter_names is {adapter_names!r}; expected a list of names: [{adapter_names!r}].")
+        unknown = [name for name in adapter_names or () if name not in self.peft_config]
+        if unknown:
+            raise ExportError(f"There is no adapter {unknown[0]!r} to merge; there are {', '.join(self.peft_config)}.")
+        places = places_of_weights(self.model)
+        for layer in self._layers():
+            with onload_layer(layer):
+                updates = layer.updates(adapter_names, safe_merge=safe_merge)
+            weight = layer.get_base_layer()._parameters.get("weight")
+            here = [] if weight is None else places[_identity(weight)]
+            others = [place for place in here if place != f"{layer.name}.base_layer"]
+            if updates and others:
+                raise ExportError(
+                    f"Cannot merge into {layer.name}: its weight is also that of {others[0]}, which would change with "
+                    "it. Keep the adapter, or give the layer a weight of its own before it is adapted (for an output "
+                    "layer: load the model with tie_word_embeddings=False and copy the embeddings' weight)."
+                )
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: peft's sums of adapters are made of LoRA's two factors, and gates are no factors.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(
+            f"add_weighted_adapter is not there for {self.method.name} adapters: it weighs the two factors of LoRAs, "
+            "and several heads with a gate are more than these. Make several adapters active at once, which adds their "
+            "updates (model.base_model.set_adapter([...])), or convert each by `multiflora convert` and weigh the "
+            "plain LoRAs."
+        )
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """peft asks for each state's own names before it loads one, whoever calls: here a damaged state is refused."""
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_state(model, config.method_name, adapter_name, remapped)
+        return remapped
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
@@ -271,6 +324,28 @@ class _Generate:
                 self.model.generate = self.before
 
 
+def places_of_weights(model: nn.Module) -> dict[object, list[str]]:
+    """In which places of a model each weight is used: the names of the modules that own it, where they hang.
+
+    A tied weight (an output layer's, which is the embedding's) has two, and so has a module that hangs in two places,
+    of which one was adapted. An adapted layer that is reached in two ways is one place: there a merge is exact.
+    """
+    places: dict[object, list[str]] = {}
+    for name, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            weight = None if child is None else child._parameters.get("weight")
+            if weight is not None:
+                places.setdefault(_identity(weight), []).append(f"{name}.{child_name}".lstrip("."))
+    return places
+
+
+def _identity(weight: torch.Tensor) -> object:
+    """The same for two parameters that hold the same numbers in the same memory."""
+    if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor) or not weight.numel():
+        return id(weight)
+    return weight.device, weight.data_ptr()
+
+
 def can_adapt(module: nn.Module) -> bool:
     """Whether a layer is of a kind that can carry branches."""
     if isinstance(module, (nn.Linear, Conv1D)):
@@ -279,8 +354,50 @@ def can_adapt(module: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear"
 
 
-def _is_mamba(model: nn.Module) -> bool:
-    return "mamba" in str(getattr(getattr(model, "config", None), "model_type", ""))
+_MAMBA_KINDS = ("falcon_h1", "nemotron_h")
+"""Models with Mamba blocks whose kind does not say so."""
+
+
+def reads_weight_itself(model: nn.Module, name: str) -> str | None:
+    """What computes with a layer's weight in place of calling the layer, so that no adapter on it has an effect.
+
+    Args:
+        model: The model.
+        name: Of the layer.
+
+    Returns:
+        "...'s code, which reads", for a sentence; None where the layer is called.
+    """
+    above, _, own = name.rpartition(".")
+    parent = model.get_submodule(above)
+    if isinstance(parent, nn.MultiheadAttention) and own == "out_proj":
+        return "nn.MultiheadAttention, which reads"
+    fast = torch.backends.mha.get_fastpath_enabled()
+    if fast and isinstance(parent, nn.TransformerEncoderLayer) and own in ("linear1", "linear2"):
+        return (
+            "nn.TransformerEncoderLayer, whose fast path for inference (unless torch.backends.mha."
+            "set_fastpath_enabled(False) was called) reads"
+        )
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    if own in ("out_proj", "conv1d") and ("mamba" in kind or kind in _MAMBA_KINDS or hasattr(parent, "A_log")):
+        return "a Mamba block, whose fused kernels read"
+    return None
+
+
+def state_of(model: nn.Module, method_name: str, adapter_name: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors in a model, by their names in its ``state_dict``."""
+    mark, end = f".{prefix(method_name)}", f".{adapter_name}"
+    return {name: tensor for name, tensor in model.state_dict().items() if mark in name and name.endswith(end)}
+
+
+def check_state(model: nn.Module, method_name: str, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not all and only those of an adapter, before one of them is loaded.
+
+    Raises:
+        AdapterError: A tensor is missing, damaged, of another shape or of another adapter; it is named.
+    """
+    for problem in state_problems(state_of(model, method_name, adapter_name), state):
+        raise AdapterError(f"The adapter {adapter_name} is damaged or of another model: {problem}")
 
 
 def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -146,7 +146,6 @@ def start(config: PartsConfig, A: Tensor, B: Tensor, heads: int, generator: torc
 @cache
 def spelled(stem: str, gate: str, task_matrix: str) -> Method:
     """The description with these parts; all else is read from the config."""
-    routes = gate == "token"
     return Method(
         name="parts",
         config=PartsConfig,
@@ -157,13 +156,7 @@ def spelled(stem: str, gate: str, task_matrix: str) -> Method:
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
         between=None if task_matrix == "none" else Between(shape=task_matrix_shape),
-        loss=ROUTER_LOSS if routes else None,
-        why_not_mergeable=(
-            "A parts adapter with gate 'token' cannot be merged: its router reads the input, so no single weight "
-            "matrix equals it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."
-        )
-        if routes
-        else None,
+        loss=ROUTER_LOSS if gate == "token" else None,
     )
 
 

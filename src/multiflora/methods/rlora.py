@@ -128,8 +128,4 @@ METHOD = Method(
     offset=has_offset,
     head_dropout=lambda config: config.head_dropout,
     loss=ROUTER_LOSS,
-    why_not_mergeable=(
-        "An R-LoRA adapter cannot be merged: its router reads the input, so no single weight matrix equals it. Keep "
-        "the adapter, or use `multiflora convert` for plain LoRA with a reported error."
-    ),
 )

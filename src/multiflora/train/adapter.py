@@ -14,10 +14,12 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from multiflora.adapter_folder import check_adapter
 from multiflora.adapter_tensors import method_of
 from multiflora.compress.layer import compressed_layers, sparsify
 from multiflora.compress.saved import save_compressed
 from multiflora.compress.spec import CompressSpec
+from multiflora.context import task
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
@@ -29,8 +31,11 @@ from multiflora.train.sharded import adapter_tensors
 __all__ = [
     "adapter_config",
     "add_adapter",
+    "check_answers",
+    "check_saving",
     "is_saved_otherwise",
     "parameter_counts",
+    "probe",
     "put_on",
     "save_adapter",
     "start_of",
@@ -79,7 +84,7 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
     if isinstance(config, CompressSpec):
         sparsify(model, config.low_rank)
         return model
-    if low_cpu_mem_usage and _starts_by_svd(config):
+    if low_cpu_mem_usage and _takes_start_off(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
     adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -137,6 +142,11 @@ def adapter_config(recipe: Recipe) -> Any:
             "train.gradient_checkpointing is true, but prefix tuning works through the cache of keys and values, which "
             "checkpointing switches off. Set it to false."
         )
+    if str(getattr(config, "init_lora_weights", "")).lower() == "loftq":
+        raise ConfigError(
+            "method.init_lora_weights is 'loftq', which rounds the base model's weights; the adapter would fit that "
+            "rounded model, which is not saved, and no other. Load a quantised base model, or choose another start."
+        )
     if name == "adalora" and train.max_steps is not None:
         adalora_steps(recipe.method.settings, train.max_steps)
     if name == "lorahub":
@@ -176,8 +186,9 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
-def _starts_by_svd(config: Any) -> bool:
-    return str(getattr(config, "init_lora_weights", "")).startswith("pissa")
+def _takes_start_off(config: Any) -> bool:
+    """Whether the start of a LoRA is taken off the base weight, as PiSSA's is."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora", "corda", "lora_ga"))
 
 
 def is_saved_otherwise(model: Any) -> bool:
@@ -188,22 +199,77 @@ def is_saved_otherwise(model: Any) -> bool:
     """
     if not isinstance(model, PeftModel):
         return bool(compressed_layers(model))
-    return _starts_by_svd(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
+    return _takes_start_off(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
 
 
 def start_of(model: Any) -> dict[str, torch.Tensor] | None:
-    r"""Copy what a PiSSA adapter starts from; None for all others.
+    r"""Copy what a PiSSA adapter starts from, or another that changes the base model; None for all others.
 
-    PiSSA takes its start off the base weight, :math:`W - s B_0 A_0`, so its factors alone mean nothing on the pristine
-    model. With the start at hand `save_adapter` writes the difference :math:`s (B A - B_0 A_0)`, a plain LoRA of twice
-    the rank for the model as it was.
+    PiSSA (OLoRA, CorDA, peft's LoRA-GA) takes its start off the base weight, :math:`W - s B_0 A_0`, so its factors
+    alone mean nothing on the pristine model. With the start at hand `save_adapter` writes the difference
+    :math:`s (B A - B_0 A_0)`, a plain LoRA of twice the rank for the model as it was.
 
     Args:
         model: A model with an adapter that has not been trained yet.
     """
-    if not isinstance(model, PeftModel) or not _starts_by_svd(model.active_peft_config):
+    if not isinstance(model, PeftModel) or not _takes_start_off(model.active_peft_config):
         return None
     return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def check_saving(model: Any, start: Mapping[str, torch.Tensor] | None) -> None:
+    """Save an adapter that is not trained yet, and look at what was written: what fails here would lose the training.
+
+    Args:
+        model: The model with its adapter; one that is trained whole is passed over.
+        start: What `start_of` gave.
+    Raises:
+        ConfigError: The adapter cannot be saved, or what was saved would be refused when it is loaded.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    held = adapter_tensors(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            expected = _write(model, folder, held, start)
+            _compare(_read_all(folder), expected, folder)
+            check_adapter(folder)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ConfigError(
+                f"method: the adapter that these settings make could not be saved and loaded again, so the training "
+                f"would be lost at its end: {str(error) or type(error).__name__} Change the setting that it names."
+            ) from error
+
+
+@torch.no_grad()
+def probe(model: Any) -> torch.Tensor:
+    """Return the logits of one made-up row, to tell whether two models are the same; of the first task."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(1, 17) * 7919 % vocabulary)[None].to(next(model.parameters()).device)
+    with task(model, 0):
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
+
+
+def check_answers(trained: torch.Tensor, loaded: torch.Tensor, folder: Path, *, exact: bool) -> None:
+    """Check that what was saved, on a fresh base model, answers as the trained model did.
+
+    Args:
+        trained: The trained model's `probe`.
+        loaded: That of the loaded one.
+        folder: Where the adapter was saved.
+        exact: Whether it was saved in the form it was trained in, see `is_saved_otherwise`.
+    Raises:
+        AdapterError: It does not.
+    """
+    off = float((loaded - trained).norm() / trained.norm())
+    bound = 1e-3 if exact else 5e-2  # both forms agree up to the rounding of the base model's weights
+    if not off <= bound:
+        raise AdapterError(
+            f"The adapter saved to {folder} answers otherwise than the model that was trained: its logits on a fresh "
+            f"base model are off by {off:.1%} (at most {bound:.1%} is rounding). Do not use it; the last checkpoint "
+            "holds what was trained. Please report the recipe's method settings."
+        )
 
 
 def save_adapter(model: Any, folder: Path, *, start: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -265,13 +331,20 @@ def _read_all(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _difference(held: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    r"""The factors of :math:`B A - B_0 A_0`: A over A0, and B beside -B0."""
-    return {
-        name: torch.cat([tensor.cpu(), start[name]], 0)
-        if "lora_A" in name
-        else torch.cat([tensor.cpu(), -start[name]], 1)
-        for name, tensor in held.items()
-    }
+    r"""The factors of :math:`B A - B_0 A_0`: A over A0, and B beside -B0.
+
+    Whatever else is trained (biases, lengths of DoRA, modules and tokens that are saved whole) stands for itself.
+    """
+    joined: dict[str, torch.Tensor] = {}
+    for name, tensor in held.items():
+        mine = tensor.cpu()
+        if name.endswith(("lora_A.weight", "lora_embedding_A")):
+            joined[name] = torch.cat([mine, start[name]], 0)
+        elif name.endswith(("lora_B.weight", "lora_embedding_B")):
+            joined[name] = torch.cat([mine, -start[name]], 1)
+        else:
+            joined[name] = mine.contiguous()
+    return joined
 
 
 def _of_twice_the_rank(config: Any) -> Any:

@@ -26,8 +26,11 @@ from multiflora.redact import refuse_secrets, without_secrets
 from multiflora.train.adapter import (
     adapter_config,
     add_adapter,
+    check_answers,
+    check_saving,
     is_saved_otherwise,
     parameter_counts,
+    probe,
     save_adapter,
     start_of,
 )
@@ -105,6 +108,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         numbers = parameter_counts(base)[1]
         model = add_adapter(base, recipe)
         start = start_of(model)
+        if recipe.method.name != "lorahub" and not is_sharded():  # which trains and saves adapters of its own
+            check_saving(model, start)
         trainable, total = parameter_counts(model)
         parameters = {"trainable": trainable, "total": total}
         log.info(
@@ -135,9 +140,13 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
                 before = _score(model, tokenizer, recipe, quiet=quiet)
         if not is_first_process() and not is_sharded():  # one process scores; the others' adapters are the same
             return RunResult(output=recipe.output, results={"base": before, "mixture": report}, log=history)
-        if is_saved_otherwise(model) and not is_sharded():  # score what others will load
+        otherwise = is_saved_otherwise(model)
+        if (otherwise or isinstance(model, PeftModel)) and not is_sharded():  # score what others will load
+            trained = probe(model) if isinstance(model, PeftModel) else None
             del model, base
             model = load_target(recipe.output).model
+            if trained is not None:
+                check_answers(trained, probe(model), recipe.output, exact=not otherwise)
         if METHODS[recipe.method.name].trains == "factors":
             parameters |= {"base": numbers, "saved": parameter_counts(model)[1]}
         with _timed(seconds, "evaluate_after"):

@@ -86,3 +86,33 @@ def test_safe_merge_refuses_what_is_not_finite(base):
     model.base_model.model[2].parts("default")["scale"].data.fill_(float("inf"))
     with pytest.raises(ExportError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_a_plain_and_a_routed_adapter_of_one_kind(verb, base):
+    """Named together neither is merged; and the routed one is no obstacle to the other."""
+    x = torch.randn(3, 40)
+    plain, routed = {"gate": "sum", "stem": "own"}, {"gate": "token", "stem": "own"}
+    model = trained("parts", base, **plain)
+    model.add_adapter("routed", build_config("parts", {"target_modules": ["2"]} | routed))
+    kept, before = model(x), copy.deepcopy(model.state_dict())
+    for names in (["default", "routed"], ["routed", "default"]):
+        with pytest.raises(ExportError, match="router reads the input"):
+            getattr(model, verb)(adapter_names=names)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model.set_adapter("routed")
+    merged = getattr(model, verb)(adapter_names=["default"]) or model
+    assert torch.allclose(merged(x), kept, atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_in_two_places_is_not_merged_into():
+    """peft adapts one of the two; a merge would change both. One adapted layer that is called twice merges exactly."""
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 8)
+    model = trained("multilora", nn.ModuleDict({"one": shared, "other": shared}), target_modules=["one", "other"])
+    with pytest.raises(ExportError, match="Cannot merge into one: its weight is also that of other"):
+        model.merge_adapter()
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    model, x = trained("multilora", nn.Sequential(block, block), target_modules=["0.0"]), torch.randn(3, 8)
+    kept = model(x)
+    assert torch.allclose(model.merge_and_unload()(x), kept, atol=1e-5)

@@ -6,7 +6,7 @@ MTL-LoRA was added in just this way (its file, its card, its oracle); this keeps
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from multiflora import AdapterError, ConfigError
+from multiflora import AdapterError, ConfigError, ExportError
 from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, at_least
-from multiflora.methods.gates import FixedGate
+from multiflora.methods.gates import FixedGate, TokenRouter
 from multiflora.peft_bridge import register
 
 
@@ -60,6 +60,15 @@ def test_forward_merge_save_and_load_follow_from_the_description(net, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path)(x), kept)
     assert torch.allclose(model.merge_and_unload()(x), kept, atol=1e-5)
+
+
+@pytest.mark.parametrize("reads", ["token", "nothing"])
+def test_what_merges_follows_from_what_the_gate_reads(reads):
+    """A token router that says nothing of merging, or even that it reads nothing, is refused all the same."""
+    routed = replace(POSY, gate=TokenRouter(reads=reads, top_k=lambda config: None))
+    assert routed.merges() == "no"
+    with pytest.raises(ExportError, match="A posy adapter cannot be merged: its router reads the input"):
+        routed.static_gate(PosyConfig(r=3), {}, None)
 
 
 def test_its_settings_are_checked_like_any_others(net):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -274,6 +275,8 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_functions", None)
     monkeypatch.setattr(native, "_tried", "not yet")
+    monkeypatch.setattr(native, "_failed", "")
+    monkeypatch.setattr(native, "_said", False)
     return tmp_path
 
 
@@ -334,9 +337,114 @@ def test_a_file_that_is_no_library_is_no_obstacle(fresh, caplog):
     file = native.library_file()
     file.parent.mkdir(parents=True)
     file.write_text("half a library")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_suffix(".sha256").write_text(digest)
     with caplog.at_level(logging.WARNING):
         assert native.serve(torch.ones(1)) is None
     assert str(file) in caplog.text
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The library that all tests use, in the user's own cache."""
+    return native.library_file()
+
+
+def planted(whole, fresh):
+    """The same library in the empty cache of this test."""
+    file = native.library_file()
+    file.parent.mkdir(parents=True)
+    for folder in (file.parent, file.parent.parent):
+        folder.chmod(0o700)
+    file.write_bytes(whole.read_bytes())
+    file.with_suffix(".sha256").write_bytes(whole.with_suffix(".sha256").read_bytes())
+    return file
+
+
+def writable(path):
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def other_content(file):
+    file.write_bytes(file.read_bytes() + b"planted")
+
+
+def link(file):
+    file.rename(file.with_suffix(".elsewhere"))
+    file.symlink_to(file.with_suffix(".elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file: None, None),
+        (other_content, "is not what was built"),
+        (lambda file: file.with_suffix(".sha256").write_text("0" * 64), "is not what was built"),
+        (lambda file: writable(file), "may be written to by others"),
+        (lambda file: writable(file.parent), "may be written to by others"),
+        (lambda file: file.parent.parent.chmod(0o707), "may be written to by others"),
+        (link, "is a link"),
+        (lambda file: os.chown(file, 12345, -1), "belongs to another user"),
+    ],
+    ids=["whole", "content", "digest", "file", "folder", "folder above", "link", "owner"],
+)
+def test_a_library_that_somebody_may_have_planted_is_not_loaded(damage, says, whole, fresh, monkeypatch, caplog):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    file = planted(whole, fresh)
+    if says == "belongs to another user" and os.getuid() != 0:
+        pytest.skip("only root gives files away")
+    damage(file)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(2):
+            native._tried = "not yet"
+            native.serve(torch.ones(1))
+    if says is None:
+        assert loaded == [str(file)] * len(loaded) != []
+        assert native.state() == (True, f"compiled, {file}")
+        return
+    assert not loaded
+    (message,) = [record.getMessage() for record in caplog.records if record.name == native.__name__]
+    assert says in message
+    compiled, sentence = native.state()
+    assert not compiled
+    assert says in sentence
+
+
+def test_a_library_without_a_digest_is_built_anew(whole, fresh, monkeypatch):
+    planted(whole, fresh).with_suffix(".sha256").unlink()
+    builds = []
+    monkeypatch.setattr(native, "_build", builds.append)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
+    assert native.serve(torch.ones(1)) is None
+    assert builds == [native.library_file()]
+
+
+class Wrong:
+    """In the place of ``torch.ops.multiflora``: functions that are not there, take other words, or compute wrongly."""
+
+    def __init__(self, **functions):
+        for name, function in functions.items():
+            setattr(self, name, type("Packet", (), {"default": staticmethod(function)}))
+
+
+@pytest.mark.parametrize(
+    "library",
+    [
+        Wrong(),
+        Wrong(stems=len, heads=len, branches=lambda x: x),
+        Wrong(stems=len, heads=len, branches=lambda *values: (torch.zeros(1, 2), None)),
+    ],
+    ids=["no functions", "other arguments", "other numbers"],
+)
+def test_a_library_that_loads_and_is_wrong_is_not_used(library, whole, fresh, monkeypatch, caplog):
+    planted(whole, fresh)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "multiflora", library, raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert native.serve(torch.ones(1)) is None
+    assert "Python computes them" in caplog.text
+    assert not native.state()[0]
 
 
 @pytest.mark.parametrize(
@@ -349,8 +457,13 @@ def test_a_file_that_is_no_library_is_no_obstacle(fresh, caplog):
 )
 def test_where_it_is_not_wanted_or_cannot_be_built(variable, value, says, fresh, monkeypatch, caplog):
     monkeypatch.setenv(variable, value)
-    assert native.serve(torch.ones(1)) is None
-    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            native._tried = "not yet"
+            assert native.serve(torch.ones(1)) is None
+    # said once, unless it was asked for
+    assert len(caplog.records) == (variable != "MULTIFLORA_NATIVE")
+    assert variable == "MULTIFLORA_NATIVE" or "No C++ compiler was found" in caplog.text
     compiled, sentence = native.state()
     assert not compiled
     assert says in sentence

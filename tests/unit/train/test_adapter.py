@@ -12,10 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from multiflora.adapter_folder import load_adapter
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.train import adapter
-from multiflora.train.adapter import add_adapter, save_adapter
+from multiflora.train.adapter import (
+    add_adapter,
+    check_answers,
+    check_saving,
+    probe,
+    save_adapter,
+    start_of,
+)
 from multiflora.train.packing import require_separate_examples
 
 NAMES = ("sums", "words")
@@ -26,10 +34,10 @@ def make_recipe(method: Any, **changes: Any) -> Recipe:
     return recipe_from({"model": "m", "method": method, "tasks": tasks, "output": "out", **changes})
 
 
-def make_base() -> LlamaForCausalLM:
+def make_base(**words: Any) -> LlamaForCausalLM:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, **words
     )
     return LlamaForCausalLM(config)
 
@@ -96,6 +104,53 @@ def test_an_adapter_that_lost_a_tensor_is_not_put_in_place(tmp_path: Path, monke
     with pytest.raises(AdapterError, match=r"1 of \d+ tensors are missing and 0 are changed.*was not put in place"):
         save_adapter(model, tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+PISSA = [
+    {"modules_to_save": ["lm_head"]},
+    {"trainable_token_indices": [3, 5]},
+    {"bias": "all"},
+    {"bias": "lora_only"},
+    {"use_dora": True},
+    {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}},
+]
+
+
+@pytest.mark.parametrize("settings", PISSA, ids=lambda settings: next(iter(settings)))
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_taken_off_is_saved_for_the_model_as_it_was(
+    tmp_path: Path, start: str, settings: dict[str, Any]
+) -> None:
+    method = {"name": "pissa" if start == "pissa" else "lora", "r": 2, "init_lora_weights": start, **settings}
+    base = make_base(attention_bias=True)
+    untouched = probe(base)
+    model = add_adapter(base, make_recipe(method))
+    first = start_of(model)
+    check_saving(model, first)
+    torch.testing.assert_close(probe(model), untouched, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save_adapter(model, tmp_path / "run", start=first)
+    loaded = load_adapter(make_base(attention_bias=True), tmp_path / "run")
+    check_answers(probe(model), probe(loaded), tmp_path, exact=True)
+    with pytest.raises(AdapterError, match=r"answers otherwise than the model that was trained: .* off by \d+"):
+        check_answers(probe(model), untouched, tmp_path, exact=False)
+
+
+def test_a_run_that_would_be_lost_at_its_save_is_refused_before_it_trains() -> None:
+    with pytest.raises(ConfigError, match=r"init_lora_weights is 'loftq'"):
+        rounding = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+        add_adapter(make_base(), make_recipe({"name": "lora", **rounding}))
+    model = add_adapter(make_base(), make_recipe({"name": "lora", "layer_replication": [[0, 1], [0, 1]]}))
+    with pytest.raises(ConfigError, match=r"would be lost at its end: .*layer_replication is set"):
+        check_saving(model, None)
+    model = add_adapter(make_base(), make_recipe("rlora"))
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(torch.inf)
+    with pytest.raises(ConfigError, match=r"would be lost at its end: .*holds NaN"):
+        check_saving(model, None)
 
 
 class Smearing(LlamaForCausalLM):
