@@ -7,6 +7,7 @@ forward pass, a block recomputed by gradient checkpointing sees what it saw firs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from multiflora.errors import AdapterError
 
 TaskName = str | int
+
+_PASSES = itertools.count()
 
 
 class Recorder(Protocol):
@@ -47,6 +50,7 @@ class Routing:
         self._ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._batch: int | None = None
+        self.number: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of a model starts between two batches: the last batch's tensors hold graphs and cannot be copied
@@ -75,6 +79,9 @@ class Routing:
                 "for each row, (rows,), or for each token, (rows, length)."
             )
         self.losses = []
+        cache = kwargs.get("past_key_values")
+        if self.number is None or cache is None or not cache.get_seq_length():
+            self.number = next(_PASSES)
         return args, kwargs
 
     def _checked(self, ids: Any) -> Tensor:
@@ -135,6 +142,14 @@ class Routing:
         """The one task set for all rows, or None: for merging, which makes one matrix whatever the last batch was."""
         ids = self._default_ids(config)
         return int(ids[0]) if ids is not None and ids.numel() == 1 else None
+
+    def one_task(self, config: Any) -> int | None:
+        """The one task of all rows of the batch, or None where there are several or none is known."""
+        ids = self._ids_of_rows(config)
+        if ids is None or not ids.numel():
+            return None
+        first = int(ids.reshape(-1)[0])
+        return first if ids.numel() == 1 or bool((ids == first).all()) else None
 
     def task_of_rows(self, config: Any, device: torch.device, rows: int) -> Tensor:
         """The task of each row, (rows,); the row's first token decides where ids are per token."""

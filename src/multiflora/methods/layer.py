@@ -23,9 +23,13 @@ from multiflora.context import Routing, missing
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Loss, Method, Seen, class_of
 from multiflora.methods.config import AdapterConfig
+from multiflora.methods.inference import Kept, Wanted, can_prepare, keep
 from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
 
 OFFSET = ("A0", "B0")
+
+_MOST_KEPT = 16
+"""How many prepared forms a layer keeps, of several adapters, tasks and number types."""
 
 
 class Plan(NamedTuple):
@@ -44,6 +48,8 @@ class Plan(NamedTuple):
     """Whether the packed op needs nobody between stems and heads."""
     loss: Loss | None
     """The method's, where the config turns it on."""
+    can_prepare: bool
+    """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
 
 
 class BranchLinear(nn.Module, BaseTunerLayer):
@@ -71,6 +77,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._merged_tasks: dict[str, int | None] = {}
+        self._kept: dict[Wanted, Kept] = {}
 
     def method_of(self, adapter_name: str) -> Method:
         """What the adapter is: the class's method, or what the adapter's config spells out."""
@@ -92,11 +99,20 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 method.needs_task(),
                 method.between is None and method.gate.left_to_op(config),
                 method.loss if method.loss is not None and method.loss.on(config) else None,
+                can_prepare(method, config),
             )
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plans": {}}  # a method holds functions, which cannot be pickled
+        # a method holds functions, which cannot be pickled; a copy prepares its own tensors
+        return self.__dict__ | {"plans": {}, "_kept": {}}
+
+    def train(self, mode: bool = True) -> BranchLinear:
+        """Training or not; what was prepared for inference gives its memory back."""
+        if mode:
+            self._kept.clear()
+        super().train(mode)
+        return self
 
     def _attribute(self, part: str) -> str:
         return f"{prefix(self.method.name)}{part}"
@@ -147,6 +163,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' branches, in the base output's dtype and x's shape."""
+        if not (args or kwargs or torch.is_grad_enabled()) and (y := self._infer(x)) is not None:
+            return y
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
@@ -221,6 +239,10 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
         plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
+        kept = self._prepared(plan, adapter_name, x) if plan.can_prepare else None
+        if kept is not None:
+            gate = None if kept.table is None else kept.table[self._tasks(plan, x, rows, of)]
+            return ops.infer(x, kept.branches, base, y=y, gate=gate)
         tasks = self._tasks(plan, x, rows, of) if plan.needs_task or self.routing.recorder is not None else None
         router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
         if plan.left_to_op and not (self.training and plan.loss is not None):
@@ -268,6 +290,51 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             rank=plan.rank,
             dropout=self._dropout(plan.head_dropout),
         )
+
+    # ---- without gradients ------------------------------------------------------------------------------------------
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The output of a plain layer with one adapter, prepared for inference; None where it is not that simple."""
+        # each line is paid for by every layer for every token
+        state = self.__dict__
+        active = state["_active_adapter"]
+        if state["_disable_adapters"] or state["merged_adapters"] or len(active) != 1 or type(active) is str:
+            return None
+        plan = state["plans"].get(active[0])
+        if plan is None or not plan.can_prepare:
+            return None
+        kept = self._prepared(plan, active[0], x)
+        if kept is None or not self._base_is_plain(x):
+            return None
+        base = state["_modules"]["base_layer"]._parameters
+        gate = None if kept.table is None else kept.table[self._tasks(plan, x, None, None)]
+        return ops.infer(x, kept.branches, (x, base["weight"], base["bias"]), gate=gate)
+
+    def _prepared(self, plan: Plan, adapter_name: str, x: Tensor) -> Kept | None:
+        """The branches prepared for inference: as they were kept, or made anew. None where gradients may be wanted."""
+        state = self.__dict__
+        routing = state["routing"]
+        if not _plain_inference() or routing.recorder is not None or state["training"]:
+            return None
+        task = routing.one_task(plan.config) if plan.needs_task else None
+        wanted = (adapter_name, x.dtype, task)
+        kept = state["_kept"].get(wanted)
+        settings = (state["scaling"][adapter_name], plan.config.__dict__.get("_changes"))
+        if kept is not None and kept.holds(settings, routing.number):
+            return kept
+        return self._keep(plan, Wanted(*wanted), settings)
+
+    def _keep(self, plan: Plan, wanted: Wanted, settings: tuple[Any, ...]) -> Kept | None:
+        """Prepare the branches anew."""
+        places = {part: self._weights(part)._parameters for part in self._trained}
+        places |= {part: self._weights(part)._buffers for part in self._frozen}
+        kept = keep(plan, places, wanted, settings, self.routing.number)
+        self._kept.pop(wanted, None)
+        if kept is not None:
+            self._kept[wanted] = kept
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        return kept
 
     def _loop(
         self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Tensor | None = None, of: int | None = None
@@ -403,6 +470,16 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.method.name}." + super().__repr__()
+
+
+def _plain_inference() -> bool:
+    """Whether numbers are all that is wanted: no gradient, no graph, no transform of functions."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
