@@ -319,7 +319,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         task = routing.one_task(plan.config) if plan.needs_task else None
         wanted = (adapter_name, x.dtype, task)
         kept = state["_kept"].get(wanted)
-        settings = (state["scaling"][adapter_name], plan.config.__dict__.get("_changes"))
+        settings = (state["scaling"][adapter_name], plan.config.changes)
         if kept is not None and kept.holds(settings, routing.number):
             return kept
         return self._keep(plan, Wanted(*wanted), settings)
