@@ -9,6 +9,7 @@ finds the pass whose gradient is taken. The task of :func:`task` is a context va
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ _IGNORED = -100
 
 # the tasks set by `task` in this thread or coroutine: (routing, which), the innermost last
 _SET: ContextVar[tuple[tuple[Routing, Which], ...]] = ContextVar("multiflora_task", default=())
+
+_PASSES = itertools.count()
 
 
 class Recorder(Protocol):
@@ -69,6 +72,7 @@ class Pass:
         reached: Whether a gradient came to them, where they are.
         went_back: Whether a gradient was taken through the pass.
         opener: The module whose call it is, until that is over.
+        number: Of the pass, or of the one whose cache it goes on with; later ones have larger numbers.
     """
 
     def __init__(self, default: Which | None, opener: nn.Module | None = None) -> None:
@@ -87,6 +91,8 @@ class Pass:
         self.reached: list[Tensor] = []
         self.went_back = False
         self.opener = opener
+        self.number = -1
+        self._one: dict[int, int | None] = {}
         self._resolved: dict[int, Tensor | None] = {}
 
     def ids_for(self, config: Any, rows: Sequence[int] | None = None) -> Tensor | None:
@@ -101,6 +107,14 @@ class Pass:
         if id(config) not in self._resolved:
             self._resolved[id(config)] = self._resolve(config, None)
         return self._resolved[id(config)]
+
+    def one_task(self, config: Any) -> int | None:
+        """The one task of all rows by an adapter's own list, or None where there are several or none is known."""
+        if id(config) not in self._one:
+            ids = self.ids_for(config)
+            first = None if ids is None or not ids.numel() else int(ids.reshape(-1)[0])
+            self._one[id(config)] = first if ids is not None and bool((ids == first).all()) else None
+        return self._one[id(config)]
 
     def _resolve(self, config: Any, rows: Sequence[int] | None) -> Tensor | None:
         which = self.ids if self.ids is not None else self.default
@@ -303,6 +317,8 @@ class Routing:
         if not torch.compiler.is_compiling() and (found.ids is not None or found.default is not None):
             self._check_active(module, found)
         self._warn_of_losses_left_out()
+        before = here.last if _has_cache(kwargs) else None
+        found.number = next(_PASSES) if before is None else before.number
         here.current = here.last = found
         self._newest = found
         return args, kwargs
@@ -416,6 +432,12 @@ class Routing:
         seen = self._here.reporting
         return seen.keep() if seen is not None and seen.lead.numel() == tokens else None
 
+    @property
+    def number(self) -> int | None:
+        """The number of the pass that is running in this thread; None outside of any."""
+        found = self._here.current
+        return None if found is None else found.number
+
     def single(self, config: Any) -> int | None:
         """The one task set for all rows, or None: for merging, which makes one matrix whatever the last batch was."""
         ids = Pass(self.default).ids_for(config)
@@ -452,6 +474,12 @@ class _Here(threading.local):
     reporting: Tokens | None = None
     chosen: Tensor | None = None
     """Set by `chosen_positions`, for the passes that begin inside."""
+
+
+def _has_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the pass goes on with what an earlier one has kept of its tokens."""
+    cache = kwargs.get("past_key_values")
+    return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
 
 
 def _backward_of() -> int:

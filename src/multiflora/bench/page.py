@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.bench.plots import LABELS, figures
-from multiflora.bench.results import Clock, LayerCase, Results, Samples, StepCase
+from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, Samples, StepCase
 from multiflora.bench.stats import extra_ratio, median, over_floor, ratio, total
 from multiflora.bench.table import HEADER, cells
 from multiflora.bench.verdict import Verdict, verdicts
@@ -86,6 +86,7 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
             (case, {name: case.tokens / median(total(case.seconds, name, results.clock)) for name in case.seconds})
             for case in results.training
         ],
+        generated=[(case, _generated(case, results.clock)) for case in results.generate],
         name=name,
         figures={figure: f"{name}/{figure}.svg" for figure in drawn},
         labels=LABELS,
@@ -102,6 +103,7 @@ def _rounds(results: Results) -> list[str]:
         "shared inputs": results.shared,
         "steps": results.steps,
         "training": results.training,
+        "generation": results.generate,
     }
     found = []
     for name, cases in sections.items():
@@ -176,6 +178,24 @@ def _step_facts(case: StepCase, name: str) -> tuple[str, str]:
     """Trainable parameters and peak memory."""
     parameters, peak = case.parameters.get(name), case.peak_bytes.get(name)
     return "" if parameters is None else f"{parameters:,}", "" if peak is None else f"{peak / 1e6:,.0f}"
+
+
+def _generated(case: GenerateCase, clock: Clock) -> list[list[str]]:
+    """Each competitor's milliseconds and ratios, and the floor's."""
+    seconds = {name: {phase: by[clock] for phase, by in phases.items()} for name, phases in case.seconds.items()}
+    seconds["products"] = {
+        phase: [a + b for a, b in zip(base, seconds["products"][phase], strict=True)]
+        for phase, base in seconds["base"].items()
+    }
+    rows = []
+    for name, phases in seconds.items():
+        row = [{"products": "floor", "peft": "peft LoRA", "peft merged": "peft LoRA, merged"}.get(name, name)]
+        for phase, times in (("decode", case.tokens), ("prefill", 1)):
+            row.append(f"{1e3 * median(phases[phase]) / times:.1f}")
+            row.append("" if name == "base" else str(ratio(phases[phase], seconds["base"][phase])))
+        parameters = case.parameters.get(name)
+        rows.append([*row, "" if parameters is None else f"{parameters:,}"])
+    return rows
 
 
 def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:

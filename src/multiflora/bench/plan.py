@@ -9,8 +9,8 @@ from multiflora.bench.shapes import SHAPES, Shape
 
 __all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Dtype", "Job", "Preset", "Section", "plan"]
 
-Section = Literal["layer", "heads", "memory", "shared", "step", "train"]
-SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train")
+Section = Literal["layer", "heads", "memory", "shared", "step", "train", "generate"]
+SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train", "generate")
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     @property
     def ticks(self) -> int:
         """How often it reports progress."""
-        warm_up = {"step": 1, "train": 1, "memory": 0}.get(self.section, 2)
+        warm_up = {"step": 1, "train": 1, "generate": 1, "memory": 0}.get(self.section, 2)
         return int(self.settings.get("rounds", 0)) + warm_up
 
 
@@ -82,6 +82,7 @@ def plan(
         *_layers(preset, kind, dtype, compiler),
         *_steps(preset, kind, dtype),
         *_training(preset, tasks),
+        *_generate(preset, dtype),
     ]
     return [job for job in jobs if not only or job.section in only]
 
@@ -212,3 +213,16 @@ def _training(preset: Preset, tasks: tuple[str, ...]) -> list[Job]:
     return [
         Job("train", {**settings, "tasks": tasks, "rounds": rounds}, settings, 15 + 7.5 * steps * (rounds + 1)),
     ]
+
+
+def _generate(preset: Preset, dtype: Dtype) -> list[Job]:
+    tokens, rounds = {"quick": (4, 3), "standard": (16, 7), "full": (32, 15)}[preset]
+    jobs = []
+    for each in dict.fromkeys((dtype, "float32") if preset == "full" else (dtype,)):
+        for batch, prompt in ((1, 32), (16, 32), (1, 512)):
+            settings = {"batch": batch, "prompt": prompt, "dtype": each}
+            # thirteen competitors; a token reads all weights, a prompt multiplies with them
+            cost = 13 * (rounds + 1) * (0.05 * tokens + batch * prompt * 2.7e8 / (5e10 if each == "float32" else 2e11))
+            given = {**settings, "tokens": tokens if prompt == 32 else 1, "rounds": rounds}
+            jobs.append(Job("generate", given, settings, 10 + cost))
+    return jobs

@@ -15,6 +15,7 @@ from multiflora.files import saving, write_text
 
 __all__ = [
     "Clock",
+    "GenerateCase",
     "LayerCase",
     "Machine",
     "MemoryCase",
@@ -180,6 +181,28 @@ class TrainingCase(_Frozen):
         )
 
 
+class GenerateCase(_Frozen):
+    """Prefill of a prompt and greedy decoding of a whole model, with each method's adapter on all linear layers."""
+
+    model: str
+    batch: int
+    """Rows."""
+    prompt: int
+    """Tokens of each."""
+    tokens: int
+    """Generated."""
+    dtype: str
+    parameters: dict[str, int]
+    """Of each adapter."""
+    seconds: Samples
+    """Phases prefill and decode. "products" is the practical floor: R-LoRA's two products of all layers alone."""
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return f"{self.model}, {self.dtype}, batch {self.batch}, prompt of {self.prompt}"
+
+
 class SharedCase(_Frozen):
     """Stems of layers that read the same input: one product for each layer, or one for all."""
 
@@ -209,6 +232,7 @@ class Results(_Frozen):
     shared: tuple[SharedCase, ...] = ()
     steps: tuple[StepCase, ...] = ()
     training: tuple[TrainingCase, ...] = ()
+    generate: tuple[GenerateCase, ...] = ()
 
     @property
     def clock(self) -> Clock:

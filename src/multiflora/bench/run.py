@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from multiflora.bench.generate import measure_generate
 from multiflora.bench.layers import measure_heads, measure_layer, measure_memory
 from multiflora.bench.machine import has_compiler, machine
 from multiflora.bench.plan import GENERATED_TASKS, TASKS, Job, Preset, Section, plan
@@ -28,6 +29,7 @@ _MEASURES: dict[Section, tuple[str, Callable[..., Any]]] = {
     "shared": ("shared", measure_shared),
     "step": ("steps", measure_step),
     "train": ("training", measure_training),
+    "generate": ("generate", measure_generate),
 }
 """Section -> its field in the results, and what measures one of its cases."""
 

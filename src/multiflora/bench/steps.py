@@ -19,7 +19,7 @@ from multiflora.bench.results import StepCase
 from multiflora.bench.shapes import SMOLLM2
 from multiflora.bench.timing import Phases, interleave, samples, stopwatch
 
-__all__ = ["STEP_COMPETITORS", "measure_step", "smollm2", "step"]
+__all__ = ["STEP_COMPETITORS", "adapt", "linear_shapes", "matched_rank", "measure_step", "smollm2", "step"]
 
 HEADS, RANK = 5, 8
 """Of R-LoRA; MultiLoRA has three modules of the same rank."""
@@ -56,8 +56,8 @@ def _configs(dropout: float, peft_rank: int) -> dict[str, Any]:
     }
 
 
-def _adapt(model: nn.Module, config: Any) -> nn.Module:
-    """The model with an adapter, its frozen weights those of ``model``."""
+def adapt(model: nn.Module, config: Any) -> nn.Module:
+    """The model with an adapter of random weights, in training mode; its frozen weights are those of ``model``."""
     from peft import get_peft_model
 
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -177,11 +177,11 @@ def measure_step(
     """
     model = smollm2(dtype, device)
     ours = _configs(dropout, 1)["packed"]
-    packed = _adapt(model, ours)
+    packed = adapt(model, ours)
     size = sum(parameter.numel() for parameter in packed.parameters() if parameter.requires_grad)
     configs = _configs(dropout, matched_rank(model, size))
     models = {"frozen": model, "packed": packed}
-    models |= {name: _adapt(model, configs[name]) for name in names if name in configs and name not in models}
+    models |= {name: adapt(model, configs[name]) for name in names if name in configs and name not in models}
     alone = work_alone(model, rows * length)
     ids = torch.randint(0, int(SMOLLM2["vocab_size"]), (rows, length), device=device)
     half = dtype != torch.float32

@@ -6,10 +6,10 @@ than its products alone: where even that lies beyond a target, no implementation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from multiflora.bench.results import Clock, LayerCase, Results, StepCase, TrainingCase
+from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, StepCase, TrainingCase
 from multiflora.bench.stats import Estimate, extra_ratio, median, over_floor, ratio, total
 
 __all__ = ["TARGETS", "Line", "Target", "Verdict", "verdicts"]
@@ -207,6 +207,36 @@ def _speed_ratio(case: TrainingCase, clock: Clock) -> Estimate:
     return ratio(total(case.seconds, "trl", clock), total(case.seconds, "multiflora", clock))
 
 
+def _decoding(
+    names: Sequence[str], opponent: str, *, batch: int = 0, prompt: int = 32, phase: str = "decode"
+) -> Callable[[Results], Iterator[Line]]:
+    """Ours against an opponent, by the time of generated tokens, or of the prefill."""
+
+    def lines(results: Results) -> Iterator[Line]:
+        for case in results.generate:
+            if case.prompt != prompt or batch not in (0, case.batch):
+                continue
+            for name in names:
+                yield _line(
+                    results,
+                    f"{name}, {case.name}",
+                    lambda clock, s=case.seconds, name=name: ratio(s[name][phase][clock], s[opponent][phase][clock]),  # type: ignore[misc]
+                    _floor_of_decoding(case, opponent, phase, results.clock),
+                )
+
+    return lines
+
+
+def _floor_of_decoding(case: GenerateCase, opponent: str, phase: str, clock: Clock) -> float:
+    """The base model and R-LoRA's products alone, over the opponent."""
+    base, products, other = (case.seconds[name][phase][clock] for name in ("base", "products", opponent))
+    return ratio([a + b for a, b in zip(base, products, strict=True)], other).value
+
+
+_ADDITIVE_OR_ROUTED = ("multilora", "mlora", "rlora", "hydralora")
+_BY_TASK = ("mtllora", "moelora")
+_ALL = (*_ADDITIVE_OR_ROUTED, *_BY_TASK)
+
 TARGETS = (
     Target("R-LoRA layer / published loop", 0.25, _extra_over("loop")),
     Target("R-LoRA layer / peft LoRA, dropout 0.1", 0.5, _extra_over("peft", 0.1)),
@@ -221,6 +251,13 @@ TARGETS = (
     Target("R-LoRA step / peft LoRA, dropout 0", 0.9, _whole_step("packed", "peft", 0.0)),
     Target("R-LoRA step / frozen model", 1.25, _whole_step("packed", "frozen")),
     Target("training speed / SFTTrainer with peft LoRA", 1.3, _training, at_least=True),
+    Target("token / base, batch 1", 1.15, _decoding(_ALL, "base", batch=1)),
+    Target("token / base, batch 16", 1.15, _decoding(_ADDITIVE_OR_ROUTED, "base", batch=16)),
+    Target("token / base, batch 16, gated by task", 1.2, _decoding(_BY_TASK, "base", batch=16)),
+    Target("token / peft LoRA, batch 1", 0.85, _decoding(_ALL, "peft", batch=1)),
+    Target("token / peft LoRA, batch 16", 0.55, _decoding(_ALL, "peft", batch=16)),
+    Target("prefill of 512 / base", 1.1, _decoding(_ALL, "base", prompt=512, phase="prefill")),
+    Target("token of 16 heads / 2 heads", 1.1, _decoding(("rlora-16",), "rlora-2")),
     Target("GPU: R-LoRA layer / peft LoRA", 0.7, _extra_over("peft", on_gpu=True), needs_gpu=True),
     Target("GPU: R-LoRA layer / compiled loop", 1.0, _extra_over("compiled loop", on_gpu=True), needs_gpu=True),
     Target("GPU: R-LoRA layer / floor", 2.0, _over_floor, needs_gpu=True),

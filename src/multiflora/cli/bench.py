@@ -21,6 +21,7 @@ class _Section(str, Enum):
     shared = "shared"
     step = "step"
     train = "train"
+    generate = "generate"
 
 
 class _Device(str, Enum):

@@ -97,6 +97,17 @@ class AdapterConfig(PeftConfig):
         if problems:
             raise ConfigError(f"{type(self).__name__}: " + " ".join(problems))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # what layers have made of the settings holds as long as this number does
+        super().__setattr__(name, value)
+        self.__dict__["_changes"] = self.__dict__.get("_changes", 0) + 1
+
+    @property
+    def changes(self) -> int:
+        """How often a setting was set."""
+        number: int = self.__dict__["_changes"]
+        return number
+
     def problems(self) -> list[str]:
         """What cannot work in these settings, a sentence each; a method adds its own."""
         found = [

@@ -26,6 +26,7 @@ from multiflora.context import Routing, Tokens, missing
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Loss, Method, Seen, class_of
 from multiflora.methods.config import AdapterConfig
+from multiflora.methods.inference import Kept, Store, can_prepare
 from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
 
 OFFSET = ("A0", "B0")
@@ -45,6 +46,8 @@ class Plan(NamedTuple):
     """Tensors that the first adapted layer holds for all."""
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
+    can_prepare: bool
+    """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
 
 
 class Merged(NamedTuple):
@@ -84,6 +87,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._merged: dict[str, Merged] = {}
+        self._prepared = Store()
 
     def method_of(self, adapter_name: str) -> Method:
         """What the adapter is: the class's method, or what the adapter's config spells out."""
@@ -103,17 +107,35 @@ class BranchLinear(nn.Module, BaseTunerLayer):
                 method.needs_task(),
                 method.shared(config),
                 method.between is None and method.gate.left_to_op(config),
+                can_prepare(method, config),
             )
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plans": {}}  # a method holds functions, which cannot be pickled
+        # a method holds functions, which cannot be pickled; a copy prepares its own tensors
+        return self.__dict__ | {"plans": {}, "_prepared": Store()}
+
+    def train(self, mode: bool = True) -> BranchLinear:
+        """Training or not; what was prepared for inference gives its memory back."""
+        if mode:
+            self._prepared.clear()
+        super().train(mode)
+        return self
 
     def _attribute(self, part: str) -> str:
         return f"{prefix(self.method.name)}{part}"
 
     def _weights(self, part: str) -> Any:
         return getattr(self, self._attribute(part))
+
+    def places(self, adapter_name: str) -> dict[str, Any]:
+        """Where the adapter's tensors are held, by their names in the equation: part -> adapter -> tensor."""
+        found = {part: self._weights(part)._parameters for part in self._trained}
+        found |= {part: self._weights(part)._buffers for part in self._frozen}
+        holder: Any = self.routing.holders.get(adapter_name)
+        if holder is not None and holder is not self:
+            found |= {part: holder._weights(part)._parameters for part in holder.plan(adapter_name).shared}
+        return found
 
     def parts(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's tensors on this layer, by their names in the equation."""
@@ -184,6 +206,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' branches, in the base output's dtype and x's shape."""
+        if not (args or kwargs or torch.is_grad_enabled()) and (y := self._infer(x)) is not None:
+            return y
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
@@ -269,6 +293,9 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
         plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
+        kept = self._prepared.get(self, plan, adapter_name, x)
+        if kept is not None:
+            return ops.infer(x, kept.branches, base, y=y, gate=self._gate(kept, plan, x, rows, of))
         loss = self._loss(adapter_name, plan)
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
@@ -320,6 +347,32 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             dropout=self._dropout("head_dropout", adapter_name),
         )
         return summed if value is None else self.routing.report(adapter_name, value, summed)
+
+    def _infer(self, x: Tensor) -> Tensor | None:
+        """The output without gradients, of a plain layer with one adapter; None where it is not that simple."""
+        # each line is paid for by every layer for every token
+        state = self.__dict__
+        active = state["_active_adapter"]
+        if state["_disable_adapters"] or state["merged_adapters"] or len(active) != 1 or type(active) is str:
+            return None
+        plan = state["plans"].get(active[0])
+        if plan is None or not self._base_is_plain(x):
+            return None
+        kept = state["_prepared"].get(self, plan, active[0], x)
+        if kept is None:
+            return None
+        base = state["_modules"]["base_layer"]._parameters
+        return ops.infer(x, kept.branches, (x, base["weight"], base["bias"]), gate=self._gate(kept, plan, x))
+
+    def _gate(
+        self, kept: Kept, plan: Plan, x: Tensor, rows: Sequence[int] | None = None, of: int | None = None
+    ) -> Tensor | None:
+        """Weights of the heads where rows of several tasks are computed together, (T, H)."""
+        if kept.table is None:
+            return None
+        tokens = self._tokens(plan, x, rows, of, None)
+        assert tokens is not None
+        return kept.table[self._tasks(plan, tokens, x, rows)]
 
     def _loop(
         self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Sequence[int] | None = None, of: int | None = None

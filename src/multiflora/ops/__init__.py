@@ -1,6 +1,7 @@
 """The arithmetic of packed branches: pure functions on tensors, no module, no configuration."""
 
 from multiflora.ops.elementwise import blend
+from multiflora.ops.inference import Prepared, digest, infer
 from multiflora.ops.mask import Dropout, draw_seed, dropout_mask, head_mask
 from multiflora.ops.packed import branches, softmax
 from multiflora.ops.reading import stems
@@ -10,12 +11,15 @@ from multiflora.ops.writing import Base, heads
 __all__ = [
     "Base",
     "Dropout",
+    "Prepared",
     "blend",
     "branches",
+    "digest",
     "draw_seed",
     "dropout_mask",
     "head_mask",
     "heads",
+    "infer",
     "loop",
     "softmax",
     "stems",

@@ -43,8 +43,12 @@ _SWITCH = "MULTIFLORA_NATIVE"
 # -ffp-contract=off: a product and a sum are rounded one after the other, as torch's calls round them
 _FLAGS = ("-O3", "-ffp-contract=off", "-fopenmp", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden")
 _VECTORS = {
-    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "AVX2": ("-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c"),
+    "AVX512": (
+        "-DCPU_CAPABILITY=AVX512",
+        "-DCPU_CAPABILITY_AVX512",
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    ),
 }
 """By what torch itself finds on this processor."""
 
@@ -55,6 +59,8 @@ class Functions(NamedTuple):
     stems: Any
     heads: Any
     branches: Any
+    infer: Any
+    digest: Any
 
 
 _functions: Functions | None = None

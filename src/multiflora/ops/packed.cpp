@@ -6,6 +6,7 @@
 // native.py builds this file on the machine it is used on.
 
 #include "elementwise.h"
+#include "inference.h"
 #include "reading.h"
 #include "writing.h"
 
@@ -13,6 +14,8 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
+#include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -241,6 +244,64 @@ std::tuple<Tensor, Tensor> branches(const Tensor& x, const Tensor& A, Maybe rout
   return {out[0], out.size() > 1 ? out[1] : Tensor()};
 }
 
+Tensor infer(const Tensor& x, const Tensor& rows, const Tensor& columns, Maybe maybe_y, Maybe weight, Maybe bias,
+             Maybe maybe_gate, int64_t num_heads, int64_t rank, bool routed, int64_t top_k) {
+  Arithmetic guard;
+  const Branch branch(rows, columns, num_heads, rank, routed, top_k);
+  TORCH_CHECK(rows.scalar_type() == x.scalar_type() && columns.scalar_type() == x.scalar_type() &&
+                  rows.size(1) == x.size(-1) && rows.is_contiguous() && columns.is_contiguous(),
+              "the prepared branches do not fit the layer's input");
+  auto shape = x.sizes().vec();
+  shape.back() = columns.size(1);
+  const auto tokens = by_token(x).contiguous();
+  const auto gate = or_undefined(maybe_gate);
+  auto y = weight ? at::linear(tokens, *weight, bias) : Tensor();
+  if (!weight) {
+    if (maybe_y->scalar_type() != x.scalar_type()) {
+      y = at::zeros({tokens.size(0), columns.size(1)}, x.options());
+    } else {
+      y = by_token(*maybe_y).clone(at::MemoryFormat::Contiguous);
+    }
+  }
+  if (tokens.size(0) < FEW) {
+    const auto weights = cast(gate, at::toOpMathType(x.scalar_type()));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "infer", [&] {
+      using Wide = at::opmath_type<scalar_t>;
+      add_few<scalar_t>(y.mutable_data_ptr<scalar_t>(), tokens.const_data_ptr<scalar_t>(),
+                        rows.const_data_ptr<scalar_t>(), columns.const_data_ptr<scalar_t>(), data_of<Wide>(weights),
+                        branch, tokens.size(0), rows.size(0), columns.size(0), tokens.size(1), columns.size(1));
+    });
+  } else {
+    add_many(y, tokens, rows, columns, gate, branch);
+  }
+  y = y.view(shape);
+  return !weight && maybe_y->scalar_type() != x.scalar_type() ? *maybe_y + y.to(maybe_y->scalar_type()) : y;
+}
+
+// Eight sums side by side, so that one need not wait for another; each step is reversible, so no change can be lost in one
+int64_t digest(const std::vector<Tensor>& tensors) {
+  constexpr uint64_t PRIME = 0x9E3779B97F4A7C15;
+  constexpr size_t LANES = 8;
+  std::array<uint64_t, LANES> sums;
+  for (size_t lane = 0; lane < LANES; ++lane) sums[lane] = lane + 1;
+  for (const auto& tensor : tensors) {
+    const auto* bytes = static_cast<const char*>(tensor.const_data_ptr());
+    const size_t size = tensor.nbytes(), block = LANES * sizeof(uint64_t);
+    for (size_t at = 0; at < size; at += block) {
+      std::array<uint64_t, LANES> words{};
+      std::memcpy(words.data(), bytes + at, std::min(block, size - at));
+      for (size_t lane = 0; lane < LANES; ++lane) sums[lane] = (sums[lane] ^ words[lane]) * PRIME;
+      for (size_t lane = 0; lane < LANES; ++lane) sums[lane] ^= sums[lane] >> 32;
+    }
+  }
+  uint64_t all = 0;
+  for (const auto sum : sums) {
+    all = (all ^ sum) * PRIME;
+    all ^= all >> 32;
+  }
+  return static_cast<int64_t>(all);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(multiflora, library) {
@@ -251,4 +312,7 @@ TORCH_LIBRARY(multiflora, library) {
   library.def("branches(Tensor x, Tensor A, Tensor? router, Tensor? A0, Tensor B, Tensor? B0, Tensor? y,"
               " Tensor? weight, Tensor? bias, int num_heads, int rank, float scale, float stem_p, int stem_seed,"
               " float head_p, int head_seed) -> (Tensor, Tensor)", &branches);
+  library.def("infer(Tensor x, Tensor rows, Tensor columns, Tensor? y, Tensor? weight, Tensor? bias, Tensor? gate,"
+              " int num_heads, int rank, bool routed, int top_k) -> Tensor", &infer);
+  library.def("digest(Tensor[] tensors) -> int", &digest);
 }

@@ -1,0 +1,205 @@
+r"""An adapter's branches prepared for inference: stacked, scaled and cast once, not for every token.
+
+.. math:: S = [s A_1; \dots; s A_K;\; R;\; -s A^0], \qquad C = [B_1 \mid \dots \mid B_H \mid \bar B^0]^\top
+
+Where the gate is the same for every token, the update is a plain LoRA (:meth:`Method.factors`), and S and C are
+its two factors: of the adapter, or of the one task that all rows of a batch have. A token router's rows stand in S.
+What is prepared is kept on the layer until something that it was made of changes: see :meth:`Kept.holds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multiflora import ops
+from multiflora.methods.base import Method, Parts
+from multiflora.methods.gates import TaskGate, TokenRouter
+
+if TYPE_CHECKING:
+    from multiflora.methods.layer import BranchLinear, Plan
+
+__all__ = ["Kept", "Store", "Wanted", "can_prepare", "keep"]
+
+
+class Wanted(NamedTuple):
+    """For what branches are prepared."""
+
+    adapter: str
+    dtype: torch.dtype
+    """In which the layer computes."""
+    task: int | None
+    """The one task of all rows, for methods that need it; None: rows of several tasks, or no matter."""
+
+
+@dataclass
+class Kept:
+    """Prepared branches, and what they were made of."""
+
+    branches: ops.Prepared
+    table: Tensor | None
+    """Weight of each head for each task, (num_tasks, H), where rows of several tasks are computed together."""
+    adapter: str
+    sources: tuple[tuple[Mapping[str, Tensor | None], Tensor, int, int], ...]
+    """Of every tensor that went in: where the layer holds it; the tensor; its version, in which torch counts every
+    change in place; its address, since ``tensor.data = other`` is not counted, but moves."""
+    settings: tuple[Any, ...]
+    digest: int | None
+    """Of the sources' bytes; None where nobody is fast enough to make one."""
+    compared: int = field(default=-1)
+    """The forward pass in which the bytes were last looked at."""
+
+    def holds(self, settings: tuple[Any, ...], forward_pass: int | None) -> bool:
+        """Whether what was prepared is still what the adapter is.
+
+        Tensors are compared by identity, version and address in every call. A change through ``.data`` shows in none of
+        the three, so once in every forward pass that starts anew, and in every call of a layer by itself, the bytes are
+        compared, too.
+
+        Args:
+            settings: All else that matters, as it is now.
+            forward_pass: Number of the pass; None outside of one.
+        """
+        if settings != self.settings:
+            return False
+        adapter = self.adapter
+        for place, tensor, version, address in self.sources:
+            if place.get(adapter) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        if forward_pass is None or forward_pass > self.compared:
+            if self.digest is None or self.digest != ops.digest([tensor for _, tensor, _, _ in self.sources]):
+                return False
+            self.compared = -1 if forward_pass is None else forward_pass
+        return True
+
+
+class Store:
+    """What one layer keeps prepared."""
+
+    MOST = 16
+    """Forms of several adapters, tasks and number types."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()
+
+    def get(self, layer: BranchLinear, plan: Plan, adapter_name: str, x: Tensor) -> Kept | None:
+        """The adapter's branches for this input, as they were kept or made anew; None where they must not be prepared.
+
+        They are not in training, where gradients are on or gates are recorded, under ``torch.compile``, and of methods
+        that have no prepared form.
+        """
+        routing = layer.routing
+        if (
+            not plan.can_prepare
+            or layer.training
+            or torch.is_grad_enabled()
+            or routing.recorder is not None
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        wanted = Wanted(adapter_name, x.dtype, routing.now().one_task(plan.config) if plan.needs_task else None)
+        kept = self._kept.get(wanted)
+        settings = (layer.scaling[adapter_name], plan.config.changes)
+        if kept is not None and kept.holds(settings, routing.number):
+            return kept
+        kept = keep(plan, layer.places(adapter_name), wanted, settings, routing.number)
+        self._kept.pop(wanted, None)
+        if kept is not None:
+            self._kept[wanted] = kept
+        if len(self._kept) > self.MOST:
+            self._kept.pop(next(iter(self._kept)))
+        return kept
+
+
+def can_prepare(method: Method, config: Any) -> bool:
+    """Whether branches have a prepared form: their gate is constant, looked up by task, or the softmax of a router."""
+    gate = method.gate
+    if gate.reads == "token":
+        return type(gate) is TokenRouter and method.between is None
+    return gate.reads == "nothing" or isinstance(gate, TaskGate)
+
+
+def keep(
+    plan: Plan,
+    places: Mapping[str, Mapping[str, Tensor | None]],
+    wanted: Wanted,
+    settings: tuple[Any, ...],
+    forward_pass: int | None,
+) -> Kept | None:
+    """Prepare an adapter's branches; None where this adapter's tensors cannot be watched, or have no prepared form.
+
+    Args:
+        plan: Of the adapter.
+        places: Where the layer holds its tensors: part -> adapter -> tensor.
+        wanted: For what.
+        settings: s, and all else that matters, to be compared later.
+        forward_pass: Number of the pass; None outside of one.
+    """
+    method, config, scale = plan.method, plan.config, settings[0]
+    parts = {part: tensor for part, place in places.items() if (tensor := place.get(wanted.adapter)) is not None}
+    if any(part.is_inference() or part.is_meta for part in parts.values()):
+        return None  # made inside torch.inference_mode: torch does not count their changes
+    table = None
+    with torch.no_grad():
+        if method.gate.reads == "token":
+            branches = _routed(plan, parts, scale, wanted.dtype)
+        elif wanted.task is not None or not method.needs_task():
+            branches = _plain(plan, parts, scale, wanted)
+        elif method.between is None and isinstance(method.gate, TaskGate):
+            branches = _side_by_side(plan, parts, scale, wanted.dtype, router=None, top_k=None)
+            table = method.gate.table(config, parts).contiguous()
+        else:
+            return None
+    sources = tuple((places[name], part, part._version, part.data_ptr()) for name, part in parts.items())
+    compared = -1 if forward_pass is None else forward_pass
+    return Kept(branches, table, wanted.adapter, sources, settings, ops.digest(list(parts.values())), compared)
+
+
+def _plain(plan: Plan, parts: Parts, scale: float, wanted: Wanted) -> ops.Prepared:
+    """One pair of factors, without a gate."""
+    method, config = plan.method, plan.config
+    gate = method.gate.constant(config, parts, plan.heads, wanted.task)
+    A, B = method.factors(config, parts, gate, scale, wanted.task)
+    rows, columns = A.to(wanted.dtype).contiguous(), B.t().to(wanted.dtype).contiguous()
+    return ops.Prepared(rows, columns, 1, len(rows), routed=False, top_k=0)
+
+
+def _routed(plan: Plan, parts: Parts, scale: float, dtype: torch.dtype) -> ops.Prepared:
+    gate = plan.method.gate
+    assert isinstance(gate, TokenRouter)
+    return _side_by_side(plan, parts, scale, dtype, router=parts["router"], top_k=gate.top_k(plan.config))
+
+
+def _side_by_side(
+    plan: Plan, parts: Parts, scale: float, dtype: torch.dtype, *, router: Tensor | None, top_k: int | None
+) -> ops.Prepared:
+    """All stems one under another and all heads side by side, for a gate that changes from token to token."""
+    method, config = plan.method, plan.config
+    A0, B0 = method.frozen_term(config, parts) or (None, None)
+    wide = torch.promote_types(parts["A"].dtype, torch.float32)
+    rows = [parts["A"].to(wide) * scale]
+    if router is not None:
+        rows.append(router.to(wide))
+    columns = [method.gate.fold(config, parts, parts["B"]).to(wide)]
+    if A0 is not None and B0 is not None:
+        rows.append(A0.to(wide) * -scale)
+        columns.append(B0.to(wide))
+    return ops.Prepared(
+        torch.cat(rows).to(dtype).contiguous(),
+        torch.cat(columns, 1).t().to(dtype).contiguous(),
+        plan.heads,
+        plan.rank,
+        routed=router is not None,
+        top_k=top_k or 0,
+    )
