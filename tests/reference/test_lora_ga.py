@@ -144,7 +144,7 @@ def test_no_more_gradients_are_held_than_asked_for(monkeypatch):
 def test_the_pass_leaves_nothing_behind():
     model = started()
     assert all(p.grad is None for p in model.parameters())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(layer._forward_hooks for layer in layers(model).values())
     assert model.training
 
 
