@@ -243,9 +243,9 @@ def _try_out(functions: Functions) -> None:
 def _build(file: Path) -> None:
     """Compile the source into ``file``, whole or not at all; processes that come meanwhile wait for the first."""
     torch_folder = Path(torch.__file__).parent
-    for folder in _folders(file):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_owner(folder)
+    for place in _folders(file):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(place)
     with FileLock(f"{file}.lock"):
         if _is_built(file):
             return

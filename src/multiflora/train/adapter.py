@@ -248,7 +248,8 @@ def probe(model: Any) -> torch.Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(1, 17) * 7919 % vocabulary)[None].to(next(model.parameters()).device)
     with task(model, 0):
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
+        logits: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits.float().cpu()
 
 
 def check_answers(trained: torch.Tensor, loaded: torch.Tensor, folder: Path, *, exact: bool) -> None:

@@ -140,8 +140,8 @@ def test_an_adapter_whose_start_was_taken_off_is_saved_for_the_model_as_it_was(
 
 
 def test_a_run_that_would_be_lost_at_its_save_is_refused_before_it_trains() -> None:
+    rounding = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
     with pytest.raises(ConfigError, match=r"init_lora_weights is 'loftq'"):
-        rounding = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
         add_adapter(make_base(), make_recipe({"name": "lora", **rounding}))
     model = add_adapter(make_base(), make_recipe({"name": "lora", "layer_replication": [[0, 1], [0, 1]]}))
     with pytest.raises(ConfigError, match=r"would be lost at its end: .*layer_replication is set"):
