@@ -21,7 +21,7 @@ from pydantic import (
 
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS
-from multiflora.patterns import why_refused
+from multiflora.patterns import pattern_problems
 from multiflora.schema import Strict, absolute, as_mapping, build
 from multiflora.suggest import did_you_mean
 from multiflora.tasks.resolve import expand_task
@@ -105,13 +105,9 @@ class MethodSpec(Strict):
     @field_validator("settings")
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Regular expressions are run over the names of all modules; some would never come back."""
-        for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-            given = value.get(key)
-            for pattern in [given] if isinstance(given, str) else given if isinstance(given, list | dict) else ():
-                why = why_refused(pattern) if isinstance(pattern, str) else ""
-                if why:
-                    raise ValueError(f"{key} holds {pattern[:80]!r}: {why}.")
+        """Regular expressions are tried on the names of the model's modules later; here, whether they are any."""
+        for problem in pattern_problems(value):
+            raise ValueError(problem)
         return value
 
     @model_serializer

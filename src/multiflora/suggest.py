@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
-__all__ = ["did_you_mean", "nearest"]
+__all__ = ["did_you_mean", "nearest", "shown"]
+
+LONGEST = 200
+"""Characters of the longest name that is compared with others, or shown; nobody mistypes more."""
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """Write a value a user gave for a message, cut where it is long: a name may have a million characters.
+
+    Example:
+        >>> shown("rlora"), shown("x" * 1000, 10)
+        ("'rlora'", "'xxxxxx...")
+    """
+    text = repr(value[:longest] if isinstance(value, str | bytes) else value)
+    is_short = len(text) <= longest and (not isinstance(value, str | bytes) or len(value) <= longest)
+    return text if is_short else f"{text[: longest - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
