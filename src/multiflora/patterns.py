@@ -1,9 +1,9 @@
 """Regular expressions that come out of a file: tried on the names they are for, where the system can stop the search.
 
 Python's matcher tries every way to split a text between repeats that could all take it; ``(a+)+$`` needs 2^n steps for
-n letters. Whether that does harm depends on the names: few modules are called ``aaaaaaaaaa``. So a pattern is not judged
-by its looks. Before peft runs it over the names of a model's modules, the same search is done in a process that the
-system stops, see `multiflora.stoppable`.
+n letters. Whether that does harm depends on the names: few modules are called ``aaaaaaaaaa``. So a pattern is not
+judged by its looks. Before peft runs it over the names of a model's modules, the same search is done in a process that
+the system stops, see `multiflora.stoppable`.
 """
 
 from __future__ import annotations

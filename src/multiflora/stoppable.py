@@ -30,6 +30,8 @@ __all__ = ["MEMORY", "SECONDS", "Closed", "StoppedError", "restart_clock", "run"
 
 SECONDS = 2.0
 """Processor time for one piece of work."""
+WAITING = 3
+"""Time on the clock, as a multiple of that: for work that waits for a disk, on a machine that is not idle."""
 MEMORY = 512 * 2**20
 """Bytes of address space of the process."""
 LONGEST = 64 * 2**20
@@ -209,7 +211,7 @@ def run(function: str, *arguments: Any, shared: Any = None) -> Any:
 
 
 def _why(status: int) -> str:
-    if status == -signal.SIGPROF:
+    if status in (-signal.SIGPROF, -signal.SIGALRM):
         return f"it takes more than {SECONDS:g} seconds"
     return f"it takes more than {MEMORY // 2**20:,} MiB of memory"
 
@@ -228,13 +230,15 @@ _seconds = [0.0]
 def restart_clock() -> None:
     """Give what follows its own time; for functions that do several pieces of work in one call."""
     signal.setitimer(signal.ITIMER_PROF, _seconds[0])
+    signal.setitimer(signal.ITIMER_REAL, WAITING * _seconds[0])
 
 
 def _serve(memory: int) -> None:
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, whose end closes the pipe
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whose default is the end, in whatever call
+    for ends in (signal.SIGPROF, signal.SIGALRM):  # whose default is the end, in whatever call
+        signal.signal(ends, signal.SIG_DFL)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -249,7 +253,8 @@ def _serve(memory: int) -> None:
             _seconds[0] = seconds
             restart_clock()
             answer = _packed(_answer(functions[name], arguments if held is None else (held, *arguments)))
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            _seconds[0] = 0
+            restart_clock()
         except EOFError:
             return
         except (MemoryError, RecursionError):

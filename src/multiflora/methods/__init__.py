@@ -74,7 +74,8 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ConfigError(
-            " ".join(f"method.{key} is not a setting of {name}; {did_you_mean(key, known)}" for key in unknown)
+            " ".join(f"method.{key} is not a setting of {name}; {did_you_mean(str(key), known)}" for key in unknown[:3])
+            + (f" And {len(unknown) - 3:,} more are not." if len(unknown) > 3 else "")
         )
     card = METHODS[name]
     if card.config is not None:
