@@ -20,6 +20,7 @@ from multiflora.methods.settings import setting_problems
 from multiflora.patterns import pattern_problems
 from multiflora.suggest import did_you_mean, shown
 from multiflora.tensor_file import TensorFile
+from multiflora.tied import check_tied, tied_modules
 
 __all__ = ["WEIGHTS", "check_adapter", "load_adapter"]
 
@@ -58,12 +59,13 @@ def check_adapter(folder: Path, error: type[MultifloraError] = AdapterError) -> 
     return config
 
 
-def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
+def load_adapter(base: Any, folder: Path, *, may_untie: bool = False, **words: Any) -> Any:
     """Put a saved adapter on a base model, checked before and after.
 
     Args:
         base: The model in memory.
         folder: The adapter's folder.
+        may_untie: Take an adapter that changes one of two tied weights: the model must not be tied again.
         words: Passed on to ``peft.PeftModel.from_pretrained``.
 
     Raises:
@@ -78,6 +80,7 @@ def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
         for problem in misfits(config, file, base):
             raise AdapterError(f"{file.path}: {problem}")
         names = set(file.names)
+    tied = {} if may_untie else tied_modules(base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
@@ -86,6 +89,7 @@ def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
         if isinstance(fault, MultifloraError):
             raise
         raise AdapterError(f"The adapter in {folder} does not fit the base model: {_first_line(fault)}") from fault
+    check_tied(model, tied)
     wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     missing = sorted(wanted - names)
     if missing:

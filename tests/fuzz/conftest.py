@@ -1,14 +1,17 @@
 """What the fuzz tests share: a world to run in, watched from outside, and a count of what was refused.
 
-    MULTIFLORA_FUZZ_SEED=7 MULTIFLORA_FUZZ_TIMES=10 python -m pytest tests/fuzz -s
+    MULTIFLORA_FUZZ_SEED=7 MULTIFLORA_FUZZ_TIMES=2 MULTIFLORA_FUZZ_PATIENCE=10 python -m pytest tests/fuzz -s
 
-runs other examples, and ten times as many, than CI does.
+runs other examples than CI does, twice as many (which is more than 10,000), and takes 10 seconds for hanging.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +25,11 @@ from hypothesis import seed as seeded
 from multiflora.errors import MultifloraError
 
 SEED = os.environ.get("MULTIFLORA_FUZZ_SEED")
-TIMES = int(os.environ.get("MULTIFLORA_FUZZ_TIMES", "1"))
-PATIENCE = 300
-"""Seconds after which an example counts as hanging; a slow machine needs a few for a slow one."""
+TIMES = float(os.environ.get("MULTIFLORA_FUZZ_TIMES", "1"))
+PATIENCE = int(os.environ.get("MULTIFLORA_FUZZ_PATIENCE", "100"))
+"""Seconds after which an example counts as hanging; a busy machine needs a few for a slow one."""
+MEMORY = 1_500_000_000
+"""Bytes by which the process may grow, and that one it starts may take."""
 
 
 class HangError(BaseException):
@@ -78,6 +83,13 @@ def world(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     return made
 
 
+def _memory() -> tuple[int, int]:
+    """The most bytes that this process, and one that it started, have ever held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return tuple(resource.getrusage(who).ru_maxrss * unit for who in both)  # type: ignore[return-value]
+
+
 def fuzz(
     world: World,
     strategy: Any,
@@ -97,6 +109,7 @@ def fuzz(
         tries: Examples made for each that must be refused: some turn out to be good.
     """
     ended: Counter[str] = Counter()
+    slowest, memory = 0.0, _memory()
     written = {"fuzzed", *(f"fuzzed{suffix}" for suffix in (".yaml", ".jsonl", ".json", ".csv", ".tsv", ".parquet"))}
     before = world.picture(written)
 
@@ -109,7 +122,9 @@ def fuzz(
     )
     @given(strategy)
     def each(example: Any) -> None:
+        nonlocal slowest
         write(example)
+        start = time.perf_counter()
         with patience():
             try:
                 read()
@@ -117,11 +132,14 @@ def fuzz(
                 said = error
             else:
                 said = None
+        slowest = max(slowest, time.perf_counter() - start)
         ended["no fault after all" if said is None else type(said).__name__] += 1
         assert said is None or len(str(said)) > 20, repr(said)
 
     (each if SEED is None else seeded(int(SEED))(each))()
     refused = sum(ended.values()) - ended["no fault after all"]
-    print(f"{refused} refused: {dict(ended)}")
-    assert refused >= TIMES * wanted * (1 if SEED is None else 0.9)
+    grown = [after - before for before, after in zip(memory, _memory(), strict=True)]
+    print(f"{sum(ended.values())} inputs, {refused} refused: {dict(ended)}; slowest {slowest:.1f} s, grown by {grown}")
+    assert refused >= TIMES * wanted * (1 if SEED is None and TIMES >= 1 else 0.8)
+    assert max(grown) < MEMORY
     assert world.picture(written) == before

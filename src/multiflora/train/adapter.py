@@ -23,6 +23,7 @@ from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
 from multiflora.patterns import pattern_problems
 from multiflora.recipe import Recipe
+from multiflora.tied import check_tied, tied_modules
 from multiflora.train.baselines import adalora_steps
 from multiflora.train.processes import is_first_process, is_sharded
 from multiflora.train.sharded import adapter_tensors
@@ -85,7 +86,9 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
     if low_cpu_mem_usage and _starts_by_svd(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
+    tied = tied_modules(model)
     adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    check_tied(adapted, tied)
     if low_cpu_mem_usage:
         # on the meta device parameters are made anew, and AdaLoRA's count of ranks forgets that it is not trained
         for name, parameter in adapted.named_parameters():
