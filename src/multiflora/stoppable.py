@@ -82,9 +82,10 @@ class _Writer(pickle.Pickler):
             return NotImplemented
         if isinstance(value, str):
             return str, (str.__str__(value),)
-        for number in (int, float, complex):
-            if isinstance(value, number):  # a subclass, as numpy's numbers and enumerations are
-                return number, (number(value),)
+        if isinstance(value, int):  # a subclass, as enumerations and numpy's numbers are
+            return int, (int(value),)
+        if isinstance(value, float):
+            return float, (float(value),)
         if isinstance(value, datetime):
             return datetime, (*value.timetuple()[:6], value.microsecond, _offset(value))
         if isinstance(value, time):

@@ -102,7 +102,7 @@ def setting_problems(
         if _of_objects(hint):
             if value and not is_saved and not _fits(value, hint):
                 yield f"{name} is {shown(value)}; it takes an object of Python, which a file cannot hold. Leave it out."
-        elif typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        elif _is_mapping(hint) and isinstance(value, Mapping):
             of_keys, of_values = typing.get_args(hint)
             for key, inner in value.items():
                 if not _fits(key, of_keys):
@@ -115,6 +115,11 @@ def setting_problems(
 def _problem(name: str, value: Any, hint: Any, bounds: _Range | None) -> Iterator[str]:
     if not _fits(value, hint) or (bounds and not all(bounds.holds(number) for number in _numbers(value))):
         yield f"{name} is {shown(value)}; it must be {_words(hint, bounds)}."
+
+
+def _is_mapping(hint: Any) -> bool:
+    origin: Any = typing.get_origin(hint)
+    return origin is dict
 
 
 def _of_objects(hint: Any) -> bool:

@@ -132,7 +132,7 @@ def _size(path: Path) -> int:
         meta = _parquet_file(path).metadata
         if meta.num_rows > MOST_ROWS:
             raise DataError(_too_many(path))
-        packed = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        packed = int(sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)))
         return max(packed, int(meta.num_rows) * ROW_BYTES)  # equal values are packed into one
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
