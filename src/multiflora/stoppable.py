@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, BinaryIO
 
 __all__ = ["MEMORY", "SECONDS", "Closed", "StoppedError", "restart_clock", "run"]
@@ -82,9 +83,9 @@ class _Writer(pickle.Pickler):
             return NotImplemented
         if isinstance(value, str):
             return str, (str.__str__(value),)
-        if isinstance(value, int):  # a subclass, as enumerations and numpy's numbers are
+        if isinstance(value, Integral):  # a subclass, as enumerations and numpy's numbers are
             return int, (int(value),)
-        if isinstance(value, float):
+        if isinstance(value, Real):
             return float, (float(value),)
         if isinstance(value, datetime):
             return datetime, (*value.timetuple()[:6], value.microsecond, _offset(value))
