@@ -8,7 +8,6 @@ before memory is taken. Pickles are not read at all.
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,11 @@ from typing import Any
 
 from multiflora.adapter_tensors import CONFIG, ROOT, misfits, tensor_problems
 from multiflora.errors import AdapterError, MultifloraError
-from multiflora.patterns import why_refused
-from multiflora.suggest import did_you_mean
+from multiflora.methods.settings import setting_problems
+from multiflora.patterns import pattern_problems
+from multiflora.suggest import did_you_mean, shown
 from multiflora.tensor_file import TensorFile
+from multiflora.tied import check_tied, tied_modules
 
 __all__ = ["WEIGHTS", "check_adapter", "load_adapter"]
 
@@ -29,7 +30,6 @@ LONGEST_CONFIG = 2_000_000
 """Bytes of the longest adapter_config.json."""
 # settings that have peft import a module by its name, or copy the base model's layers over and over
 _NEVER = ("megatron_config", "layer_replication")
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 
 
 def check_adapter(folder: Path, error: type[MultifloraError] = AdapterError) -> Any:
@@ -52,17 +52,20 @@ def check_adapter(folder: Path, error: type[MultifloraError] = AdapterError) -> 
             "Ask for it in that form, or load it where you trust it and save it with safe_serialization=True."
         )
     with TensorFile(folder / WEIGHTS, error) as file:
+        for problem in pattern_problems(vars(config), (name.removeprefix(ROOT) for name in file.names)):
+            raise error(f"{folder / CONFIG}: {problem}")
         for problem in tensor_problems(config, file):
             raise error(f"{file.path}: {problem}")
     return config
 
 
-def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
+def load_adapter(base: Any, folder: Path, *, may_untie: bool = False, **words: Any) -> Any:
     """Put a saved adapter on a base model, checked before and after.
 
     Args:
         base: The model in memory.
         folder: The adapter's folder.
+        may_untie: Take an adapter that changes one of two tied weights: the model must not be tied again.
         words: Passed on to ``peft.PeftModel.from_pretrained``.
 
     Raises:
@@ -71,10 +74,13 @@ def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
     import peft
 
     config = check_adapter(folder)
+    for problem in pattern_problems(vars(config), (name for name, _ in base.named_modules())):
+        raise AdapterError(f"{folder / CONFIG}: {problem}")
     with TensorFile(folder / WEIGHTS) as file:
         for problem in misfits(config, file, base):
             raise AdapterError(f"{file.path}: {problem}")
         names = set(file.names)
+    tied = {} if may_untie else tied_modules(base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # which is an error, below
@@ -83,6 +89,7 @@ def load_adapter(base: Any, folder: Path, **words: Any) -> Any:
         if isinstance(fault, MultifloraError):
             raise
         raise AdapterError(f"The adapter in {folder} does not fit the base model: {_first_line(fault)}") from fault
+    check_tied(model, tied)
     wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     missing = sorted(wanted - names)
     if missing:
@@ -121,9 +128,9 @@ def _config(folder: Path, error: type[MultifloraError]) -> Any:
     known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}
     if not isinstance(kind, str) or kind not in known:
         raise error(
-            f"{path}: peft_type is {_shown(kind)}, which is not a kind of adapter; {did_you_mean(str(kind), known)}"
+            f"{path}: peft_type is {shown(kind)}, which is not a kind of adapter; {did_you_mean(str(kind), known)}"
         )
-    for problem in _config_problems(words):
+    for problem in _config_problems(words, known[kind]):
         raise error(f"{path}: {problem}")
     try:
         with warnings.catch_warnings():
@@ -148,36 +155,11 @@ def _json(path: Path, error: type[MultifloraError]) -> dict[str, Any]:
     return words
 
 
-def _config_problems(words: Mapping[str, Any]) -> Iterator[str]:
-    """What must not stand in a config, whatever the method."""
+def _config_problems(words: Mapping[str, Any], kind: Any) -> Iterator[str]:
+    """What must not stand in a config of a kind."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     for key in _NEVER:
         if words.get(key):
             yield f"{key} is set, which is not loaded from a file: it has peft import code, or copy layers. Remove it."
-    for key in ("r", "lora_alpha"):
-        value = words.get(key)
-        if value is not None and not _positive(value):
-            yield f"{key} is {_shown(value)}; expected a number above 0."
-    if isinstance(words.get("r"), float):
-        yield f"r is {_shown(words['r'])}; expected a whole number."
-    if not (words["peft_type"] == "LORA" or words["peft_type"].startswith("MF_")):
-        return
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = words.get(key, {})
-        values = pattern.values() if isinstance(pattern, dict) else [None]
-        if not all(_positive(v) and (key == "alpha_pattern" or isinstance(v, int)) for v in values):
-            yield f"{key} is {_shown(pattern)}; expected names of modules with a number above 0 each."
-    for key in _PATTERNS:
-        value = words.get(key)
-        for pattern in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []:
-            why = why_refused(pattern) if isinstance(pattern, str) else "it is no text"
-            if why:
-                yield f"{key} holds {_shown(pattern)}: {why}."
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+    yield from setting_problems(PEFT_TYPE_TO_CONFIG_MAPPING[kind], words, is_saved=True)

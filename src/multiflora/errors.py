@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AdapterError",
     "ConfigError",
@@ -14,8 +16,28 @@ __all__ = [
 ]
 
 
+LONGEST_WORD = 300
+"""Characters of the longest word in a message, such as a path."""
+LONGEST = 10_000
+"""Characters of the longest message."""
+
+
 class MultifloraError(Exception):
-    """The base: ``except MultifloraError`` catches all that multiflora raises on purpose, and no bug."""
+    """The base: ``except MultifloraError`` catches all that multiflora raises on purpose, and no bug.
+
+    A message repeats names and values that a user wrote, and those may have a million characters: it is cut.
+    """
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(_cut(message) if isinstance(message, str) else message, *more)
+
+
+def _cut(message: str) -> str:
+    if len(message) > LONGEST_WORD:
+        message = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: f"{word[0][:200]}...{word[0][-20:]}", message)
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST - 2000]} ... {message[-1500:]}"
+    return message
 
 
 class ConfigError(MultifloraError, ValueError):

@@ -135,12 +135,14 @@ def estimate(recipe: Recipe) -> Estimate:
     """
     from multiflora.base_model import load_tokenizer
     from multiflora.data.prepare import encode_tasks
+    from multiflora.files import check_writable
     from multiflora.train.adapter import adapter_config
     from multiflora.train.baselines import adalora_steps
     from multiflora.train.fit import order_examples
     from multiflora.train.lorahub import steps_of_tasks
 
-    adapter_config(recipe)  # the cheapest of the checks goes first
+    adapter_config(recipe)  # the cheapest of the checks go first
+    check_writable(recipe.output)
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
     examples = encode_tasks(recipe, tokenizer)
     data, steps = order_examples(recipe, examples)

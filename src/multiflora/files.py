@@ -8,12 +8,22 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from multiflora.errors import EnvironmentProblem
 
-__all__ = ["cache_folder", "check_inside", "saving", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "cache_folder",
+    "check_inside",
+    "check_writable",
+    "matching",
+    "saving",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
 def cache_folder(name: str) -> Path:
@@ -89,6 +99,32 @@ def check_inside(folder: Path, path: Path) -> None:
             f"{path} leads out of {folder}, to {path.resolve()}; nothing was written there. Remove the link, or name "
             "another folder to write to."
         )
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a glob matches, ``**`` going down; may take long, see `multiflora.stoppable`."""
+    return [path for path in glob(pattern, recursive=True) if os.path.isfile(path)]
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written to; nothing stays there.
+
+    Raises:
+        EnvironmentProblem: It is a file or below one, a link that leads nowhere, or the system refuses.
+    """
+    try:
+        place = folder.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            what = "a link that leads nowhere" if place.is_symlink() and not place.exists() else "no folder"
+            raise EnvironmentProblem(f"Cannot write {folder}: {place} is {what}. Choose another output folder.")
+        with tempfile.TemporaryDirectory(prefix=".writable-", dir=place) as trial:
+            # the part that is not there yet is made beneath the trial, with room for files in it: it may be too long
+            Path(trial, *folder.absolute().relative_to(place).parts, "x" * 100).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EnvironmentProblem(f"Cannot write {folder}: {reason}. Choose another output folder.") from error
 
 
 def _umask() -> int:

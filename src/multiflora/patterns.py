@@ -1,73 +1,88 @@
-"""Regular expressions that come out of a file: only those that end in a time anyone would wait.
+"""Regular expressions that come out of a file: tried on the names they are for, where the system can stop the search.
 
 Python's matcher tries every way to split a text between repeats that could all take it; ``(a+)+$`` needs 2^n steps for
-n letters. Names of modules are short, so a few repeats beside each other do no harm, but one within another does.
+n letters. Whether that does harm depends on the names: few modules are called ``aaaaaaaaaa``. So a pattern is not
+judged by its looks. Before peft runs it over the names of a model's modules, the same search is done in a process that
+the system stops, see `multiflora.stoppable`.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    from re import _parser as parser  # type: ignore[attr-defined]
-else:
-    import sre_parse as parser
+from multiflora.stoppable import StoppedError, run
+from multiflora.suggest import shown
 
-__all__ = ["why_refused"]
+__all__ = ["pattern_problems", "why_refused"]
 
 LONGEST = 20_000
 """Characters of the longest pattern: peft writes all layers' names into one."""
-MOST_REPEATS = 4
-"""Open-ended repeats beside each other."""
+# how peft looks for each of them in a module's name; those of a list are names and no patterns
+_SEARCHES = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
 
 
-def why_refused(pattern: str) -> str:
+def why_refused(pattern: str, names: Iterable[str] = ()) -> str:
     """Say why a pattern is not used; empty where it is.
 
+    Args:
+        pattern: The regular expression.
+        names: What it will be matched with; none: only whether it is one is looked at.
+
     Example:
-        >>> why_refused(r"model\\.layers\\.\\d+\\.(q|v)_proj")
+        >>> why_refused(r"model\\.layers\\.\\d+\\.(q|v)_proj", ["model.layers.0.q_proj"])
         ''
-        >>> why_refused("(a+)+$")
-        'one repeat stands within another, which may never end'
+        >>> why_refused("(a+)+$", ["a" * 50 + "b"])
+        'it takes more than 2 seconds'
     """
     if len(pattern) > LONGEST:
         return f"it has {len(pattern):,} characters; expected at most {LONGEST:,}"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            depths = list(_repeats(parser.parse(pattern), 0))
-            re.compile(pattern)
-    except (re.error, RecursionError, OverflowError, ValueError) as error:
+        run("multiflora.patterns:searched", pattern, list(names))
+    except StoppedError as error:
+        return str(error)
+    except ValueError as error:
         return f"it is not a regular expression ({error})"
-    if any(depth > 1 for depth in depths):
-        return "one repeat stands within another, which may never end"
-    if len(depths) > MOST_REPEATS:
-        return f"it has {len(depths)} open-ended repeats; expected at most {MOST_REPEATS}"
     return ""
 
 
-def _repeats(tree: Any, depth: int) -> Iterator[int]:
-    """The depth of every repeat that may go on for long, from 1; a choice within one counts as another."""
-    for operator, argument in tree:
-        name = str(operator)
-        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            long = argument[1] > 10
-            if long:
-                yield depth + 1
-            yield from _repeats(argument[2], depth + long)
-        elif name == "BRANCH":
-            if depth:
-                yield depth + 1
-            for branch in argument[1]:
-                yield from _repeats(branch, depth)
-        elif name in ("SUBPATTERN", "ATOMIC_GROUP"):
-            yield from _repeats(argument[-1] if name == "SUBPATTERN" else argument, depth)
-        elif name in ("ASSERT", "ASSERT_NOT"):
-            yield from _repeats(argument[1], depth)
-        elif name == "GROUPREF_EXISTS":
-            for branch in argument[1:]:
-                yield from _repeats(branch or (), depth)
+def searched(pattern: str, names: list[str]) -> None:
+    """Match a pattern with every name, in the process that can be stopped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from error
+    for name in names:
+        compiled.match(name)
+        compiled.fullmatch(name)
+
+
+def pattern_problems(settings: Mapping[str, Any], names: Iterable[str] = ()) -> Iterator[str]:
+    """Say which patterns in an adapter's settings are not used, a sentence each.
+
+    Args:
+        settings: The settings by name.
+        names: The modules that they will be matched with, where those are known.
+    """
+    known = list(names)
+    for key, search in _SEARCHES.items():
+        given = settings.get(key)
+        if key in ("target_modules", "exclude_modules"):  # a list holds plain names
+            given = given if isinstance(given, str) else None
+        for pattern in [given] if isinstance(given, str) else given if isinstance(given, list | tuple | dict) else ():
+            why = why_refused(pattern) if isinstance(pattern, str) else "it is no text"
+            if known and not why:
+                why = why_refused(search.format(pattern), known)
+            if why:
+                yield f"{key} holds {shown(pattern)}: {why}."

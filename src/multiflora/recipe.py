@@ -6,6 +6,7 @@ Read into frozen models; every problem is reported at once, each with its key pa
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +22,9 @@ from pydantic import (
 
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS
-from multiflora.patterns import why_refused
-from multiflora.schema import Strict, absolute, as_mapping, build
-from multiflora.suggest import did_you_mean
+from multiflora.patterns import pattern_problems
+from multiflora.schema import Strict, absolute, as_mapping, build, expanded
+from multiflora.suggest import did_you_mean, shown
 from multiflora.tasks.resolve import expand_task
 from multiflora.tasks.spec import TaskSpec
 from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
@@ -99,19 +100,15 @@ class MethodSpec(Strict):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in METHODS:
-            raise ValueError(f"{value!r} is not a method; {did_you_mean(value, METHODS)}")
+            raise ValueError(f"{shown(value)} is not a method; {did_you_mean(value, METHODS)}")
         return value
 
     @field_validator("settings")
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Regular expressions are run over the names of all modules; some would never come back."""
-        for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-            given = value.get(key)
-            for pattern in [given] if isinstance(given, str) else given if isinstance(given, list | dict) else ():
-                why = why_refused(pattern) if isinstance(pattern, str) else ""
-                if why:
-                    raise ValueError(f"{key} holds {pattern[:80]!r}: {why}.")
+        """Regular expressions are tried on the names of the model's modules later; here, whether they are any."""
+        for problem in pattern_problems(value):
+            raise ValueError(problem)
         return value
 
     @model_serializer
@@ -261,10 +258,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _extra_names_differ(self) -> Recipe:
-        trained = [t.name for t in self.tasks]
-        names = [*trained, *(t.name for t in self.evaluate.extra_tasks)]
+        trained = {t.name for t in self.tasks}
+        names = Counter([*trained, *(t.name for t in self.evaluate.extra_tasks)])
         for i, task in enumerate(self.evaluate.extra_tasks):
-            if names.count(task.name) > 1:
+            if names[task.name] > 1:
                 why = "trained on, and so scored" if task.name in trained else "there twice"
                 raise ValueError(f"evaluate.extra_tasks.{i} ({task.name}) is {why} already; remove it.")
         return self
@@ -351,9 +348,9 @@ def override(recipe: Mapping[str, Any], item: str) -> dict[str, Any]:
         raise ConfigError(f"--set {item!r} has no '='; expected key.path=value, e.g. train.learning_rate=1e-4.")
     value = parse_yaml(text, f"--set {item if len(item) < 80 else f'{item[:77]}...'}")
     if isinstance(value, str) and (
-        key == "output" or (key in {"model", "model.name"} and os.path.isdir(Path(value).expanduser()))
+        key == "output" or (key in {"model", "model.name"} and os.path.isdir(expanded(value)))
     ):
-        value = str(Path(value).expanduser().absolute())
+        value = str(expanded(value).absolute())
     replaced = _replace(recipe, key.split("."), value, item)
     assert isinstance(replaced, dict)
     return replaced

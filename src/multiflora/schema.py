@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from multiflora.errors import ConfigError
-from multiflora.suggest import did_you_mean
+from multiflora.suggest import did_you_mean, shown
 
 _TOLD = 30  # problems of one file; whoever has more has another kind of file
 
-__all__ = ["Strict", "absolute", "build", "problems", "refusal"]
+__all__ = ["Strict", "absolute", "build", "expanded", "problems", "refusal"]
 
 M = TypeVar("M", bound="Strict")
 
@@ -55,9 +55,27 @@ def build(model: type[M], value: Any, *, where: str, base: Path) -> M:
 
 
 def absolute(path: str | Path, info: ValidationInfo) -> Path:
-    """Make a path written by the user absolute; symlinks stay as they are, so that it still reads as written."""
+    """Make a path written by the user absolute; symlinks stay as they are, so that it still reads as written.
+
+    Raises:
+        ValueError: No path can be so.
+    """
     base = (info.context or {}).get("base") or Path.cwd()
-    return Path(*_without_dots(Path(base).absolute() / Path(path).expanduser()))
+    return Path(*_without_dots(Path(base).absolute() / expanded(path)))
+
+
+def expanded(path: str | Path) -> Path:
+    """Put the user's home in the place of ``~``.
+
+    Raises:
+        ConfigError: There is no such user, or the path holds a NUL.
+    """
+    if "\0" in str(path):
+        raise ConfigError(f"{shown(str(path))} holds a NUL, which no path can have.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{shown(str(path))}: there is no user of that name. Write the folder out.") from error
 
 
 def _without_dots(path: Path) -> Iterator[str]:
@@ -87,8 +105,13 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
     for item in found:
         told.setdefault(_path(item["loc"]), []).append(item)
     # where something within a value is wrong, the value itself is not of the wrong type or length as well
-    inner = [path for path in told if not any(other.startswith(f"{path}.") for other in told)]
-    return [_sentence(told[path], path, model) for path in inner]
+    outer = {path[: dot.start()] for path in told for dot in _DOT.finditer(path[:1000])}
+    inner = [path for path in told if path not in outer]
+    # what is only counted is not put into words: each takes a search for the nearest name
+    return [_sentence(told[path], path, model) if i < _TOLD else path for i, path in enumerate(inner)]
+
+
+_DOT = re.compile(r"\.")
 
 
 def _sentence(same_place: Sequence[ErrorDetails], path: str, model: type[BaseModel]) -> str:
@@ -106,10 +129,9 @@ def _sentence(same_place: Sequence[ErrorDetails], path: str, model: type[BaseMod
         return f"{path}: {ctx['error']}" if path else str(ctx["error"])
     if kind == "literal_error" and len(same_place) == 1:
         options = ctx["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return f"{path} is {value!r}; {did_you_mean(str(value), options)}"
-    shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        return f"{path} is {shown(value)}; {did_you_mean(str(value), options)}"
     expected = " or ".join(dict.fromkeys(_expected(f) for f in same_place))
-    return f"{path or 'the whole'} is {shown}; expected {expected}. {_description(path, owners)}".rstrip()
+    return f"{path or 'the whole'} is {shown(value)}; expected {expected}. {_description(path, owners)}".rstrip()
 
 
 _WORDS = {

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from multiflora.errors import ConfigError
+from multiflora.suggest import shown
 
 __all__ = ["LONGEST", "dump_yaml", "parse_yaml", "read_yaml"]
 
@@ -39,14 +40,20 @@ class _Loader(_Fast):
     """SafeLoader with the three departures above."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = []
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(None, None, "expected a mapping here", node.start_mark)
+        seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue  # `<<: *defaults`, which the base class unfolds
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-            seen.append(key)
+            try:
+                is_twice = key in seen
+                seen.add(key)
+            except TypeError as error:
+                raise yaml.MarkedYAMLError(None, None, "a list or a mapping is no key", key_node.start_mark) from error
+            if is_twice:
+                raise yaml.MarkedYAMLError(None, None, f"the key {shown(key)} is given twice", key_node.start_mark)
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -135,6 +142,10 @@ def parse_yaml(text: str, where: str) -> Any:
         ) from error
     except (yaml.YAMLError, UnicodeEncodeError) as error:  # characters YAML does not allow: no mark to point at
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}.") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML fills what a tag made only later
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: not valid YAML: a tag does not go with its value ({error}).") from error
 
 
 def _measure(text: str, where: str) -> None:
@@ -180,8 +191,9 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is a folder; expected a YAML file.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML file.") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Check your rights to it.") from error
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{shown(str(path))} cannot be read: {why}. Check the path and your rights to it.") from error
     return parse_yaml(text, str(path))
 
 

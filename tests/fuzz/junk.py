@@ -28,6 +28,14 @@ TEMPLATES = [
     "{{ " + "(" * 3000,
     "{{ [prompt] * 10**9 }}",
     "{{ dict(a=prompt) | tojson(indent=10**9) }}",
+    "{% autoescape true %}{{ prompt }}{% endautoescape %}",
+    "{{ prompt | truncate(1) }}",
+    # much within one call
+    "{% set s = prompt * 300000 %}{% for i in range(99999) %}{{ s.count('zz') }}{% endfor %}",
+    "{% set r = range(99999) | list %}{% for i in r %}{{ r | sum }}{{ r | max }}{{ 1.5 in r }}{% endfor %}",
+    "{{ (9**99999)**99 }}",
+    "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
+    "{{ (prompt * 99) | without('(?:(?:[a-z ]*)*x?)*9') }}",
 ]
 PATHS = [
     "../../outside/keep.txt",
@@ -42,8 +50,22 @@ PATHS = [
     "//",
     "file:///etc/passwd",
     "http://x/y.jsonl",
+    "~nouser/x.yaml",
+    "/proc/x",
+    "/**/*.jsonl",
+    "x" * 10**6,
 ]
-PATTERNS = ["(a+)+$", "(.*)*(.*)*x", "(?:a|a)*b", "[", "(?P<x", "x" * 30000, "a{99999999999}", "((((((.*)*)*)*)*)*)*"]
+PATTERNS = [
+    r"(\w+\.?)+!",
+    "(a+)+$",
+    "(.*)*(.*)*x",
+    "(?:a|a)*b",
+    "[",
+    "(?P<x",
+    "x" * 30000,
+    "a{99999999999}",
+    "((((((.*)*)*)*)*)*)*",
+]
 
 odd_text = st.one_of(
     st.text(max_size=30),
@@ -58,6 +80,16 @@ numbers = st.one_of(
     ),
     st.integers(-5, 5),
     st.floats(),
+)
+# what takes for ever where time goes by the square of a size
+large = st.sampled_from(
+    [
+        {f"key{i}": i for i in range(30_000)},
+        ["x"] * 50_000,
+        {"k": {"k" * 100_000: 1}},
+        "!!map [a]",
+        [[[[[[[[1]]]]]]]] * 1000,
+    ]
 )
 odd = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, odd_text),
@@ -96,9 +128,10 @@ def put(value: Any, path: tuple[Any, ...], change: Any) -> Any:
 def changed(draw: Any, good: list[Any]) -> Any:
     """One of some good values with one to three changes."""
     value = draw(st.sampled_from(good))
+    some = large if draw(st.integers(0, 30)) == 0 else odd
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(value)[1:] or [()]))
-        value = put(value, path, (draw(st.sampled_from(["replace", "replace", "leave out", "add"])), draw(odd)))
+        value = put(value, path, (draw(st.sampled_from(["replace", "replace", "leave out", "add"])), draw(some)))
         if not isinstance(value, dict | list):
             break
     return value

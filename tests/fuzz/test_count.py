@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import test_adapters, test_data_files, test_recipes
+from . import test_adapters, test_data_files, test_recipes, test_settings
 
 
 def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
@@ -10,6 +10,7 @@ def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
         "recipes": test_recipes.RECIPES,
         "task files": test_recipes.TASKS,
         "data files": sum(test_data_files.EACH.values()),
+        "settings": test_settings.EACH * len(test_settings.KINDS),
         "adapters": test_adapters.EACH * len(test_adapters.KINDS),
     }
     print(refused, sum(refused.values()))

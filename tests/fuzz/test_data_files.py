@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,6 +54,30 @@ def as_parquet() -> bytes:
     return written.getvalue()
 
 
+@st.composite
+def odd_parquet(draw: Any) -> bytes:
+    """A whole Parquet file whose columns are of types that text files do not have, or packed into next to nothing."""
+    rows = draw(st.sampled_from([0, 1, 5, 400]))
+    columns = {"prompt": pa.array(["a rose"] * rows), "completion": pa.array([" red"] * rows)}
+    kinds = {
+        "zone": lambda: pa.array([0] * rows, pa.timestamp("s", tz=draw(st.sampled_from(["Nowhere/Land", "+99:99"])))),
+        "far": lambda: pa.array([2**62] * rows, pa.timestamp("s")),
+        "nested": lambda: pa.array([[[{"a": [1, None]}]]] * rows),
+        "packed": lambda: pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int8)), pa.array(["a"])),
+        "bytes": lambda: pa.array([b"\xff\x00"] * rows),
+        "wide": lambda: pa.array(["x" * 10_000] * rows),
+        "nothing": lambda: pa.nulls(rows),
+    }
+    for name in draw(st.lists(st.sampled_from(["prompt", "completion", "id", "answer", "choices"]), min_size=1)):
+        columns[name] = kinds[draw(st.sampled_from(sorted(kinds)))]()
+    if draw(st.integers(0, 9)) == 0:
+        packed = pa.DictionaryArray.from_arrays(pa.array(np.zeros(11_000_000, np.int8)), pa.array(["a"]))
+        columns = {"prompt": packed, "completion": packed}
+    written = io.BytesIO()
+    pq.write_table(pa.table(columns), written)
+    return written.getvalue()
+
+
 def examples(suffix: str) -> st.SearchStrategy[bytes]:
     if suffix == ".jsonl":
         return st.one_of(changed([ROWS]).map(as_lines), spoiled(as_lines(ROWS)))
@@ -61,7 +86,7 @@ def examples(suffix: str) -> st.SearchStrategy[bytes]:
             changed([ROWS]).map(lambda rows: json.dumps(rows).encode()), spoiled(json.dumps(ROWS).encode())
         )
     if suffix == ".parquet":
-        return spoiled(as_parquet())
+        return st.one_of(spoiled(as_parquet()), odd_parquet())
     return spoiled(as_table("\t" if suffix == ".tsv" else ","))
 
 

@@ -95,12 +95,14 @@ def test_an_output_layer_of_its_own_is_merged_once(tiny_llama, tmp_path):
     assert (logits_of(alone) - logits_of(model)).abs().max() < 1e-5
 
 
-def test_a_weight_shared_with_the_embeddings_is_not_merged_into(tiny_llama, tmp_path):
+def test_a_weight_shared_with_the_embeddings_is_taken_apart(tiny_llama, tmp_path):
     base = base_folder(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
+    before = base.get_input_embeddings().weight.clone()
     folder = save(adapted("mlora", base, target_modules=["lm_head"]), tmp_path / "ours")
-    with pytest.raises(ExportError, match="lm_head shares its weight with the input embeddings"):
-        merge(folder, tmp_path / "dense")
-    assert not (tmp_path / "dense").exists()
+    merge(folder, tmp_path / "dense")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(found.get_input_embeddings().weight, before)
+    assert not torch.equal(found.get_output_embeddings().weight, before)
 
 
 def test_the_wrong_base_is_refused_by_name(tiny_llama, tmp_path):

@@ -246,3 +246,35 @@ def test_only_methods_that_have_target_modules_are_given_some() -> None:
     assert recipe_from({**plain, "method": "dora"}).method.settings == {"target_modules": "all-linear"}
     for name in ("full", "losparse", "ia3", "prompt", "prefix", "ptuning"):
         assert recipe_from({**plain, "method": name}).method.settings == {}
+
+
+GOOD = {"model": "x/y", "method": "lora", "tasks": ["boolq"], "output": "o"}
+
+
+@pytest.mark.parametrize("where", ["", "train", "mixture"])
+def test_very_many_unknown_keys_are_told_at_once(where):
+    """It took time by the square of their number: minutes for these."""
+    many = {f"k{i}": 1 for i in range(30_000)}
+    with pytest.raises(ConfigError, match=r"recipe has 30000 problems:\n  - .*k0 is not a known key"):
+        recipe_from(GOOD | ({where: many} if where else many))
+
+
+@pytest.mark.parametrize("key", ["model", "method", "output", "x" * 10**6])
+def test_a_name_of_a_million_characters_is_cut_in_the_message(key):
+    value = {"model": {"nam": "y" * 10**6}, "method": "y" * 10**6}.get(key, ["y" * 10**6])
+    with pytest.raises(ConfigError) as caught:
+        recipe_from(GOOD | {key: value})
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "path", ["~no-such-user/x", "~no-such-user/x.yaml", "~no-such-user/x.jsonl", "a\0b", "a\0b.yaml"]
+)
+@pytest.mark.parametrize("key", ["model", "tasks", "output", "source"])
+def test_a_path_that_cannot_be_is_said(key, path):
+    value = {"tasks": [path], "source": path}.get(key, path)
+    change = {"tasks": [{"name": "a", "source": {"train": path}}]} if key == "source" else {key: value}
+    if key == "model" and path == "a\0b.yaml":
+        pytest.skip("as the other")
+    with pytest.raises(ConfigError, match=r"there is no user of that name|holds a NUL|is not a shipped task"):
+        recipe_from(GOOD | change)

@@ -112,3 +112,17 @@ def test_anchors_and_merge_keys_work():
 def test_a_device_without_end_is_not_read_to_its_end():
     with pytest.raises(ConfigError, match=r"/dev/zero is longer than 4,000,000 characters"):
         read_yaml(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    "text", ["!!map [a]", "!!set [a]", "? [a]\n: b", "? {a: b}\n: c", "!!omap {a: b}", "!!pairs x", "!!seq {a: b}"]
+)
+def test_a_tag_or_a_key_that_does_not_go_with_its_value_is_said(text):
+    with pytest.raises(ConfigError, match=r"not valid YAML"):
+        parse_yaml(text, "x")
+
+
+def test_a_key_given_twice_among_very_many_is_found():
+    """Looking for it took time by the square of their number."""
+    with pytest.raises(ConfigError, match=r"the key 'k1' is given twice"):
+        parse_yaml("".join(f"k{i}: 1\n" for i in range(60_000)) + "k1: 2", "x")

@@ -15,10 +15,12 @@ from multiflora.errors import ExportError
 from multiflora.export.convert import to_lora
 from multiflora.export.plain import ROOT, Pair, PlainLora, read_lora
 from multiflora.export.report import Report
-from multiflora.export.source import base_name, load_base, load_tokenizer_of
+from multiflora.export.same import check_logits, logits_of
+from multiflora.export.source import base_name, load_adapted, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
 from multiflora.export.tensors import check_shards
 from multiflora.files import write_json
+from multiflora.tied import tied_modules, untie
 
 __all__ = ["merge"]
 
@@ -38,7 +40,9 @@ def merge(
 
     The adapter becomes a plain LoRA first, exactly or, for routed methods, by calibration (see `multiflora.to_lora`);
     its update is then added to the base weights layer by layer, in float32, and rounded to the base's dtype once. So
-    memory holds one copy of the model, one layer's update and one shard. Every shard is read back and compared.
+    memory holds one copy of the model, one layer's update and one shard. Every shard is read back and compared, and the
+    model that was read back must give the logits of the base model with the adapter on it. Where the adapter changes
+    one of two weights that the base model ties, the merged model has both.
 
     Args:
         adapter: The folder an adapter was saved to.
@@ -53,13 +57,15 @@ def merge(
 
     Raises:
         ExportError: One weight cannot stand for the adapter (a task or calibration is missing), the base model is
-            quantised, or the check of the result failed.
+            quantised, the dtype cannot hold the merged weights, or the check of the result failed.
 
     Example:
         >>> merge("runs/mlora", "runs/mlora-dense")  # doctest: +SKIP
     """
     source, output = Path(adapter).expanduser(), Path(folder).expanduser()
     check_free(output)
+    name = base_name(source, base)
+    _refuse_quantised(name)
     with tempfile.TemporaryDirectory() as scratch:
         report = to_lora(source, Path(scratch) / "lora", base=base, **conversion)
         if len(report.adapters) > 1:
@@ -67,30 +73,58 @@ def merge(
             raise ExportError(
                 f"{source} has one weight for each task ({tasks}), and a merged model has one. Name it: --task TASK."
             )
-        name = base_name(source, base)
-        model = _merged(read_lora(Path(scratch) / "lora" / report.adapters[0].folder), name, dtype)
+        plain = Path(scratch) / "lora" / report.adapters[0].folder
+        model = _merged(read_lora(plain), name, dtype)
         with staged(output) as place:
-            model.save_pretrained(str(place), max_shard_size=shard_size)
+            _save(model, place, shard_size)
             load_tokenizer_of(source, name).save_pretrained(str(place))
             files = check_shards(place, model.state_dict())
+            del model  # so that one is in memory at a time
+            expected = logits_of(load_adapted(plain, name, dtype, may_untie=True))
+            check_logits(logits_of(load_base(str(place))), expected, f"The model merged from {source}")
             write_json(place / "report.json", report.to_dict())
     log.info("merged model written to %s (%d file(s)) and read back", output, len(files))
     return Report(report.method, report.how, output, report.adapters)
 
 
-def _merged(lora: PlainLora, name: str, dtype: Any) -> Any:
-    """The base model with a plain LoRA merged in, and what was trained in full put in its place."""
-    model = load_base(name, dtype)
-    if getattr(model, "is_quantized", False):
+def _refuse_quantised(name: str) -> None:
+    """Look at the base model's config before anything is computed."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return  # loading says why
+    if getattr(config, "quantization_config", None) is not None:
         raise ExportError(
             f"The base model {name} is quantised; merging into rounded weights would not give the adapter's outputs. "
             "Name the unquantised model with --base."
         )
+
+
+def _save(model: Any, place: Path, shard_size: str) -> None:
+    """Save model and generation config; one that transformers reads and will not write goes along as it is."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(str(place), max_shard_size=shard_size)
+    model.generation_config = kept
+    if kept is not None:
+        write_json(place / "generation_config.json", kept.to_dict())
+
+
+def _merged(lora: PlainLora, name: str, dtype: Any) -> Any:
+    """The base model with a plain LoRA merged in, and what was trained in full put in its place."""
+    model = load_base(name, dtype)
     # peft saves the base weight of an adapted output layer, too: it may have grown with the vocabulary
     extras = {key.removeprefix(ROOT).replace(".base_layer.", "."): tensor for key, tensor in lora.extras().items()}
     unknown = sorted(extras.keys() - model.state_dict().keys())
     if unknown:
         raise ExportError(f"{lora.folder} holds {unknown[0]}, for which {name} has no place; it cannot be merged.")
+    tied = tied_modules(model)
+    if any(name.rpartition(".")[0] in tied for name in extras) or tied.keys() & lora.layers.keys():
+        untie(model)
     model.load_state_dict(extras, strict=False)
     for pair in lora.pairs():
         _add(model, pair, name)
@@ -112,9 +146,10 @@ def _add(model: Any, pair: Pair, name: str) -> None:
             f"{pair.name} is {tuple(weight.shape)} in {name} and {tuple(delta.shape)} in the adapter, which was "
             "trained on another model. Name it with --base."
         )
-    if weight.data_ptr() == model.get_input_embeddings().weight.data_ptr():
-        raise ExportError(
-            f"{pair.name} shares its weight with the input embeddings of {name}; merging would change both. Keep the "
-            "adapter, or train without that layer."
-        )
     weight.copy_(weight.to(torch.float32) + delta)
+    if not torch.isfinite(weight).all():
+        raise ExportError(
+            f"{pair.name} with its update does not fit into {str(weight.dtype).removeprefix('torch.')}, whose largest "
+            f"number is {torch.finfo(weight.dtype).max:,.0f}. Merge in a wider type, in Python: "
+            "merge(ADAPTER, FOLDER, dtype='float32')."
+        )

@@ -101,9 +101,9 @@ def load_tokenizer_of(folder: Path, name: str) -> Any:
         raise ExportError(_not_loaded("tokenizer", place, error)) from error
 
 
-def load_adapted(folder: Path, name: str) -> Any:
+def load_adapted(folder: Path, name: str, dtype: Any = "auto", *, may_untie: bool = False) -> Any:
     """Load the base model and put the adapter on it."""
-    return load_adapter(load_base(name), folder).eval()
+    return load_adapter(load_base(name, dtype), folder, may_untie=may_untie).eval()
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from multiflora.errors import ExportError
-from multiflora.files import saving
+from multiflora.files import check_writable, saving
 
 __all__ = ["check_free", "staged"]
 
@@ -20,7 +20,9 @@ def check_free(folder: Path) -> None:
 
     Raises:
         ExportError: It does.
+        EnvironmentProblem: It could not be written to.
     """
+    check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(
             f"{folder} exists and is not empty; nothing was changed there. Choose another output folder, or remove it."

@@ -11,8 +11,12 @@ from typing import Any
 
 from multiflora.errors import ConfigError
 from multiflora.methods.cards import METHODS, MethodCard
+from multiflora.methods.settings import setting_problems
 
 __all__ = ["METHODS", "MethodCard", "build_config", "describe", "merges", "settings_of"]
+
+# what `multiflora.adapter_folder` refuses to load, so that nothing should be trained with it
+_NOT_FROM_A_FILE = ("megatron_config", "layer_replication")
 
 
 def describe(name: str) -> Any:
@@ -70,9 +74,20 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ConfigError(
-            " ".join(f"method.{key} is not a setting of {name}; {did_you_mean(key, known)}" for key in unknown)
+            " ".join(f"method.{key} is not a setting of {name}; {did_you_mean(str(key), known)}" for key in unknown[:3])
+            + (f" And {len(unknown) - 3:,} more are not." if len(unknown) > 3 else "")
         )
     card = METHODS[name]
+    if card.config is not None:
+        problems = list(setting_problems(_config_class(card), settings, extra=card.training))
+        if problems:
+            raise ConfigError(" ".join(f"method.{problem}" for problem in problems))
+        refused = [key for key in _NOT_FROM_A_FILE if settings.get(key)]
+        if refused:
+            raise ConfigError(
+                f"method.{refused[0]} is not available: an adapter with it is not loaded again, as it has peft import "
+                "code or copy the model's layers. Leave it out."
+            )
     for key, value in card.preset.items():
         if settings.get(key, value) != value:
             raise ConfigError(

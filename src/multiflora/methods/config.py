@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Optional, Union
 from peft import PeftConfig
 
 from multiflora.errors import ConfigError
+from multiflora.methods.settings import setting_problems
 
 
 @dataclass
@@ -84,6 +85,9 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         from multiflora.peft_bridge import peft_type
 
+        wrong = list(setting_problems(type(self), vars(self)))
+        if wrong:  # before anything here looks into a value
+            raise ConfigError(f"{type(self).__name__}: " + " ".join(wrong))
         self.peft_type = peft_type(self.method_name)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # peft's own convention

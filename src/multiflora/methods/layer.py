@@ -215,7 +215,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             for name, merged in self._merged.items():
-                self._check_merged_task(name, merged.task, x)
+                self._check_merged_task(name, merged.task)
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
         active = self.active_adapters
@@ -580,11 +580,11 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         names = self.configs[adapter_name].task_names
         return f"the task {names[task]!r}" if names and task is not None else f"task {task}"
 
-    def _check_merged_task(self, adapter_name: str, merged: int | None, x: Tensor) -> None:
+    def _check_merged_task(self, adapter_name: str, merged: int | None) -> None:
         """Refuse rows of another task than the one whose weight is in the base now."""
         if merged is None:
             return
-        tasks = self.routing.tasks(self.configs[adapter_name], x.shape[:-1], x.device)
+        tasks = self.routing.now().ids_for(self.configs[adapter_name])
         if tasks is None:
             return
         message = (

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from multiflora.errors import DataError
 from multiflora.machine import memory_available, size_words
+from multiflora.stoppable import StoppedError, run
+from multiflora.suggest import listed, shown
 from multiflora.tasks.spec import SPLITS, FilesSource, Split
 
 __all__ = ["LONGEST_LINE", "SUFFIXES", "Row", "check_size", "read_rows", "split_files"]
@@ -23,6 +26,12 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 LONGEST_LINE = 64 * 2**20
 """Characters of the longest line; a file without line ends is not read into memory to find that out."""
+MOST_FILES = 10_000
+"""Files that one pattern may match."""
+MOST_ROWS = 10_000_000
+"""Rows of one file: each is a mapping in memory."""
+ROW_BYTES = 400
+"""The least that a row takes in memory: the mapping, its place and a short value."""
 BATCH = 256
 """Rows of a Parquet file that are held unpacked at a time."""
 
@@ -67,13 +76,27 @@ def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:
         if os.path.isfile(path):
             files.append(path)
         elif has_magic(str(path)):
-            matched = sorted(Path(p) for p in glob(str(path), recursive=True) if os.path.isfile(p))
+            matched = _matching(path)
             if not matched:
                 raise DataError(f"{path} matches no file. Check the pattern and the folder it starts from.")
             files.extend(matched)
         else:
             raise DataError(f"{path} {_why_missing(path, 'file')}")
     return tuple(dict.fromkeys(files))
+
+
+def _matching(path: Path) -> list[Path]:
+    """Files that a pattern matches; ``/**`` could go through all that the machine has."""
+    try:
+        found = run("multiflora.files:matching", str(path))
+    except StoppedError as error:
+        raise DataError(
+            f"{path}: {error} to look through the folders that this pattern names. Name a folder further down, or the "
+            "files."
+        ) from error
+    if len(found) > MOST_FILES:
+        raise DataError(f"{path} matches {len(found):,} files; expected at most {MOST_FILES:,}. Put rows together.")
+    return sorted(map(Path, found))
 
 
 def _why_missing(path: Path, what: str) -> str:
@@ -107,7 +130,10 @@ def _size(path: Path) -> int:
         if path.suffix != ".parquet":
             return path.stat().st_size
         meta = _parquet_file(path).metadata
-        return sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+        if meta.num_rows > MOST_ROWS:
+            raise DataError(_too_many(path))
+        packed = int(sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)))
+        return max(packed, int(meta.num_rows) * ROW_BYTES)  # equal values are packed into one
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
 
@@ -122,12 +148,19 @@ def read_rows(path: Path) -> Iterator[Row]:
     if path.suffix not in readers:
         raise DataError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}.")
     try:
-        yield from readers[path.suffix](path)
+        for number, row in enumerate(readers[path.suffix](path)):
+            if number >= MOST_ROWS:
+                raise DataError(_too_many(path))
+            yield row
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8.") from error
     except OSError as error:
         why = error.strerror or error
         raise DataError(f"{path} cannot be read: {why}. Check the path and your rights to it.") from error
+
+
+def _too_many(path: Path) -> str:
+    return f"{path} has more than {MOST_ROWS:,} rows, which are all held in memory. Take a part of them."
 
 
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
@@ -187,15 +220,14 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON; Python would let the last of two values of a key win, and lose the first."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(next(key for key in keys if keys.count(key) > 1))
+        raise _TwiceError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
     return found
 
 
 def _beyond(where: str, error: Exception) -> str:
     """JSON that is valid and that is not read all the same."""
     if isinstance(error, _TwiceError):
-        return f"{where}: the key {str(error)!r} stands twice in one object; expected each once. Take one of them out."
+        return f"{where}: the key {shown(str(error))} stands twice in one object; expected each once. Take one out."
     if isinstance(error, RecursionError):
         return f"{where}: lists and objects stand too deep within one another. Expected a flat object of columns."
     return f"{where}: a number has too many digits for Python to read ({error}). Write it as text."
@@ -213,16 +245,18 @@ def _csv(path: Path) -> Iterator[Row]:
     reader = csv.DictReader(_lines(path, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
         names = list(reader.fieldnames or ())
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:  # of two columns of one name, only the last would be read
-            raise DataError(f"{path}: the header names the column {twice!r} twice; expected each once. Rename one.")
+            raise DataError(
+                f"{path}: the header names the column {shown(twice)} twice; expected each once. Rename one."
+            )
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             # csv marks a long row by the key None and a short one by the value None
             if None in row or None in row.values():
                 raise DataError(
                     f"{where} does not have the {len(names)} values of the header "
-                    f"({', '.join(names)}). Put values with separators or line ends in quotes."
+                    f"({listed(names)}). Put values with separators or line ends in quotes."
                 )
             yield where, row
     except csv.Error as error:
@@ -248,8 +282,9 @@ def _parquet(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}, after row {number}: the Parquet file is damaged: {_one_line(error)}") from error
+    # a KeyError is a time zone that this machine does not know
+    except (pa.ArrowException, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, after row {number}: the Parquet file cannot be read: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:

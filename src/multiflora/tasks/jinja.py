@@ -1,17 +1,19 @@
-"""The sandbox that templates run in: text and numbers in, text out, within a budget, the same every time.
+"""The sandbox that templates run in: text and numbers in, text out, the same every time, and never for long.
 
 Jinja's sandbox keeps ``__class__`` and its like away; three things are added here. What can be called is a short list
 (a row of a hub data set may hold objects whose methods write files). There are no macros, imports or other templates,
-and nothing random. And everything a template makes is paid for from a budget, see `multiflora.tasks.bounds`.
+and nothing random. And rendering happens in a process that the system stops, see `multiflora.stoppable`: in the
+caller's own a template is only compiled, which takes time by its length, as no part of it is worked out on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import (
     StrictUndefined,
@@ -20,19 +22,19 @@ from jinja2 import (
     TemplateSyntaxError,
     meta,
     nodes,
-    pass_environment,
+    pass_context,
 )
-from jinja2.filters import make_attrgetter
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
-from multiflora.tasks.bounds import bounded, budget, checked_format, made, operated, spend, turns
+from multiflora.stoppable import restart_clock, run
+from multiflora.suggest import shown
 
 __all__ = [
     "Failure",
     "NullPrintedError",
+    "ahead",
     "check_expression",
     "check_template",
     "columns_of",
@@ -43,16 +45,25 @@ __all__ = [
 
 LONGEST = 100_000
 """Characters of the longest template."""
-REGEX_SECONDS = 5.0
-"""How long one regular expression may work on one text."""
+LONGEST_TEXT = 10_000_000
+"""Characters of the longest text that one template may make: far more than any text a model reads."""
+LONGEST_PATTERN = 1_000
+"""Characters of the longest regular expression."""
+AHEAD = 256
+"""Rows that are rendered in one call."""
+
+T = TypeVar("T")
 
 
 class NullPrintedError(ValueError):
     """A template would have printed a null as the word None."""
 
 
-# all that a template can raise on a row it was not written for; anything else is a bug of ours
-Failure = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+Failure = (ValueError,)
+"""What `template` and `expression` raise where they do not fit a row."""
+
+# all that a template can raise on a row it was not written for
+_FAULTS = (TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 def _not_null(value: Any) -> Any:
@@ -61,27 +72,21 @@ def _not_null(value: Any) -> Any:
     return value
 
 
-def _printed(value: Any) -> Any:
-    return made(_not_null(value))
-
-
 def _prefix(items: Iterable[Any], start: str) -> list[str]:
     """Jinja filter: put ``start`` before every item; makes completions of a column of choices."""
-    return [made(f"{start}{_not_null(item)}") for item in items]
+    return [f"{start}{_not_null(item)}" for item in items]
 
 
 def _without(text: str, pattern: str) -> str:
     """Jinja filter: remove every match of a regular expression."""
-    import regex  # here, as few templates need it; it can stop a search that would never end
+    import regex  # here, as few templates need it
 
-    if len(pattern) > 1000:
-        raise ValueError(f"the pattern has {len(pattern):,} characters; expected at most 1,000")
+    if len(pattern) > LONGEST_PATTERN:
+        raise ValueError(f"the pattern has {len(pattern):,} characters; expected at most {LONGEST_PATTERN:,}")
     try:
-        return str(regex.sub(pattern, "", str(_not_null(text)), timeout=REGEX_SECONDS))
+        return str(regex.sub(pattern, "", str(_not_null(text))))
     except regex.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    except TimeoutError as error:
-        raise ValueError(f"the pattern {pattern!r} works on this text for more than {REGEX_SECONDS:.0f} s") from error
 
 
 def _capitalised(text: str) -> str:
@@ -136,14 +141,9 @@ _NODES = _words(
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, narrower and with a budget."""
+    """Jinja's sandbox, narrower."""
 
-    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Pay for the result, or refuse it before it is made."""
-        operated(operator, left, right)
-        return made(super().call_binop(context, operator, left, right))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))  # which are then no constants to fold
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """Look only at plain values: an attribute of anything else might be code."""
@@ -163,102 +163,44 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         known = next((names for kind, names in _METHODS.items() if isinstance(owner, kind)), ())
         return any(obj is each for each in self.globals.values()) or name in known
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as Jinja has it
-        """Pay for the result of a call."""
-        name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
-        if name == "join" and args:
-            args = (made(list(args[0])), *args[1:])
-            spend(len(str(owner)) * len(args[0]))
-        bare = __obj if isinstance(owner, str) else None
-        if bare is not None and __self.is_safe_callable(__obj):
-            # as a function of its text, so that filters and methods of one name have one bound
-            def method(text: str, *inner: Any, **words: Any) -> Any:
-                return super(_Sandbox, __self).call(__context, bare, *inner, **words)
-
-            return bounded(name, method)(owner, *args, **kwargs)
-        result = super().call(__context, __obj, *args, **kwargs)
-        return result if isinstance(result, range | Namespace) else made(result)
-
     def _generate(self, source: nodes.Template, name: Any, filename: Any, defer_init: bool = False) -> str:
-        """Check a parsed template and have it pay its way; a hook that Jinja's documentation offers."""
-        return super()._generate(_PayingItsWay().visit(source), name, filename, defer_init)
+        """Refuse what templates of tasks have no use for; a hook that Jinja's documentation offers."""
+        for node in source.find_all(nodes.Node):
+            kind = type(node).__name__
+            if kind not in _NODES or getattr(node, "recursive", False):
+                tag = "for ... recursive" if kind == "For" else _TAGS.get(kind, kind.lower())
+                raise TemplateAssertionError(f"{{% {tag} %}} is not available in templates of tasks", node.lineno or 1)
+        return super()._generate(source, name, filename, defer_init)
 
 
-class _PayingItsWay(NodeTransformer):
-    """Refuses what templates of tasks have no use for, and puts a meter on what no other hook sees."""
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        kind = type(node).__name__
-        if kind not in _NODES or getattr(node, "recursive", False):
-            tag = "for ... recursive" if kind == "For" else _TAGS.get(kind, kind.lower())
-            raise TemplateAssertionError(f"{{% {tag} %}} is not available in templates of tasks", node.lineno, None)
-        for_text = sum(len(data.data) for data in node.find_all(nodes.TemplateData)) if kind == "For" else 0
-        node = super().visit(node, *args, **kwargs)
-        if isinstance(node, nodes.For):
-            node.iter = _filtered(node.iter, "_turns", nodes.Const(20 + for_text))
-        elif isinstance(node, nodes.Concat):
-            node.nodes = [_filtered(item, "_made") for item in node.nodes]
-        elif isinstance(node, nodes.Compare | nodes.Operand):
-            node.expr = _filtered(node.expr, "_made")
-        elif isinstance(node, nodes.Test):
-            node.node, node.args = _filtered(node.node, "_made"), [_filtered(item, "_made") for item in node.args]
-        elif (
-            isinstance(node, nodes.List | nodes.Dict)
-            or (isinstance(node, nodes.Tuple) and node.ctx == "load")
-            or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice))
-        ):
-            return _filtered(node, "_made")
-        return node
+_TAGS = {
+    "CallBlock": "call",
+    "FromImport": "from",
+    "Continue": "continue",
+    "Break": "break",
+    "Scope": "autoescape",
+}
 
 
-_TAGS = {"CallBlock": "call", "FromImport": "from", "Continue": "continue", "Break": "break"}
-
-
-def _filtered(node: Any, name: str, *args: nodes.Expr) -> nodes.Expr:
-    """The expression behind a filter of ours; constants need none."""
-    if isinstance(node, nodes.Const) and not args:
-        return node
-    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
-
-
-def _format(value: Any, *args: Any, **words: Any) -> str:
-    """Jinja's ``format``, with bounded widths."""
-    return str(checked_format(str(value)) % (words or args))
-
-
-@pass_environment
-def _sum(environment: Any, items: Iterable[Any], attribute: Any = None, start: Any = 0) -> Any:
-    """Jinja's ``sum``, of numbers."""
-    if not isinstance(start, int | float):
-        raise TypeError("sum adds numbers")
-    return sum(items if attribute is None else map(make_attrgetter(environment, attribute), items), start)
-
-
-@pass_environment
-def _join(environment: Any, items: Iterable[Any], d: Any = "", attribute: Any = None) -> str:
-    """Jinja's ``join``, paid for before it is made."""
-    chosen = items if attribute is None else map(make_attrgetter(environment, attribute), items)
-    texts = [str(made(item)) for item in chosen]
-    spend(len(str(d)) * len(texts))
-    return str(d).join(texts)
+@pass_context  # so that nothing that is printed is worked out while a template is compiled
+def _printed(_: Any, value: Any) -> Any:
+    return _not_null(value)
 
 
 def _sandbox() -> _Sandbox:
-    made_here = _Sandbox(
+    made = _Sandbox(
         undefined=StrictUndefined,
         finalize=_printed,
         keep_trailing_newline=True,  # a template's last newline may be part of the prompt
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
+        optimized=False,  # constants, such as 9**9**9, are not worked out while a template is compiled either
     )
     own = {"prefix": _prefix, "without": _without, "capitalised": _capitalised, "uncapitalised": _uncapitalised}
-    own |= {"spaced": _spaced, "format": _format, "join": _join, "sum": _sum}
-    found = {name: made_here.filters[name] for name in _FILTERS} | own
-    made_here.filters = {name: bounded(name, function) for name, function in found.items()}
-    made_here.filters |= {"_made": made, "_turns": turns}
-    made_here.globals = {name: made_here.globals[name] for name in ("range", "dict", "namespace")}
-    return made_here
+    made.filters = {name: made.filters[name] for name in _FILTERS} | own | {"spaced": _spaced}
+    made.globals = {name: made.globals[name] for name in ("range", "dict", "namespace")}
+    return made
 
 
 _ENVIRONMENT = _sandbox()
@@ -268,30 +210,94 @@ def template(source: str, row: Mapping[str, Any]) -> str:
     """Render a template of text on a row.
 
     Raises:
-        Failure: Any of these, where the template does not fit the row or would make too much.
+        Failure: The template does not fit the row, or would take or make too much.
     """
-    compiled = _compiled(source, False)
-    with budget():
-        return str(compiled.render(variables(row)))
+    return str(_result(source, row, False))
 
 
 def expression(source: str, row: Mapping[str, Any]) -> Any:
     """Evaluate an expression on a row, to a Python value.
 
     Raises:
-        Failure: Any of these, where the expression does not fit the row or would make too much.
+        Failure: The expression does not fit the row, or would take or make too much.
     """
-    compiled = _compiled(source, True)
-    with budget():
-        return compiled(variables(row))
+    return _result(source, row, True)
+
+
+def _result(source: str, row: Mapping[str, Any], is_expression: bool) -> Any:
+    held, found = _ready.get((id(row), source, is_expression), (None, None))
+    if found is None or held is not row:
+        found = run("multiflora.tasks.jinja:rendered", source, is_expression, shared=row)
+    kind, value = found
+    if kind == "null":
+        raise NullPrintedError(value)
+    if kind == "failed":
+        raise ValueError(value)
+    return Undefined() if kind == "undefined" else value
+
+
+_ready: dict[tuple[int, str, bool], tuple[Any, tuple[str, Any]]] = {}
+"""What `ahead` has rendered: identity of the row, source and kind -> the row, result."""
+
+
+def ahead(
+    items: Sequence[T], row_of: Callable[[T], Mapping[str, Any]], sources: Sequence[tuple[str, bool]]
+) -> Iterator[T]:
+    """Go through items while their rows are rendered ahead, many in one call: a call costs more than a short template.
+
+    `template` and `expression` then have the result at hand. What cannot be done in one call is done when it is asked
+    for, and fails there, where the message can name its row.
+
+    Args:
+        items: What to go through.
+        row_of: The row of an item.
+        sources: Templates, and expressions where the second is true, that will be asked for.
+    """
+    if not sources:
+        yield from items
+        return
+    for start in range(0, len(items), AHEAD):
+        chunk = items[start : start + AHEAD]
+        rows = [row_of(item) for item in chunk]
+        with suppress(ValueError):
+            found = iter(run("multiflora.tasks.jinja:rendered_all", rows, sources))
+            _ready.update({(id(row), *source): (row, next(found)) for row in rows for source in sources})
+        yield from chunk
+        _ready.clear()
+
+
+def rendered_all(rows: Sequence[Mapping[str, Any]], sources: Sequence[tuple[str, bool]]) -> list[tuple[str, Any]]:
+    """Do the work of `ahead`, in the process that can be stopped."""
+    found = []
+    for row in rows:
+        for source in sources:
+            restart_clock()
+            try:
+                found.append(rendered(row, *source))
+            except ValueError as error:
+                found.append(("failed", str(error)))
+    return found
+
+
+def rendered(row: Mapping[str, Any], source: str, is_expression: bool) -> tuple[str, Any]:
+    """Do the work of `template` and `expression`, in the process that can be stopped."""
+    try:
+        compiled = _compiled(source, is_expression)
+        value = compiled(variables(row)) if is_expression else compiled.render(variables(row))
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"it gives more than {LONGEST_TEXT:,} characters")
+        return ("undefined", None) if isinstance(value, Undefined) else ("value", value)
+    except NullPrintedError as error:
+        return "null", str(error)
+    except _FAULTS as error:
+        raise ValueError(str(error)) from error
 
 
 @lru_cache(maxsize=1024)
 def _compiled(source: str, is_expression: bool) -> Any:
-    with budget():  # constant parts are worked out while compiling
-        if is_expression:
-            return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
-        return _ENVIRONMENT.from_string(source)
+    if is_expression:
+        return _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
+    return _ENVIRONMENT.from_string(source)
 
 
 def check_template(source: str) -> str:
@@ -307,18 +313,17 @@ def check_expression(source: str) -> str:
 def _checked(source: str, is_expression: bool, what: str) -> str:
     if len(source) > LONGEST:
         raise ValueError(f"the {what} has {len(source):,} characters; expected at most {LONGEST:,}.")
-    shown = repr(source) if len(source) < 200 else f"{source[:197]!r}..."
     try:
         _compiled(source, is_expression)
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"not a Jinja {what}: {error.message} (line {error.lineno} of {shown}). Columns are written "
+            f"not a Jinja {what}: {error.message} (line {error.lineno} of {shown(source, 200)}). Columns are written "
             + ("{{ column }}." if what == "template" else "bare, without braces.")
         ) from error
     except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own limits on what Jinja makes of it
-        raise ValueError(f"not a Jinja {what}: it is nested too deeply. It begins {shown}.") from error
+        raise ValueError(f"not a Jinja {what}: it is nested too deeply. It begins {shown(source, 200)}.") from error
     except ValueError as error:  # numbers of thousands of digits, names Python cannot hold
-        raise ValueError(f"not a Jinja {what}: {error}. It begins {shown}.") from error
+        raise ValueError(f"not a Jinja {what}: {error}. It begins {shown(source, 200)}.") from error
     return source
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import DataError
 from multiflora.tasks.example import Example
+from multiflora.tasks.jinja import ahead
 from multiflora.tasks.render import evaluated, keeps, render
 from multiflora.tasks.sources import Row, read_source, splits_there
 from multiflora.tasks.spec import SPLITS, Split, TaskSpec
@@ -64,8 +65,8 @@ def examples_of(spec: TaskSpec, split: Split, limit: int | None = None) -> list[
     rows = rows_of(spec, (split, *higher))
     if split not in rows:
         raise DataError(_no_split(spec, split))
-    keys = {s: [_example(spec, row) for row in rows[s]] for s in rows}
-    groups = {s: [_group(spec, row) for row in rows[s]] for s in rows}
+    keys = {s: [_example(spec, row) for row in _ahead(spec, rows[s])] for s in rows}
+    groups = {s: [_group(spec, row) for row in _ahead(spec, rows[s], spec.group)] for s in rows}
     prompts = {s: list(zip((e.prompt for e in keys[s]), groups[s], strict=True)) for s in rows}
     kept = without_shared(prompts[split], [pair for s in higher if s in rows for pair in prompts[s]])
     left_out = len(rows[split]) - len(kept)
@@ -91,7 +92,10 @@ def rows_of(spec: TaskSpec, wanted: Sequence[Split]) -> dict[Split, list[Row]]:
     needs_cut = any(s in missing or (missing and s == spec.split_from) for s in wanted)
     needed = [s for s in there if s in wanted or (needs_cut and s == spec.split_from)]
     read = read_source(spec, needed)
-    kept = {split: [r for r in rows if keeps(spec, r.columns, r.where)] for split, rows in read.items()}
+    kept = {
+        split: [r for r in _ahead(spec, rows, spec.keep) if keeps(spec, r.columns, r.where)]
+        for split, rows in read.items()
+    }
     for split, rows in kept.items():
         if not rows:
             raise DataError(
@@ -104,7 +108,7 @@ def rows_of(spec: TaskSpec, wanted: Sequence[Split]) -> dict[Split, list[Row]]:
 
 
 def _cut(spec: TaskSpec, rows: list[Row], sizes: Mapping[Split, float]) -> dict[Split, list[Row]]:
-    groups = [_group(spec, row) or row.name for row in rows]
+    groups = [_group(spec, row) or row.name for row in _ahead(spec, rows, spec.group)]
     parts = cut(groups, sizes, seed=spec.split_seed)
     empty = [split for split, part in parts.items() if not part]
     if empty:
@@ -113,6 +117,18 @@ def _cut(spec: TaskSpec, rows: list[Row], sizes: Mapping[Split, float]) -> dict[
             f"{' and '.join(sizes)} from them. Give those splits in the source, or set smaller split_sizes."
         )
     return {split or spec.split_from: [rows[i] for i in part] for split, part in parts.items()}
+
+
+def _ahead(spec: TaskSpec, rows: list[Row], *expressions: str | None) -> Iterator[Row]:
+    """Go through rows with some expressions rendered ahead; none given: all that makes an example of a row."""
+    sources = [(source, True) for source in expressions if source is not None]
+    if not expressions:
+        several = [each for each in (spec.choices, spec.messages) if each is not None and not isinstance(each, str)]
+        texts = [each if isinstance(each, str) else each.content for group in several for each in group]
+        sources = [(text, False) for text in (spec.prompt, spec.completion, *texts) if text is not None]
+        words = (spec.answer, spec.id, spec.choices, spec.messages)
+        sources += [(word, True) for word in words if isinstance(word, str)]
+    return ahead(rows, lambda row: row.columns, sources)
 
 
 def _example(spec: TaskSpec, row: Row) -> Example:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import ConfigError, DataError
-from multiflora.schema import Strict, build
-from multiflora.suggest import did_you_mean
+from multiflora.schema import Strict, build, expanded
+from multiflora.suggest import did_you_mean, listed, shown
 from multiflora.tasks.files import SUFFIXES, read_rows, split_files
 from multiflora.tasks.score import as_number
 from multiflora.tasks.shipped import shipped_tasks
@@ -64,7 +64,7 @@ def expand_task(task: Any, base: Path) -> Any:
 
 
 def _from_word(word: str, base: Path) -> Any:
-    path = base / Path(word).expanduser()
+    path = base / expanded(word)
     if path.suffix in {".yaml", ".yml"}:
         value = read_yaml(path)
         if not isinstance(value, Mapping):
@@ -87,13 +87,13 @@ def _from_word(word: str, base: Path) -> Any:
 
 
 def _is_path(word: str, base: Path) -> bool:
-    path = base / Path(word).expanduser()
+    path = base / expanded(word)
     return "/" in word or "\\" in word or path.suffix in {*SUFFIXES, ".yaml", ".yml"} or os.path.isdir(path)
 
 
 def _unknown(name: str, shipped: Mapping[str, Any]) -> str:
     return (
-        f"{name!r} is not a shipped task; {did_you_mean(name, shipped)} "
+        f"{shown(name)} is not a shipped task; {did_you_mean(name, shipped)} "
         "A task of your own is a folder or file path (with a '/'), or a mapping with 'name' and 'source'."
     )
 
@@ -120,7 +120,7 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         task["messages"] = "messages"
     elif not {"prompt", "completion"} <= set(row) and task.get("completion") is None:
         raise DataError(
-            f"{files[0]} has the columns {', '.join(map(str, row))}; without a 'prompt' template, the columns "
+            f"{files[0]} has the columns {listed(row)}; without a 'prompt' template, the columns "
             'prompt and completion are expected. Write the templates, e.g. prompt: "{{ question }}\\nAnswer:".'
         )
     if "choices" in row and not isinstance(row["choices"], str):

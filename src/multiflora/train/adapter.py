@@ -20,10 +20,12 @@ from multiflora.compress.layer import compressed_layers, sparsify
 from multiflora.compress.saved import save_compressed
 from multiflora.compress.spec import CompressSpec
 from multiflora.context import task
-from multiflora.errors import AdapterError, ConfigError
+from multiflora.errors import AdapterError, ConfigError, MultifloraError
 from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
+from multiflora.patterns import pattern_problems
 from multiflora.recipe import Recipe
+from multiflora.tied import check_tied, tied_modules
 from multiflora.train.baselines import adalora_steps
 from multiflora.train.processes import is_first_process, is_sharded
 from multiflora.train.sharded import adapter_tensors
@@ -60,13 +62,15 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
     if not low_cpu_mem_usage:
         _check_size(model, config)
     torch.manual_seed(recipe.seed)
+    for problem in pattern_problems(recipe.method.settings, (name for name, _ in model.named_modules())):
+        raise ConfigError(f"method.{problem}")
     try:
         return put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
-    except ValueError as error:
-        if isinstance(error, AdapterError | ConfigError):
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        if isinstance(error, MultifloraError):
             raise
         raise ConfigError(
-            f"method: {recipe.method.name} cannot be put on {type(model).__name__}: {error} "
+            f"method: {recipe.method.name} cannot be put on {type(model).__name__}: {str(error)[:300]} "
             "Check method.target_modules."
         ) from error
 
@@ -87,7 +91,9 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
     if low_cpu_mem_usage and _takes_start_off(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
+    tied = tied_modules(model)
     adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    check_tied(adapted, tied)
     if low_cpu_mem_usage:
         # on the meta device parameters are made anew, and AdaLoRA's count of ranks forgets that it is not trained
         for name, parameter in adapted.named_parameters():

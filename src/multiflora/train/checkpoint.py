@@ -21,10 +21,23 @@ from torch import Tensor
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import write_json
 
-__all__ = ["CHECKPOINTS", "SEAL", "Window", "is_whole", "last_checkpoint", "processes_of", "remove_older", "seal"]
+__all__ = [
+    "CHECKPOINTS",
+    "DATA",
+    "SEAL",
+    "Window",
+    "is_whole",
+    "last_checkpoint",
+    "processes_of",
+    "remove_older",
+    "seal",
+]
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within the output folder."""
+
+DATA = "data.json"
+"""The file beside the checkpoints that says what they were trained on: task -> fingerprint of its rows."""
 
 SEAL = "complete.json"
 """The file that is written last."""

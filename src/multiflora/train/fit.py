@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def fit(
     examples: Examples,
     *,
     checkpoint: Path | None = None,
+    fingerprints: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> tuple[TrainingData, list[dict[str, Any]]]:
     """Train the adapter.
@@ -63,6 +65,7 @@ def fit(
         recipe: The recipe.
         examples: The tasks' examples and their mixture.
         checkpoint: Go on from here.
+        fingerprints: Those of the tasks' rows; laid beside checkpoints.
         quiet: Show no progress.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
@@ -92,6 +95,7 @@ def fit(
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
+            fingerprints=fingerprints,
             callbacks=[*bars, *schedule, *training_callbacks(model)],
             loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from multiflora.train.adapter import (
 from multiflora.train.engines import require_engine
 from multiflora.train.fit import fit
 from multiflora.train.lorahub import fit_and_compose
-from multiflora.train.output import disk_guard, open_output
+from multiflora.train.output import check_data, disk_guard, only_run, open_output
 from multiflora.train.packing import require_separate_examples
 from multiflora.train.precision import weights_of
 from multiflora.train.processes import is_first_process, is_sharded, own_device
@@ -84,6 +84,12 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     """
     recipe = recipe_from(recipe)
     refuse_secrets([recipe.to_yaml()], "The recipe")
+    with only_run(recipe.output) if is_first_process() else nullcontext():
+        return _train(recipe, resume=resume, quiet=quiet)
+
+
+def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
+    """Do what `train` says, in an output folder that no other run writes to."""
     checkpoint = open_output(recipe, resume=resume)
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
@@ -94,6 +100,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     with disk_guard(recipe.output), quiet_libraries():
         tokenizer = load_tokenizer(recipe.model)
         examples = encode_tasks(recipe, tokenizer)
+        fingerprints = {name: fingerprint(rows) for name, rows in examples.rows.items()}
+        if checkpoint is not None:
+            check_data(recipe.output, fingerprints)
         for note in examples.notes:
             log.warning(note)
         base = load_model(recipe.model, weights_of(recipe))
@@ -125,7 +134,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
                 report, history, made = fit_and_compose(model, tokenizer, recipe, examples, quiet=quiet)
                 figures = {"composition": made.to_dict()}
             else:
-                data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
+                data, history = fit(
+                    model, tokenizer, recipe, examples, checkpoint=checkpoint, fingerprints=fingerprints, quiet=quiet
+                )
                 report = data.report
         save_adapter(model, recipe.output, start=start)
         if is_first_process():
@@ -162,7 +173,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             mixture=report,
             parameters=parameters,
             training={"log": _without_times(history), **figures},
-            fingerprints={name: fingerprint(rows) for name, rows in examples.rows.items()},
+            fingerprints=fingerprints,
             seconds=seconds,
             notes=examples.notes,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 from multiflora.context import auxiliary_loss, chosen_positions, find
 from multiflora.data.collate import Collator
-from multiflora.files import write_text
+from multiflora.files import write_json, write_text
 from multiflora.methods.baselines import tokens_in_front
 from multiflora.methods.layer import BranchLinear
 from multiflora.train.adapter import save_adapter
 from multiflora.train.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
-from multiflora.train.checkpoint import Window, remove_older, seal
+from multiflora.train.checkpoint import DATA, Window, remove_older, seal
 from multiflora.train.guard import Guard
 from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
 from multiflora.train.watch import RoutingWatch
@@ -79,6 +79,7 @@ class MultitaskTrainer(SFTTrainer):
         num_examples: Examples to be trained on; rows after them only fill the last step up. None: all.
         guard: Told of every batch's losses; stops the run when they go bad or somebody asks it to stop.
         recipe: Text of the recipe, laid beside the checkpoints for a resumed run to compare with.
+        fingerprints: Those of the tasks' rows, laid there too.
         callbacks: Further callbacks.
     """
 
@@ -100,6 +101,7 @@ class MultitaskTrainer(SFTTrainer):
         num_examples: int | None = None,
         guard: Guard | None = None,
         recipe: str | None = None,
+        fingerprints: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -133,6 +135,7 @@ class MultitaskTrainer(SFTTrainer):
         self.epoch_size = epoch_size or self.examples_read
         self.guard = guard
         self.recipe = recipe
+        self.fingerprints = fingerprints
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.routing = find(model)
         self._watch = None if self.routing is None else RoutingWatch(self.routing)
@@ -271,6 +274,8 @@ class MultitaskTrainer(SFTTrainer):
         if first:
             if self.recipe is not None:
                 write_text(folder / "recipe.yaml", self.recipe)
+            if self.fingerprints is not None:
+                write_json(folder / DATA, self.fingerprints)
             seal(checkpoint, processes=self.args.world_size)
             remove_older(folder)
         self.accelerator.wait_for_everyone()

@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -154,5 +156,56 @@ def test_a_damaged_parquet_file_says_after_which_row(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[20:60] = b"\xff" * 40
     path.write_bytes(whole)
-    with pytest.raises(DataError, match=r"r\.parquet, after row 0: the Parquet file is damaged"):
+    with pytest.raises(DataError, match=r"r\.parquet, after row 0: the Parquet file cannot be read"):
         columns(path)
+
+
+def test_a_key_or_a_column_that_stands_twice_among_very_many_is_found(tmp_path: Path) -> None:
+    """Looking for it took time by the square of their number: minutes for these."""
+    names = [f"column{i}" for i in range(200_000)]
+    (tmp_path / "r.csv").write_text(",".join([*names, names[-1]]), "utf-8")
+    with pytest.raises(DataError, match="names the column 'column199999' twice"):
+        list(read_rows(tmp_path / "r.csv"))
+    keys = ", ".join(f'"{name}": 1' for name in [*names, names[-1]])
+    (tmp_path / "r.jsonl").write_text(f"{{{keys}}}", "utf-8")
+    with pytest.raises(DataError, match="the key 'column199999' stands twice"):
+        list(read_rows(tmp_path / "r.jsonl"))
+
+
+def test_a_row_that_does_not_fit_many_columns_is_told_in_a_message_one_can_read(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text(",".join(f"c{i}" for i in range(100_000)) + "\n1,2\n", "utf-8")
+    with pytest.raises(
+        DataError, match=r"line 2 does not have the 100000 values of the header \(c0, .* more\)"
+    ) as caught:
+        list(read_rows(tmp_path / "r.csv"))
+    assert len(str(caught.value)) < 3000
+
+
+def test_equal_rows_that_are_packed_into_nothing_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000_000, np.int8)), pa.array(["a" * 100]))
+    pq.write_table(pa.table({"prompt": column}), path)
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(DataError, match="has more than 10,000,000 rows, which are all held in memory"):
+        check_size([path])
+
+
+def test_a_time_zone_that_nobody_knows_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"at": pa.array([0], pa.timestamp("s", tz="Nowhere/Land"))}), path)
+    with pytest.raises(DataError, match=r"r\.parquet, after row 0: the Parquet file cannot be read: .*Nowhere/Land"):
+        list(read_rows(path))
+
+
+def test_a_pattern_over_a_huge_tree_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(300):
+        (tmp_path / "a" / f"{i}.jsonl").touch()
+    source = FilesSource(train=(tmp_path / "**" / "*.jsonl",))
+    assert len(split_files(source)["train"]) == 300
+    monkeypatch.setattr("multiflora.tasks.files.MOST_FILES", 200)
+    with pytest.raises(DataError, match=r"matches 300 files; expected at most 200"):
+        split_files(source)
+    monkeypatch.setattr("multiflora.stoppable.SECONDS", 1e-4)
+    with pytest.raises(DataError, match=r"it takes more than 0.0001 seconds to look through the folders"):
+        split_files(source)

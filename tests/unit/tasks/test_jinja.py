@@ -5,44 +5,48 @@ from __future__ import annotations
 import pytest
 
 from multiflora.errors import DataError
+from multiflora.stoppable import run
 from multiflora.tasks import load_task
-from multiflora.tasks.jinja import Failure, check_expression, check_template, expression, template
+from multiflora.tasks.jinja import Failure, ahead, check_expression, check_template, expression, template
+from multiflora.tasks.load import examples_of
 from multiflora.tasks.render import render
 
 ROW = {"text": "word " * 20_000, "xs": ["a", "b"], "n": 3, "short": "red"}
 
 TOO_MUCH = [
     "{{ 'a' * 10**12 }}",
-    "{{ 10**12 * 'a' }}",
-    "{{ [text] * 10**6 }}",
-    "{{ 3 ** (3 ** (3 ** 3)) }}",
     "{{ 'a' | center(10**11) }}",
-    "{{ 'a'.zfill(10**11) }}",
-    "{{ '%999999999d' % 1 }}",
     "{{ '%*d' % (10**9, 1) }}",
-    "{{ '%9999d' | format(1) }}",
-    "{{ 5 | round(-10**8) }}",
     "{{ text | replace('o', text) }}",
-    "{{ text.replace('o', text) }}",
-    "{{ text | wordwrap(1, wrapstring=text) }}",
     "{{ text.join(text) }}",
-    "{{ xs | join(text) | join(text) }}",
     "{{ xs | tojson(indent=10**9) }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{{ text }}{% endfor %}",
-    "{% for i in range(99999) %}{{ text[1:] }}{% endfor %}",
-    "{% for i in range(99999) %}{% if text == text ~ 'a' %}{% endif %}{% endfor %}",
-    "{% for i in range(99999) %}{% if text is in text %}{% endif %}{% endfor %}",
+    "{{ text * 101 }}",
     "{% set s = namespace(x='a') %}{% for i in range(99) %}{% set s.x = s.x ~ s.x %}{% endfor %}",
-    "{% set s = namespace(x='a') %}{% for i in range(99) %}{% set s.x = s.x + s.x %}{% endfor %}",
-    # each list holds the one before it ten times: small to keep, endless to print
-    "{% set s = namespace(x=[1]) %}{% for i in range(99) %}{% set s.x = [s.x, s.x, s.x] %}{% endfor %}",
+]
+TOO_LONG = [
+    # each list holds the one before it three times: small to keep, endless to print
+    "{% set s = namespace(x=[1]) %}{% for i in range(99) %}{% set s.x = [s.x, s.x, s.x] %}{% endfor %}{{ s.x }}",
+    "{{ 3 ** (3 ** (3 ** 3)) }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    # much within one call: nothing between its beginning and its end could count
+    "{% set s = text * 500 %}{% for i in range(99999) %}{{ s.count('ab') }}{% endfor %}",
+    "{% set s = text * 500 %}{% for i in range(99999) %}{{ 'wordwordx' in s }}{% endfor %}",
+    "{% set r = range(99999) | list %}{% for i in r %}{{ r | sum }}{{ r | max }}{% endfor %}",
+    "{{ (9 ** 99999 * 9 ** 99999) ** 40 % 7 }}",
+    r"{{ ('word' * 400 ~ '!') | without('(?:(?:[a-z]*)*\\s?)*\\d') }}",
 ]
 
 
 @pytest.mark.parametrize("source", TOO_MUCH)
-def test_what_would_be_large_is_refused_before_it_is_made(source):
-    with pytest.raises(Failure, match=r"more than|takes numbers up to|width above 999"):
+def test_what_would_fill_the_memory_is_refused(source):
+    with pytest.raises(Failure, match=r"takes more than 512 MiB of memory|gives more than 10,000,000 characters"):
+        template(check_template(source), ROW)
+
+
+@pytest.mark.parametrize("source", TOO_LONG)
+def test_what_would_run_for_long_is_stopped_even_within_one_call(source, monkeypatch):
+    monkeypatch.setattr("multiflora.stoppable.SECONDS", 0.2)
+    with pytest.raises(Failure, match=r"takes more than 0\.2 seconds"):
         template(check_template(source), ROW)
 
 
@@ -82,6 +86,7 @@ def test_nothing_but_plain_values_can_be_looked_at_or_called(source, tmp_path, m
         ("{% from 'x' import y %}", "from"),
         ("{% extends 'x' %}", "extends"),
         ("{% block a %}{% endblock %}", "block"),
+        ("{% autoescape true %}{% endautoescape %}", "autoescape"),
         ("{% for x in xs recursive %}{{ loop(xs) }}{% endfor %}", "for ... recursive"),
     ],
 )
@@ -110,12 +115,25 @@ def test_a_long_template_and_a_long_number_are_refused():
         check_expression("9" * 5000)
 
 
-def test_a_search_that_would_never_end_is_stopped(monkeypatch):
-    monkeypatch.setattr("multiflora.tasks.jinja.REGEX_SECONDS", 0.05)
-    with pytest.raises(Failure, match=r"works on this text for more than"):
-        template(r"{{ text | without('(?:(?:[a-z]*)*\\s?)*\\d') }}", {"text": "word" * 400 + "!"})
-    with pytest.raises(Failure, match=r"'\[' is not a regular expression"):
-        template("{{ text | without('[') }}", ROW)
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ text | without('[') }}", r"'\[' is not a regular expression"),
+        ("{{ text | truncate(1) }}", "expected length >= 3"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ xs | sum(start='') }}", "can only concatenate|sum"),
+        ("{{ thing }}", "a value of type object is no text"),
+    ],
+)
+def test_what_does_not_fit_the_row_is_said(source, why):
+    with pytest.raises(Failure, match=why):
+        template(check_template(source), {**ROW, "thing": object()})
+
+
+def test_a_long_template_is_shown_by_its_beginning():
+    with pytest.raises(ValueError, match="not a Jinja template") as caught:
+        check_template("{{ " + "x" * 90_000 + " y")
+    assert len(str(caught.value)) < 500
 
 
 def test_what_tasks_do_need_works_as_before():
@@ -137,3 +155,35 @@ def test_half_a_character_is_refused_where_it_stands():
     spec = load_task({"name": "t", "source": "x/", "prompt": "{{ p }}", "completion": " a"})
     with pytest.raises(DataError, match=r"row 3: a text of task t holds '\\ud800', half of a character"):
         render(spec, {"p": "a \ud800"}, "row 3")
+
+
+def test_rows_rendered_ahead_give_what_single_ones_do(monkeypatch):
+    monkeypatch.setattr("multiflora.tasks.jinja.AHEAD", 2)
+    rows = [{"n": 1}, {"n": None}, {"n": 3}, {}, {"n": "a"}]
+    sources = [("n is {{ n }}", False), ("n", True)]
+
+    def results(rows):
+        for row in rows:
+            for source, is_expression in sources:
+                try:
+                    yield repr((expression if is_expression else template)(source, row))
+                except Failure as error:
+                    yield f"{type(error).__name__}: {error}"
+
+    alone = list(results(rows))
+    calls = []
+    monkeypatch.setattr(
+        "multiflora.tasks.jinja.run", lambda *words, **named: calls.append(words[0]) or run(*words, **named)
+    )
+    assert list(results(ahead(rows, lambda row: row, sources))) == alone
+    assert calls == ["multiflora.tasks.jinja:rendered_all"] * 3
+
+
+def test_a_row_that_cannot_be_rendered_ahead_fails_where_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr("multiflora.stoppable.SECONDS", 0.2)
+    lines = [f'{{"prompt": "a", "completion": "b", "n": {n}}}' for n in (1, 1, 99999, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    prompt = "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}{{ prompt }}"
+    task = {"name": "t", "source": str(tmp_path / "rows.jsonl"), "prompt": prompt, "completion": " b"}
+    with pytest.raises(DataError, match=r"line 3: the prompt of task t fails on this row: it takes more than 0\.2 sec"):
+        examples_of(load_task(task), "train")
