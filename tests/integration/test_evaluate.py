@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -369,6 +371,73 @@ def test_tasks_of_the_harness_are_scored_beside_ours(model: Any, tokenizer: Any,
     limited = evaluate(model, tokenizer, harness_tasks=["sky"], limit=4)
     assert limited["tasks"]["harness/sky"]["n"] == 4
     assert limited["macro"] is None
+
+
+@pytest.mark.usefixtures("harness_index")
+def test_a_limit_draws_rows_of_the_harness_s_tasks_and_writes_their_scores(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    drawn = {}
+    for limit in (4, 8, None):
+        found = evaluate(model, tokenizer, harness_tasks=["sky", "both"], limit=limit, folder=tmp_path / str(limit))
+        for name in ("sky", "both"):
+            text = (tmp_path / str(limit) / "scores" / "harness" / f"{name}.jsonl").read_text()
+            drawn[name, limit] = {row["id"]: row["score"] for row in map(json.loads, text.splitlines())}
+            score = found["tasks"][f"harness/{name}"]
+            assert len(drawn[name, limit]) == score["n"]
+            assert np.mean(list(drawn[name, limit].values())) == pytest.approx(score["score"])
+        assert found["tasks"]["harness/both"]["n"] == 2 * (limit or 13)
+    assert set(drawn["sky", 4]) != {f"sky-{i}" for i in range(4)}
+    assert drawn["sky", 4].items() <= drawn["sky", 8].items() <= drawn["sky", None].items()
+
+
+@pytest.mark.usefixtures("harness_index")
+def test_tasks_of_the_harness_get_the_chat_template_too(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    score = HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel, "loglikelihood", lambda lm, asked: (read.extend(r.args[0] for r in asked), score(lm, asked))[1]
+    )
+    with pytest.raises(ConfigError, match="has no chat template"):
+        evaluate(model, tokenizer, harness_tasks=["sky"], chat_template=True)
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    monkeypatch.setattr(
+        tokenizer, "chat_template", turns + "{% if add_generation_prompt %}<assistant>{% endif %}", raising=False
+    )
+    evaluate(model, tokenizer, harness_tasks=["sky"], chat_template=True)
+    assert "<user>is the sky 0? answer:</s><assistant>" in read
+    read.clear()
+    evaluate(model, tokenizer, harness_tasks=["sky"])
+    assert "is the sky 0? answer:" in read
+
+
+def test_an_answer_that_starts_with_a_line_end_is_read_and_not_cut(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} ? answer:", "completion": " 7", "answer": "7"} for i in range(3)]
+    source = {"test": lines(tmp_path / "late.jsonl", rows)}
+    tasks = [{"name": name, "source": source, "score": name} for name in ("exact", "number", "rouge")]
+    tasks[2]["stop"] = "\n"
+    # from the colon a line end, from there 7, and a line end again
+    steps = [tokenizer(text).input_ids[-1] for text in (":", "\n", "7", "\n")]
+    model = writes(steps, len(tokenizer))
+    found = evaluate(model, tokenizer, tasks, max_new_tokens=6, folder=tmp_path / "run")["tasks"]
+    assert {name: score["score"] for name, score in found.items()} == {"exact": 1.0, "number": 1.0, "rouge": 1.0}
+    alone = plain_scores(model, tokenizer, tmp_path / "run" / "harness", ["exact"])
+    assert alone["exact"]["exact_match,none"] == 1.0
+
+
+def writes(steps: list[int], vocabulary: int) -> Any:
+    """A model in which each token is followed by the next of ``steps``, whatever stands before it."""
+    model = tiny_model(vocabulary)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for now, following in pairwise(steps):
+            model.lm_head.weight[following] += model.model.embed_tokens.weight[now]
+    return model
 
 
 @pytest.mark.usefixtures("harness_index")

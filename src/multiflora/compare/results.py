@@ -78,7 +78,7 @@ class Summary:
     counts: Mapping[str, int]
     """Task -> its test rows."""
     extra: tuple[str, ...]
-    """Tasks that are scored but were not trained on."""
+    """Tasks that are scored but were not trained on, those of the harness among them."""
     base: Mapping[str, float]
     """Task -> the untrained model's score."""
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -11,6 +12,7 @@ __all__ = [
     "Results",
     "TaskScore",
     "example_scores",
+    "harness_example_scores",
     "macro_average",
     "main_metric",
     "mean_nll",
@@ -138,3 +140,28 @@ def example_scores(samples: Sequence[Mapping[str, Any]], metric: str) -> list[di
             nll = -sample["filtered_resps"][doc["answer"]][0] / doc["tokens"]
         found.append({"id": doc["id"], "score": float(sample[metric]), "nll": None if nll is None else float(nll)})
     return found
+
+
+def harness_example_scores(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], score: TaskScore
+) -> list[dict[str, Any]] | None:
+    """Return each example's own score of a task of the harness, as `example_scores` does for ours.
+
+    Args:
+        samples: The harness's log, task -> its samples; several for a group.
+        score: The task's score.
+
+    Returns:
+        For each example its ``id``, its ``score``, and None as its ``nll``. None as a whole where the score is no mean
+        over examples (perplexity, corpus BLEU, a group that weighs its tasks alike): there is nothing to pair then.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for leaf, own in samples.items():
+        for sample in own:  # a task with several filters lists its main one first
+            value = sample.get(score["metric"])
+            if not isinstance(value, int | float):
+                return None
+            name = f"{leaf}-{sample['doc_id']}"
+            rows.setdefault(name, {"id": name, "score": float(value), "nll": None})
+    mean = sum(row["score"] for row in rows.values()) / max(len(rows), 1)
+    return list(rows.values()) if math.isclose(mean, score["score"], rel_tol=1e-6, abs_tol=1e-9) else None

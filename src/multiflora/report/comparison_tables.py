@@ -192,6 +192,7 @@ def published(tables: Sequence[Published]) -> list[Table]:
 def tasks(recipe: Recipe, summary: Summary) -> Table:
     """What each task is, as far as it is said."""
     every = (*recipe.tasks, *recipe.evaluate.extra_tasks)
+    theirs = [name for name in summary.extra if name.startswith("harness/")]
     has_about, has_licence = any(task.about for task in every), any(task.licence for task in every)
     return Table(
         name="table-data",
@@ -213,6 +214,15 @@ def tasks(recipe: Recipe, summary: Summary) -> Table:
                 *([word(task.licence) if task.licence else NOTHING] if has_licence else []),
             ]
             for task in every
+        ]
+        + [
+            [
+                word(name.removeprefix("harness/"), "lm-evaluation-harness"),
+                word(summary.metrics[name]),
+                number(summary.counts[name]),
+                *[NOTHING] * (has_about + has_licence),
+            ]
+            for name in theirs
         ],
     )
 
