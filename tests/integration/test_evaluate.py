@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -21,9 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import multiflora
-from multiflora.errors import AdapterError, ConfigError, DataError, EnvironmentProblem
+from multiflora.data.encode import encode
+from multiflora.errors import AdapterError, ConfigError, EnvironmentProblem
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.model import HarnessModel
+from multiflora.tasks import load_task
 
 TEXT = "is the sky blue? yes no maybe red green one two three 1 2 3 4 5 6 7 8 9 0 + = answer: #### \n"
 
@@ -229,19 +232,39 @@ def test_evaluating_twice_gives_the_same_and_leaves_no_trace(
     assert json.dumps(evaluate(model, tokenizer, tasks, max_new_tokens=8)) == json.dumps(first)
 
 
-def test_nll_of_choices_is_the_mean_over_tokens_of_the_right_one(
+def test_nats_of_choices_are_normalised_over_the_choices(
     model: Any, tokenizer: Any, tasks: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     found = evaluate(model, tokenizer, tasks[:1])["tasks"]["sky"]
-    nats = []
+    surprises = []
     for line in (tmp_path / "sky.jsonl").read_text().splitlines():
         row = json.loads(line)
-        prompt = tokenizer(row["prompt"]).input_ids
-        right = tokenizer(row["completion"]).input_ids
+        prompt, likelihoods = tokenizer(row["prompt"]).input_ids, []
+        for choice in row["choices"]:
+            ids = tokenizer(choice).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            likelihoods.append(-torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum"))
+        surprises.append(-torch.stack(likelihoods).log_softmax(0)[row["answer"]].item())
+    assert found["nll"] == pytest.approx(sum(surprises) / len(surprises), rel=1e-4)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_nats_per_token_are_those_of_the_training_loss(model: Any, tokenizer: Any, tmp_path: Path, end: str) -> None:
+    rows = [{"prompt": f"is the sky blue {i}?{end}", "completion": f" no {'maybe ' * i}1"} for i in range(4)]
+    rows.append({"prompt": "is the sk", "completion": "y"})  # the boundary lies within a token of the whole text
+    task = load_task(
+        {"name": "said", "source": {"train": (path := lines(tmp_path / "said.jsonl", rows)), "test": path}}
+    )
+    whole = Dataset.from_list(rows)
+    losses = []
+    for row in encode(whole, tokenizer, task="said", task_id=0, max_length=200).dataset:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + right])).logits[0, len(prompt) - 1 : -1]
-        nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(right)).item())
-    assert found["nll"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:])).item())
+        assert row["labels"][-1] == tokenizer.eos_token_id
+    found = evaluate(model, tokenizer, [task], folder=tmp_path / "run")["tasks"]["said"]
+    assert found["nll"] == found["score"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_length_normalised_choices_are_scored_by_bytes(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
@@ -324,13 +347,6 @@ def test_inputs_that_are_cut_are_counted(tokenizer: Any, tmp_path: Path, caplog:
 def test_an_answer_longer_than_the_context_is_refused(tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens\) is 256, but the model reads 32 tokens"):
         evaluate(tiny_model(len(tokenizer), context=32), tokenizer, tasks[2:3])
-
-
-def test_a_completion_without_a_token_of_its_own_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": "is the sk", "completion": "y"}]
-    task = {"name": "melted", "source": {"test": lines(tmp_path / "melted.jsonl", rows)}}
-    with pytest.raises(DataError, match=r"'y' has no token of its own.*begin with a space"):
-        evaluate(model, tokenizer, [task])
 
 
 def test_what_is_missing_is_said(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from multiflora.data.encode import encode_text
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
@@ -91,11 +92,14 @@ class HarnessModel(HFLM):
         self._front = tokens_in_front(model)
         self._max_length = self.max_length - virtual_tokens(model)
         self.stops: tuple[str, ...] = ()
+        self.templated: bool | None = None
         self._tail: int | None = None
         # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
         self._together = {"synced_gpus": True} if _is_spread(model) else {}
         self._ticker = self.cache_hook = _Ticker(on_progress)
 
+    templated: bool | None
+    """Whether the texts to come have been through a chat template; None: they are of a task of the harness itself."""
     stops: tuple[str, ...]
     """Stops of white space; the harness is not told of them, as it would end an answer at them before it begins."""
 
@@ -130,6 +134,19 @@ class HarnessModel(HFLM):
         if not prompt:
             return len(self.tok_encode(completion, add_special_tokens=False))
         return len(self._encode_pair(prompt, completion)[1])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of its completion as in training, so a line end before it is the prompt's.
+
+        The end of text belongs to the completion where it is written there.
+        """
+        if self.templated is None:
+            theirs: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return theirs
+        end = self.tokenizer.eos_token
+        written = continuation.removesuffix(end)
+        first, rest = encode_text(context, written, self.tokenizer, chat_template=self.templated)
+        return first, rest if written != continuation else rest[:-1]
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None

@@ -166,6 +166,7 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
     if plan.chat_template and plan.harness_tasks:
         as_text(Example("", "", "a question", "an answer"), tokenizer, True)  # refuses a tokenizer without a template
     theirs = {name: _their_task(name) for name in plan.harness_tasks}
+    lm.templated = plan.chat_template
     groups: list[tuple[Group, Sequence[TaskSpec]]] = [("tasks", plan.tasks), ("extra", plan.extra_tasks)]
     ours = [(group, spec, _written(spec, plan, lm, folder)) for group, specs in groups for spec in specs]
     scores: dict[str, TaskScore] = {}
@@ -178,7 +179,7 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
         nll = mean_nll(samples) if spec.score == "choices" else None
         _write_rows(folder.parent / "scores" / f"{spec.name}.jsonl", example_scores(samples, metric_of(spec)))
         scores[spec.name] = task_score(found["results"][spec.name], metric_of(spec), n=count, nll=nll, group=group)
-    lm.stops = ()
+    lm.stops, lm.templated = (), None
     for name, loaded in theirs.items():
         found = _run(lm, loaded, name, bar, limit=plan.limit, chat_template=plan.chat_template)
         # a group has a score of its own; a tag is only a list of tasks
@@ -204,7 +205,14 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> int:
     """Write a task's examples for the harness, and return how many there are."""
     examples = with_shots(spec, examples_of(spec, plan.split, plan.limit))
-    rows = [row_of(e, lambda e: as_text(e, lm.tokenizer, plan.chat_template), lm.count_tokens) for e in examples]
+    # where nats are the score, the end of text counts as it does in training
+    end = (lm.tokenizer.eos_token or "") if spec.score == "nll" else ""
+
+    def texts(example: Example) -> tuple[str, str]:
+        prompt, completion = as_text(example, lm.tokenizer, plan.chat_template)
+        return prompt, completion + end
+
+    rows = [row_of(example, texts, lm.count_tokens) for example in examples]
     to_harness(spec, rows, folder, max_new_tokens=plan.max_new_tokens)
     return len(rows)
 
