@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from multiflora.compare.forgetting import Forgetting
 from multiflora.compare.statistics import Difference, Interval, Rank
+from multiflora.compare.transfer import Transfer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,6 +90,10 @@ class Summary:
     device: str
     cells: Sequence[str]
     """Names of the cells that all this is made of."""
+    forgetting: Forgetting | None = None
+    """What became of the tasks that were not trained on; None where there are none."""
+    single_task: tuple[Transfer, ...] = ()
+    """Every method against one LoRA per task, for each of their sizes; empty where it was not asked for."""
 
     @property
     def sentences(self) -> dict[str, str]:

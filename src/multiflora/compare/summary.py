@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multiflora.compare.forgetting import forgetting, forgetting_words
 from multiflora.compare.plan import Competitor
 from multiflora.compare.results import Measure, Row, Summary
 from multiflora.compare.spec import Comparison
@@ -106,8 +107,10 @@ def summarise(
     rows = tuple(_row(item, baseline, found, measures, by_task) for item in planned)
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
+    forgot = forgetting(found.base, {label: found.by_label[label] for label in fit}, reference, found.extra)
+    claims = {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows}
     return Summary(
-        answer=answer(reference, {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows})
+        answer=" ".join(filter(None, (answer(reference, claims), forgetting_words(forgot, reference))))
         if reference in found.by_label
         else f"{reference}, the baseline, has no finished training yet, so nothing can be compared with it.",
         rows=rows,
@@ -121,6 +124,7 @@ def summarise(
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
         trials=trials or {},
         device=found.base["device"],
+        forgetting=forgot,
         cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
     )
 
