@@ -49,7 +49,7 @@ def group_by_length(
         Positions in the plan, in their new order.
     Example:
         >>> group_by_length(np.array([9, 1, 8, 2]), 2, tasks=np.array([0, 1, 0, 1]), seed=0)
-        array([2, 1, 0, 3])
+        array([1, 2, 0, 3])
     """
     stretch = batch_size * window
     of = np.zeros(len(lengths), dtype=np.int64) if tasks is None else tasks
