@@ -11,6 +11,7 @@ import yaml
 
 from multiflora.embedded import HUB_NAME
 from multiflora.methods import METHODS, merges
+from multiflora.recipe import LOSSES
 from multiflora.tasks.spec import GeneratorSource, HubSource
 
 if TYPE_CHECKING:
@@ -209,7 +210,9 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterabl
         return
     yield "## Mixture"
     yield f"Strategy: {recipe.mixture.strategy}."
-    heads = ["task", "examples", "share", "tokens", "share of tokens"]
+    yield f"The loss of a step is {LOSSES[recipe.train.loss]}."
+    with_loss = max(sum(row["loss_tokens"] for row in report.values()), 1)
+    heads = ["task", "examples", "share", "tokens", "share of tokens", "share of labelled tokens"]
     yield _table(
         heads,
         [
@@ -219,6 +222,7 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterabl
                 f"{row['share_of_examples']:.1%}",
                 f"{row['tokens']:,}",
                 f"{row['share_of_tokens']:.1%}",
+                f"{row['loss_tokens'] / with_loss:.1%}",
             ]
             for name, row in report.items()
         ],

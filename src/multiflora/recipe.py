@@ -30,6 +30,7 @@ from multiflora.tasks.spec import TaskSpec
 from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 __all__ = [
+    "LOSSES",
     "EvaluateSpec",
     "MethodSpec",
     "MixtureSpec",
@@ -45,6 +46,13 @@ __all__ = [
 def _expand(value: Any, info: ValidationInfo) -> Any:
     base = (info.context or {}).get("base") or Path.cwd()
     return expand_task(value, base)
+
+
+LOSSES: Mapping[str, str] = {
+    "tokens": "the mean over its labelled tokens",
+    "tasks": "each task's mean over its labelled tokens, weighed by the task's share of the step's examples",
+}
+"""Words of ``train.loss`` -> what the loss of a step is then."""
 
 
 # a task in a recipe: a shipped name, a folder of files, a task file, or a mapping
@@ -170,6 +178,10 @@ class TrainSpec(Strict):
     """Optimiser, by its name in transformers."""
     max_length: int = Field(default=1024, gt=1)
     """Longest example, in tokens; longer ones are left out, counted and reported."""
+    loss: Literal["tokens", "tasks"] = "tokens"
+    """Mean over a step's labelled tokens, or each task's own mean, weighed by its share of the step's examples."""
+    group_by_length: bool = True
+    """Put examples of like length, of every task, into one batch; false: the mixture's own order. Not with packing."""
     packing: bool = False
     """Put several examples into one row, without attention between them."""
     gradient_checkpointing: bool = False

@@ -15,7 +15,11 @@ import pytest
 
 import multiflora
 from multiflora.compare.results import Summary
+from multiflora.compare.saved import read_comparison
+from multiflora.compare.single_task import steps_of_each
 from multiflora.errors import EnvironmentProblem
+from multiflora.recipe import recipe_from
+from multiflora.report import report
 from tests.cli.parts import COMMAND, save_model, write_task
 
 
@@ -155,3 +159,60 @@ def test_a_dry_run_prints_the_budget_and_trains_nothing(place: Path) -> None:
     assert found["lora"]["rank"] == 4
     assert found["rlora"]["parameters"] == pytest.approx(found["lora"]["parameters"], rel=0.1)
     assert not (place / "dry").exists()
+
+
+def test_single_tasks_are_trained_at_both_sizes_and_compared(place: Path) -> None:
+    section = {"methods": [{"lora": {"r": 4}}], "seeds": 2, "single_task": True, "transfer": True}
+    found = multiflora.compare(plan(place, "singles", **section), quiet=True)
+    kinds = sorted(re.sub(r"-[0-9a-f]{10}$", "", name) for name in cells(place / "singles"))
+    single = [
+        f"{size}-{task}-single{seed}"
+        for size in ("each", "together")
+        for task in ("roses", "tulips")
+        for seed in (0, 1)
+    ]
+    assert kinds == ["base-base0", *single[:4], "lora-seed0", "lora-seed1", *single[4:]]
+    each, together = found.single_task
+    assert each.parameters == 2 * found.rows[0].parameters
+    assert together.parameters == found.rows[0].parameters
+    assert (each.rank, together.rank) == (4, 2)
+    for size in (each, together):
+        assert set(size.scores) == set(size.matrix) == set(size.tasks["lora"]) == {"roses", "tulips"}
+        assert set(size.matrix["roses"]) == {"roses", "tulips"}
+    text = next((place / "singles" / "cells").glob("each-roses-single0-*.json")).read_text()
+    cell = json.loads(text)
+    assert cell["seed"] == 0
+    assert cell["settings"]["r"] == 4
+    assert [line["step"] for line in cell["log"]] == [1]  # half of the two steps
+    assert set(cell["rows"]) == {"roses", "tulips"}
+    before = cells(place / "singles")
+    again = multiflora.compare(plan(place, "singles", **section), quiet=True)
+    assert again.to_dict() == found.to_dict()
+    assert cells(place / "singles") == before
+    read = read_comparison(place / "singles").summary
+    assert read.single_task == found.single_task
+    words = report(place / "singles", measure=False).page.read_text("utf-8")
+    assert "Against one LoRA per task: the whole budget each" in words
+    assert "What transfers, LoRAs of the budget together" in words
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "expected"),
+    [
+        ("equal", {"max_steps": 9}, [5, 4]),
+        ("size", {"max_steps": 9}, [6, 3]),
+        ("equal", {"epochs": 2, "batch_size": 4}, [3, 2]),
+    ],
+)
+def test_a_single_task_gets_its_share_of_the_steps(
+    tmp_path: Path, strategy: str, train: dict[str, Any], expected: list[int]
+) -> None:
+    tasks = []
+    for name, size in (("a", 6), ("b", 3)):
+        (tmp_path / name).mkdir()
+        for split, rows in (("train", size), ("validation", 1), ("test", 1)):
+            lines = [json.dumps({"prompt": f"{name} {split} {i}", "completion": " x"}) for i in range(rows)]
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(lines))
+        tasks.append(str(tmp_path / name))
+    plain = {"model": "m", "method": "lora", "tasks": tasks, "train": train, "mixture": {"strategy": strategy}}
+    assert steps_of_each(recipe_from({**plain, "output": "out"})) == expected

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -19,9 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import multiflora
-from multiflora.errors import AdapterError, ConfigError, DataError, EnvironmentProblem
+from multiflora.data.encode import encode
+from multiflora.errors import AdapterError, ConfigError, EnvironmentProblem
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.model import HarnessModel
+from multiflora.tasks import load_task
 
 TEXT = "is the sky blue? yes no maybe red green one two three 1 2 3 4 5 6 7 8 9 0 + = answer: #### \n"
 
@@ -227,19 +232,39 @@ def test_evaluating_twice_gives_the_same_and_leaves_no_trace(
     assert json.dumps(evaluate(model, tokenizer, tasks, max_new_tokens=8)) == json.dumps(first)
 
 
-def test_nll_of_choices_is_the_mean_over_tokens_of_the_right_one(
+def test_nats_of_choices_are_normalised_over_the_choices(
     model: Any, tokenizer: Any, tasks: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     found = evaluate(model, tokenizer, tasks[:1])["tasks"]["sky"]
-    nats = []
+    surprises = []
     for line in (tmp_path / "sky.jsonl").read_text().splitlines():
         row = json.loads(line)
-        prompt = tokenizer(row["prompt"]).input_ids
-        right = tokenizer(row["completion"]).input_ids
+        prompt, likelihoods = tokenizer(row["prompt"]).input_ids, []
+        for choice in row["choices"]:
+            ids = tokenizer(choice).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            likelihoods.append(-torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum"))
+        surprises.append(-torch.stack(likelihoods).log_softmax(0)[row["answer"]].item())
+    assert found["nll"] == pytest.approx(sum(surprises) / len(surprises), rel=1e-4)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_nats_per_token_are_those_of_the_training_loss(model: Any, tokenizer: Any, tmp_path: Path, end: str) -> None:
+    rows = [{"prompt": f"is the sky blue {i}?{end}", "completion": f" no {'maybe ' * i}1"} for i in range(4)]
+    rows.append({"prompt": "is the sk", "completion": "y"})  # the boundary lies within a token of the whole text
+    task = load_task(
+        {"name": "said", "source": {"train": (path := lines(tmp_path / "said.jsonl", rows)), "test": path}}
+    )
+    whole = Dataset.from_list(rows)
+    losses = []
+    for row in encode(whole, tokenizer, task="said", task_id=0, max_length=200).dataset:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + right])).logits[0, len(prompt) - 1 : -1]
-        nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(right)).item())
-    assert found["nll"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:])).item())
+        assert row["labels"][-1] == tokenizer.eos_token_id
+    found = evaluate(model, tokenizer, [task], folder=tmp_path / "run")["tasks"]["said"]
+    assert found["nll"] == found["score"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_length_normalised_choices_are_scored_by_bytes(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
@@ -324,13 +349,6 @@ def test_an_answer_longer_than_the_context_is_refused(tokenizer: Any, tasks: lis
         evaluate(tiny_model(len(tokenizer), context=32), tokenizer, tasks[2:3])
 
 
-def test_a_completion_without_a_token_of_its_own_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": "is the sk", "completion": "y"}]
-    task = {"name": "melted", "source": {"test": lines(tmp_path / "melted.jsonl", rows)}}
-    with pytest.raises(DataError, match=r"'y' has no token of its own.*begin with a space"):
-        evaluate(model, tokenizer, [task])
-
-
 def test_what_is_missing_is_said(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="no tasks to score"):
         evaluate(model, tokenizer, [])
@@ -369,6 +387,73 @@ def test_tasks_of_the_harness_are_scored_beside_ours(model: Any, tokenizer: Any,
     limited = evaluate(model, tokenizer, harness_tasks=["sky"], limit=4)
     assert limited["tasks"]["harness/sky"]["n"] == 4
     assert limited["macro"] is None
+
+
+@pytest.mark.usefixtures("harness_index")
+def test_a_limit_draws_rows_of_the_harness_s_tasks_and_writes_their_scores(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    drawn = {}
+    for limit in (4, 8, None):
+        found = evaluate(model, tokenizer, harness_tasks=["sky", "both"], limit=limit, folder=tmp_path / str(limit))
+        for name in ("sky", "both"):
+            text = (tmp_path / str(limit) / "scores" / "harness" / f"{name}.jsonl").read_text()
+            drawn[name, limit] = {row["id"]: row["score"] for row in map(json.loads, text.splitlines())}
+            score = found["tasks"][f"harness/{name}"]
+            assert len(drawn[name, limit]) == score["n"]
+            assert np.mean(list(drawn[name, limit].values())) == pytest.approx(score["score"])
+        assert found["tasks"]["harness/both"]["n"] == 2 * (limit or 13)
+    assert set(drawn["sky", 4]) != {f"sky-{i}" for i in range(4)}
+    assert drawn["sky", 4].items() <= drawn["sky", 8].items() <= drawn["sky", None].items()
+
+
+@pytest.mark.usefixtures("harness_index")
+def test_tasks_of_the_harness_get_the_chat_template_too(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    score = HarnessModel.loglikelihood
+    monkeypatch.setattr(
+        HarnessModel, "loglikelihood", lambda lm, asked: (read.extend(r.args[0] for r in asked), score(lm, asked))[1]
+    )
+    with pytest.raises(ConfigError, match="has no chat template"):
+        evaluate(model, tokenizer, harness_tasks=["sky"], chat_template=True)
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    monkeypatch.setattr(
+        tokenizer, "chat_template", turns + "{% if add_generation_prompt %}<assistant>{% endif %}", raising=False
+    )
+    evaluate(model, tokenizer, harness_tasks=["sky"], chat_template=True)
+    assert "<user>is the sky 0? answer:</s><assistant>" in read
+    read.clear()
+    evaluate(model, tokenizer, harness_tasks=["sky"])
+    assert "is the sky 0? answer:" in read
+
+
+def test_an_answer_that_starts_with_a_line_end_is_read_and_not_cut(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} ? answer:", "completion": " 7", "answer": "7"} for i in range(3)]
+    source = {"test": lines(tmp_path / "late.jsonl", rows)}
+    tasks = [{"name": name, "source": source, "score": name} for name in ("exact", "number", "rouge")]
+    tasks[2]["stop"] = "\n"
+    # from the colon a line end, from there 7, and a line end again
+    steps = [tokenizer(text).input_ids[-1] for text in (":", "\n", "7", "\n")]
+    model = writes(steps, len(tokenizer))
+    found = evaluate(model, tokenizer, tasks, max_new_tokens=6, folder=tmp_path / "run")["tasks"]
+    assert {name: score["score"] for name, score in found.items()} == {"exact": 1.0, "number": 1.0, "rouge": 1.0}
+    alone = plain_scores(model, tokenizer, tmp_path / "run" / "harness", ["exact"])
+    assert alone["exact"]["exact_match,none"] == 1.0
+
+
+def writes(steps: list[int], vocabulary: int) -> Any:
+    """A model in which each token is followed by the next of ``steps``, whatever stands before it."""
+    model = tiny_model(vocabulary)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for now, following in pairwise(steps):
+            model.lm_head.weight[following] += model.model.embed_tokens.weight[now]
+    return model
 
 
 @pytest.mark.usefixtures("harness_index")

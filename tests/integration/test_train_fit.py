@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,7 +17,7 @@ from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.train.adapter import add_adapter
 from multiflora.train.checkpoint import CHECKPOINTS
-from multiflora.train.fit import fit
+from multiflora.train.fit import fit, order_examples
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]
@@ -112,3 +113,38 @@ def test_shares_follow_the_weights(tmp_path: Path) -> None:
     report = encode_tasks(weighted, make_tokenizer()).take(80).report
     assert report["echo"]["examples"] == pytest.approx(60, abs=10)
     assert report["echo"]["examples"] + report["next"]["examples"] == 80
+
+
+def test_grouping_mixes_the_tasks_in_every_batch_and_can_be_switched_off(tmp_path: Path) -> None:
+    def order(**train: Any) -> Any:
+        recipe = make_recipe(tmp_path, "lora", max_steps=16, batch_size=8, **train)
+        examples = encode_tasks(recipe, make_tokenizer())
+        data = order_examples(recipe, examples)[0].dataset
+        return np.array(data["task_id"][:]), np.array(data["example"][:]), examples.mixture.plan(128)
+
+    tasks, grouped, plan = order()
+    assert all(set(batch) == {0, 1} for batch in tasks.reshape(-1, 8))
+    assert sorted(grouped) == sorted(plan)
+    assert grouped.tolist() != plan.tolist()
+    assert order(group_by_length=False)[1].tolist() == plan.tolist()
+    assert order(packing=True)[1].tolist() == plan.tolist()
+
+
+def test_by_tasks_each_task_weighs_the_same_however_long_its_answers(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path, "lora", max_steps=4, batch_size=4, gradient_accumulation=2, log_every=1, loss="tasks"
+    )
+    data = order_examples(recipe, encode_tasks(recipe, make_tokenizer()))[0].dataset
+    tasks, mass = np.array(data["task_id"][:]), np.array(data["loss_weight"][:]) * np.array(data["loss_tokens"][:])
+    tokens = np.array(data["loss_tokens"][:])
+    assert tokens[tasks == 1].sum() > 1.1 * tokens[tasks == 0].sum()
+    for step in range(4):
+        own = slice(8 * step, 8 * step + 8)
+        assert mass[own].sum() == pytest.approx(1.0)
+        assert mass[own][tasks[own] == 0].sum() == pytest.approx(np.mean(tasks[own] == 0))
+    _, log = run(tiny_llama, recipe)
+    _, plain = run(
+        tiny_llama, make_recipe(tmp_path, "lora", max_steps=4, batch_size=4, gradient_accumulation=2, log_every=1)
+    )
+    assert len(losses(log, "loss")) == 4
+    assert losses(log, "loss") != losses(plain, "loss")

@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from multiflora.artifact import device_name, package_versions
 from multiflora.compare.plan import Cell
@@ -138,10 +139,16 @@ def _score_base(cell: Cell, *, quiet: bool) -> dict[str, Any]:
 def _rows(cell: Cell) -> dict[str, dict[str, list[Any]]]:
     """Each task's examples: id, score and nats per token of the right completion, in the order of their ids."""
     found = {}
-    for task in (*cell.recipe.tasks, *cell.recipe.evaluate.extra_tasks):
-        text = (cell.recipe.output / "scores" / f"{task.name}.jsonl").read_text("utf-8")
+    scores = cell.recipe.output / "scores"
+    files = {
+        task.name: scores / f"{task.name}.jsonl" for task in (*cell.recipe.tasks, *cell.recipe.evaluate.extra_tasks)
+    }
+    # those of the harness, as far as their scores are means over examples
+    files |= {f"harness/{unquote(path.stem)}": path for path in sorted((scores / "harness").glob("*.jsonl"))}
+    for task, path in files.items():
+        text = path.read_text("utf-8")
         rows = sorted((json.loads(line) for line in text.splitlines()), key=lambda row: str(row["id"]))
-        found[task.name] = {key: [row[key] for row in rows] for key in ("id", "score", "nll")}
+        found[task] = {key: [row[key] for row in rows] for key in ("id", "score", "nll")}
     return found
 
 

@@ -21,8 +21,9 @@ from multiflora.compare.spec import Comparison, Entry
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS, build_config, describe, settings_of
 from multiflora.recipe import MethodSpec, Recipe, TrainSpec
+from multiflora.tasks.spec import TaskSpec
 
-__all__ = ["Cell", "Competitor", "base_cell", "competitors", "learning_rates", "seed_cell", "trial_cell"]
+__all__ = ["Cell", "Competitor", "base_cell", "competitors", "learning_rates", "seed_cell", "single_cell", "trial_cell"]
 
 BASE = "base"
 """Label of the model as it is before training."""
@@ -54,7 +55,7 @@ class Cell:
 
     name: str
     """Its name in files: what it is, and a digest of its recipe. A changed recipe is another cell."""
-    kind: Literal["base", "trial", "seed"]
+    kind: Literal["base", "trial", "seed", "single"]
     label: str
     number: int
     """The seed, or the number of the trial."""
@@ -178,7 +179,24 @@ def trial_cell(comparison: Comparison, competitor: Competitor, number: int, lear
     return _cell("trial", competitor.label, number, recipe.model_copy(update={"evaluate": scored}))
 
 
-def _cell(kind: Literal["base", "trial", "seed"], label: str, number: int, recipe: Recipe) -> Cell:
+def single_cell(
+    comparison: Comparison,
+    competitor: Competitor,
+    task: TaskSpec,
+    seed: int,
+    learning_rate: float | None,
+    steps: int,
+    *,
+    label: str,
+) -> Cell:
+    """One training of a LoRA on one of the tasks, scored on that task, or on all where transfer is asked for."""
+    recipe = _recipe(comparison, competitor, seed, learning_rate, max_steps=steps)
+    others = tuple(other for other in recipe.tasks if other.name != task.name) if comparison.compare.transfer else ()
+    scored = recipe.evaluate.model_copy(update={"extra_tasks": others, "harness_tasks": ()})
+    return _cell("single", label, seed, recipe.model_copy(update={"tasks": (task,), "evaluate": scored}))
+
+
+def _cell(kind: Literal["base", "trial", "seed", "single"], label: str, number: int, recipe: Recipe) -> Cell:
     """A cell with a folder of its own under the comparison's ``runs``."""
     unscored = recipe.evaluate.model_copy(update={"before": False})  # the base model has a cell of its own
     recipe = recipe.model_copy(update={"evaluate": unscored})

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from multiflora.compare.forgetting import Forgetting
 from multiflora.compare.statistics import Difference, Interval, Rank
+from multiflora.compare.transfer import Transfer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,7 +80,7 @@ class Summary:
     counts: Mapping[str, int]
     """Task -> its test rows."""
     extra: tuple[str, ...]
-    """Tasks that are scored but were not trained on."""
+    """Tasks that are scored but were not trained on, those of the harness among them."""
     base: Mapping[str, float]
     """Task -> the untrained model's score."""
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
@@ -88,6 +90,10 @@ class Summary:
     device: str
     cells: Sequence[str]
     """Names of the cells that all this is made of."""
+    forgetting: Forgetting | None = None
+    """What became of the tasks that were not trained on; None where there are none."""
+    single_task: tuple[Transfer, ...] = ()
+    """Every method against one LoRA per task, for each of their sizes; empty where it was not asked for."""
 
     @property
     def sentences(self) -> dict[str, str]:

@@ -24,6 +24,7 @@ from multiflora.compare.plan import (
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import COMPARISON, SUMMARY
 from multiflora.compare.search import best_rate, loss_of, propose
+from multiflora.compare.single_task import single_trainings, with_single_tasks
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
 from multiflora.errors import EnvironmentProblem
@@ -82,6 +83,11 @@ def compare(
             cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
         found = _finish(cells, comparison, progress)
         summary = summarise(comparison, planned, list(found.values()), trials)
+        if comparison.compare.single_task:
+            singles = single_trainings(comparison, planned, load_config(comparison.recipe.model), rates)
+            progress.total += len(singles)
+            done = _finish([single.cell for single in singles], comparison, progress)
+            summary = with_single_tasks(comparison, summary, singles, found, done)
         write_json(folder / SUMMARY, summary.to_dict())
         return summary
 

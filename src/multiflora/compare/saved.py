@@ -71,8 +71,8 @@ def read_comparison(folder: str | Path) -> Saved:
 
 def _in_order(summary: Summary, comparison: Comparison) -> Summary:
     """Tasks in the order of the recipe; JSON has them sorted by name."""
-    order = [task.name for task in (*comparison.recipe.tasks, *comparison.recipe.evaluate.extra_tasks)]
-    return replace(summary, metrics={task: summary.metrics[task] for task in order if task in summary.metrics})
+    order = [task.name for task in comparison.recipe.tasks]
+    return replace(summary, metrics={t: summary.metrics[t] for t in (*order, *summary.extra) if t in summary.metrics})
 
 
 def _unfinished(folder: Path, comparison: Comparison) -> Saved:

@@ -132,6 +132,10 @@ class CompareSpec(Strict):
     """What is equal among the methods."""
     learning_rate: SearchSpec | None = None
     """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one."""
+    single_task: bool = False
+    """Train one LoRA per task, too, of the whole budget each and of a share of it: does training together pay?"""
+    transfer: bool = False
+    """Score each single task's LoRA on all tasks: the matrix of what transfers. Needs ``single_task``."""
     devices: int | None = Field(default=None, gt=0)
     """Trainings at a time, one on each device; None: one for each GPU, or one (on a cluster: as many as it takes)."""
     executor: Literal["local", "slurm", "ray"] = "local"
@@ -163,6 +167,12 @@ class CompareSpec(Strict):
     def _resources_are_read(self) -> CompareSpec:
         if self.resources and self.executor == "local":
             raise ValueError("resources is set, but executor is 'local', which ignores it; set executor or remove it.")
+        return self
+
+    @model_validator(mode="after")
+    def _transfer_of_single_tasks(self) -> CompareSpec:
+        if self.transfer and not self.single_task:
+            raise ValueError("transfer is true, but single_task is not, whose LoRAs it scores; set both or neither.")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from multiflora.compare.forgetting import forgetting, forgetting_words
 from multiflora.compare.plan import Competitor
 from multiflora.compare.results import Measure, Row, Summary
 from multiflora.compare.spec import Comparison
@@ -106,8 +107,10 @@ def summarise(
     rows = tuple(_row(item, baseline, found, measures, by_task) for item in planned)
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
+    forgot = forgetting(found.base, {label: found.by_label[label] for label in fit}, reference, found.extra)
+    claims = {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows}
     return Summary(
-        answer=answer(reference, {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows})
+        answer=" ".join(filter(None, (answer(reference, claims), forgetting_words(forgot, reference))))
         if reference in found.by_label
         else f"{reference}, the baseline, has no finished training yet, so nothing can be compared with it.",
         rows=rows,
@@ -121,6 +124,7 @@ def summarise(
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
         trials=trials or {},
         device=found.base["device"],
+        forgetting=forgot,
         cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
     )
 
@@ -137,12 +141,14 @@ def _arranged(comparison: Comparison, planned: Sequence[Competitor], cells: Sequ
     most = max(order, key=lambda seed: sum(seed in own for own in every.values()))
     kept = {label: own for label, own in every.items() if most in own}
     seeds = tuple(seed for seed in order if all(seed in own for own in kept.values()))
+    base = next(cell for cell in cells if cell["kind"] == "base")
+    theirs = [name for name, score in base["scores"]["tasks"].items() if score.get("group") == "harness"]
     return _Cells(
-        base=next(cell for cell in cells if cell["kind"] == "base"),
+        base=base,
         by_label={label: [own[seed] for seed in seeds] for label, own in kept.items()},
         seeds=seeds,
         trained=[task.name for task in comparison.recipe.tasks],
-        extra=[task.name for task in comparison.recipe.evaluate.extra_tasks],
+        extra=[*(task.name for task in comparison.recipe.evaluate.extra_tasks), *theirs],
     )
 
 
@@ -161,7 +167,8 @@ def _row(
     )
     if diverged:
         said = f"{item.label} diverged in {diverged} of {len(own)} trainings; lower its learning rate."
-    every = {} if diverged else found.outcomes(item.label, (*found.trained, *found.extra), "score")
+    # of the cells' own scores: those of some of the harness's tasks are no means over rows
+    every = {} if diverged else {task: _scores(own, task) for task in (*found.trained, *found.extra)}
     return Row(
         label=item.label,
         method=item.name,
@@ -171,7 +178,7 @@ def _row(
         learning_rate=own[0]["learning_rate"],
         score=measured["score"],
         nll=measured["nll"],
-        tasks={task: t_interval(values.mean(1)) for task, values in every.items()},
+        tasks={task: t_interval(values) for task, values in every.items()},
         task_differences={task: tests[item.label] for task, tests in by_task.items() if item.label in tests},
         kept=None if diverged else _kept(own, found.base, found.higher(found.extra)),
         seconds=_interval([cell["seconds"].get("train") for cell in own]),
@@ -234,6 +241,11 @@ def _same_rows(cells: Sequence[Cell]) -> None:
                     "compared row by row: the task's data have changed in between. Remove the older one's file from "
                     "the folder cells and start the comparison again."
                 )
+
+
+def _scores(cells: Sequence[Cell], task: str) -> list[float]:
+    """A task's score in each cell."""
+    return [cell["scores"]["tasks"][task]["score"] for cell in cells]
 
 
 def _kept(cells: Sequence[Cell], base: Cell, tasks: Sequence[str]) -> Interval | None:

@@ -55,6 +55,9 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
     table.caption = (
         f"{len(planned) * (len(spec.seeds) + trials)} trainings: {len(spec.seeds)} seeds, {trials} trials each"
     )
+    if spec.single_task:
+        singles = 2 * len(spec.seeds) * len(comparison.recipe.tasks)
+        table.caption += f"; and {singles} of single tasks, each a share of the steps"
     table.caption_justify = "left"
     return table
 

@@ -1,4 +1,4 @@
-"""Batches with little padding: examples of like length side by side, or several examples in one row."""
+"""Batches with little padding that hold every task: like lengths side by side, or several examples in one row."""
 
 from __future__ import annotations
 
@@ -19,33 +19,60 @@ _GROUPS = 2**31
 
 
 def group_by_length(
-    lengths: npt.NDArray[np.int64], batch_size: int, *, seed: int, window: int = 8
+    lengths: npt.NDArray[np.int64],
+    batch_size: int,
+    *,
+    tasks: npt.NDArray[np.int64] | None = None,
+    seed: int,
+    window: int = 8,
 ) -> npt.NDArray[np.int64]:
-    """Reorder a plan so that batches hold examples of like length, without moving any of them far.
+    r"""Reorder a plan so that batches hold examples of like length *of each task*, without moving any of them far.
 
-    Within each window of ``window`` batches, examples are sorted by length, cut into batches, and the batches
-    shuffled: tasks of different length stay mixed from step to step, which sorting longer stretches would
-    undo. With the batch of a whole optimiser step, what a step learns from does not depend on how many processes or
-    forward passes share it.
+    Sorted by length alone, short tasks and long ones would fall apart into batches of their own. So within each window
+    of ``window`` batches, each example is placed by its rank among those of its own task: the r-th shortest of n
+    examples stands at
+
+    .. math:: (r + \tfrac12) / n
+
+    and what is cut into batches is the order of these places. Every run of it, a batch as well as a part of one, holds
+    the tasks in about the window's own shares, and each task's examples in it are of like length. Then the batches are
+    shuffled. What an optimiser step learns from does not depend on how many processes or forward passes share it, if
+    the batch is a whole step.
 
     Args:
         lengths: Length of each example in the order of the plan, in tokens.
         batch_size: Examples in a batch.
+        tasks: Number of each example's task; None: all of one.
         seed: Seed of the order of batches within a window.
-        window: Batches to sort together; 8 halve the padding or better, 16 would gain a further 6 % of speed.
+        window: Batches to sort together.
     Returns:
         Positions in the plan, in their new order.
+    Example:
+        >>> group_by_length(np.array([9, 1, 8, 2]), 2, tasks=np.array([0, 1, 0, 1]), seed=0)
+        array([1, 2, 0, 3])
     """
     stretch = batch_size * window
+    of = np.zeros(len(lengths), dtype=np.int64) if tasks is None else tasks
     order = []
     for start in range(0, len(lengths), stretch):
-        by_length = start + np.argsort(lengths[start : start + stretch], kind="stable")
-        batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        placed = start + np.argsort(
+            _places(lengths[start : start + stretch], of[start : start + stretch]), kind="stable"
+        )
+        batches = [placed[i : i + batch_size] for i in range(0, len(placed), batch_size)]
         # only the plan's last batch may be short, or all that follow would be cut elsewhere
         full = [batch for batch in batches if len(batch) == batch_size]
         shuffled = np.random.default_rng((seed, _GROUPS, start)).permutation(len(full))
         order += [full[i] for i in shuffled] + batches[len(full) :]
     return np.concatenate(order) if order else np.empty(0, dtype=np.int64)
+
+
+def _places(lengths: npt.NDArray[np.int64], tasks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Where each example stands, from 0 to 1, among those of its task by length."""
+    places = np.empty(len(lengths))
+    for task in np.unique(tasks):
+        mine = (tasks == task).nonzero()[0]
+        places[mine[np.argsort(lengths[mine], kind="stable")]] = (np.arange(len(mine)) + 0.5) / len(mine)
+    return places
 
 
 def fold(lengths: Sequence[int], max_length: int) -> list[list[int]]:

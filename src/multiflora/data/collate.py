@@ -15,6 +15,10 @@ from multiflora.data.encode import IGNORED
 __all__ = ["Collator", "fold_batch", "pad_batch"]
 
 
+_OF_EXAMPLES: Mapping[str, float] = {"example": -1, "loss_weight": 0.0}
+"""Columns that examples may have, a number each, and what they are for the fill at the end of a folded row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collator:
     """Collates pre-encoded examples; a picklable callable for ``DataLoader``."""
@@ -40,19 +44,19 @@ def pad_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> di
         examples: Each with ``input_ids``, ``labels`` and ``task_id``.
         pad_token_id: Fills ``input_ids``.
     Returns:
-        ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``task_id`` (B,), ``row_length`` (B,) in tokens, and
-        ``example`` (B,) where the examples are numbered.
+        ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``task_id`` (B,), ``row_length`` (B,) in tokens, and,
+        where the examples have them, their numbers ``example`` (B,) and ``loss_weight`` (B,), float32.
     """
     lengths = torch.tensor([len(e["input_ids"]) for e in examples])
     width = int(lengths.max())
-    numbers = [int(e["example"]) for e in examples if "example" in e]
+    own = {key: torch.tensor([e[key] for e in examples]) for key in _OF_EXAMPLES if key in examples[0]}
     return {
         "input_ids": _stack([e["input_ids"] for e in examples], width, pad_token_id),
         "labels": _stack([e["labels"] for e in examples], width, IGNORED),
         "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
         "task_id": torch.tensor([int(e["task_id"]) for e in examples]),
         "row_length": lengths,
-        **({"example": torch.tensor(numbers)} if numbers else {}),
+        **own,
     }
 
 
@@ -68,8 +72,8 @@ def fold_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int, max_
         pad_token_id: Fills ``input_ids``.
         max_length: Longest row, in tokens.
     Returns:
-        ``input_ids``, ``labels``, ``position_ids``, ``task_id`` (R, T), ``row_length`` (R,), in tokens, and
-        ``example`` (R, T) where the examples are numbered.
+        ``input_ids``, ``labels``, ``position_ids``, ``task_id`` (R, T), ``row_length`` (R,), in tokens, and, where the
+        examples have them, ``example`` (R, T) and ``loss_weight`` (R, T).
     """
     lengths = [len(e["input_ids"]) for e in examples]
     rows = fold(lengths, max(max_length, *lengths))
@@ -77,7 +81,11 @@ def fold_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int, max_
     width = int(row_length.max())
     fill = [[*range(width - int(length))] for length in row_length]
     tasks = [_of_tokens(examples, row, "task_id") for row in rows]
-    numbers = [_of_tokens(examples, row, "example") for row in rows if "example" in examples[0]]
+    own = {
+        key: _stack([_of_tokens(examples, row, key) for row in rows], width, fill_value)
+        for key, fill_value in _OF_EXAMPLES.items()
+        if key in examples[0]
+    }
     return {
         "input_ids": _stack([_join(examples, row, "input_ids") for row in rows], width, pad_token_id),
         # a first token is not predicted, least of all from the example before it
@@ -89,7 +97,7 @@ def fold_batch(examples: Sequence[Mapping[str, Any]], *, pad_token_id: int, max_
         ),
         "task_id": torch.tensor([of + [of[-1]] * len(rest) for of, rest in zip(tasks, fill, strict=True)]),
         "row_length": row_length,
-        **({"example": _stack(numbers, width, -1)} if numbers else {}),
+        **own,
     }
 
 
@@ -98,11 +106,11 @@ def _join(examples: Sequence[Mapping[str, Any]], row: Sequence[int], column: str
     return [x for i in row for x in examples[i][column]]
 
 
-def _of_tokens(examples: Sequence[Mapping[str, Any]], row: Sequence[int], column: str) -> list[int]:
+def _of_tokens(examples: Sequence[Mapping[str, Any]], row: Sequence[int], column: str) -> list[Any]:
     """Repeat the number that each of a row's examples has in one column for all of its tokens."""
-    return [int(examples[i][column]) for i in row for _ in examples[i]["input_ids"]]
+    return [examples[i][column] for i in row for _ in examples[i]["input_ids"]]
 
 
-def _stack(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
+def _stack(rows: Sequence[Sequence[float]], width: int, fill: float) -> Tensor:
     """Pad lists on the right to one tensor."""
     return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows])

@@ -164,17 +164,18 @@ class Mixture:
             loss_tokens: Tokens of every example that carry loss.
         """
         task_of = np.repeat(np.arange(len(self.sizes)), self.sizes)[plan]
-        all_tokens = max(int(lengths[plan].sum()), 1)
+        all_tokens, all_loss = max(int(lengths[plan].sum()), 1), max(int(loss_tokens[plan].sum()), 1)
         report: dict[str, dict[str, Any]] = {}
         for task, name in enumerate(self.names):
             mine = plan[task_of == task]
-            tokens = int(lengths[mine].sum())
+            tokens, with_loss = int(lengths[mine].sum()), int(loss_tokens[mine].sum())
             report[name] = {
                 "examples": len(mine),
                 "share_of_examples": len(mine) / max(len(plan), 1),
                 "tokens": tokens,
                 "share_of_tokens": tokens / all_tokens,
-                "loss_tokens": int(loss_tokens[mine].sum()),
+                "loss_tokens": with_loss,
+                "share_of_loss_tokens": with_loss / all_loss,
                 "distinct_examples": len(np.unique(mine)),
                 "available_examples": self.sizes[task],
                 "passes": len(mine) / self.sizes[task],

@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from multiflora.data.batches import group_by_length
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
+from multiflora.data.weights import task_weights
 from multiflora.tasks import load_split
 
 if TYPE_CHECKING:
@@ -42,19 +43,25 @@ class Examples:
     notes: tuple[str, ...]
     """What was left out, a sentence each."""
 
-    def take(self, number: int, *, batch_size: int | None = None) -> TrainingData:
+    def take(self, number: int, *, batch_size: int | None = None, weigh_in: int | None = None) -> TrainingData:
         """Take the first examples of the mixture's stream.
 
         Args:
             number: How many.
             batch_size: Examples of an optimiser step, to lay those of like length side by side; None: leave the order.
+            weigh_in: Examples of an optimiser step, to give each a ``loss_weight`` by which tasks count as they are
+                drawn, see `task_weights`; None: no such column.
         """
         plan = self.mixture.plan(number)
-        lengths, loss_tokens = _column(self.store, "length"), _column(self.store, "loss_tokens")
+        lengths, loss_tokens, tasks = (_column(self.store, name) for name in ("length", "loss_tokens", "task_id"))
         report = self.mixture.report(plan, lengths, loss_tokens)
         if batch_size is not None:
-            plan = plan[group_by_length(lengths[plan], batch_size, seed=self.mixture.seed)]
-        return TrainingData(dataset=self.store.select(plan), report=report)
+            plan = plan[group_by_length(lengths[plan], batch_size, tasks=tasks[plan], seed=self.mixture.seed)]
+        dataset = self.store.select(plan)
+        if weigh_in is not None:
+            weights = task_weights(tasks[plan], loss_tokens[plan], weigh_in)
+            dataset = dataset.add_column("loss_weight", weights)
+        return TrainingData(dataset=dataset, report=report)
 
 
 def fill_up(dataset: Dataset, multiple: int) -> Dataset:
@@ -74,6 +81,8 @@ def fill_up(dataset: Dataset, multiple: int) -> Dataset:
     row = {**shortest, "labels": [IGNORED] * shortest["length"], "loss_tokens": 0}
     if "example" in row:
         row["example"] = -1  # none of the data's; what is counted over examples leaves it out
+    if "loss_weight" in row:
+        row["loss_weight"] = 0.0
     return concatenate_datasets([dataset, Dataset.from_list([row] * missing, features=dataset.features)])
 
 

@@ -18,7 +18,7 @@ def mixture_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
     """
     table = Table(title="Training mixture", title_justify="left")
     table.add_column("task")
-    for heading in ("examples", "share", "tokens", "share", "with loss", "passes"):
+    for heading in ("examples", "share", "tokens", "share", "with loss", "share", "passes"):
         table.add_column(heading, justify="right")
     for task, row in report.items():
         table.add_row(
@@ -28,6 +28,7 @@ def mixture_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{row['tokens']:,}",
             f"{row['share_of_tokens']:.1%}",
             f"{row['loss_tokens']:,}",
+            f"{row['share_of_loss_tokens']:.1%}",
             f"{row['passes']:.2f}",
         )
     return table

@@ -142,7 +142,9 @@ def _yaml(spec: TaskSpec, max_new_tokens: int) -> str:
     else:
         limit = spec.max_new_tokens or max_new_tokens
         config |= {"output_type": "generate_until", "doc_to_target": "completion"}
-        config["generation_kwargs"] = {"until": list(spec.stop), "max_gen_toks": limit, "do_sample": False}
+        # a stop of white space ends an answer, not the white space before one, which the harness cannot tell apart
+        until = [stop for stop in spec.stop if stop.strip()]
+        config["generation_kwargs"] = {"until": until, "max_gen_toks": limit, "do_sample": False}
         functions["process_results"] = "utils.text"
     config["metric_list"] = [
         {"metric": name, "aggregation": "mean", "higher_is_better": name != "nll"} for name in names

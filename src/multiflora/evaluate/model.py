@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from multiflora.data.encode import encode_text
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
+from multiflora.tasks.score import before_stop
 
 __all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
 
@@ -89,10 +91,17 @@ class HarnessModel(HFLM):
         self._can_slice = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._front = tokens_in_front(model)
         self._max_length = self.max_length - virtual_tokens(model)
+        self.stops: tuple[str, ...] = ()
+        self.templated: bool | None = None
         self._tail: int | None = None
         # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
         self._together = {"synced_gpus": True} if _is_spread(model) else {}
         self._ticker = self.cache_hook = _Ticker(on_progress)
+
+    templated: bool | None
+    """Whether the texts to come have been through a chat template; None: they are of a task of the harness itself."""
+    stops: tuple[str, ...]
+    """Stops of white space; the harness is not told of them, as it would end an answer at them before it begins."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score continuations; see the harness."""
@@ -125,6 +134,19 @@ class HarnessModel(HFLM):
         if not prompt:
             return len(self.tok_encode(completion, add_special_tokens=False))
         return len(self._encode_pair(prompt, completion)[1])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of its completion as in training, so a line end before it is the prompt's.
+
+        The end of text belongs to the completion where it is written there.
+        """
+        if self.templated is None:
+            theirs: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return theirs
+        end = self.tokenizer.eos_token
+        written = continuation.removesuffix(end)
+        first, rest = encode_text(context, written, self.tokenizer, chat_template=self.templated)
+        return first, rest if written != continuation else rest[:-1]
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -171,7 +193,7 @@ class HarnessModel(HFLM):
         # where the input is given as embeddings, what is generated begins at 0
         begin = 0 if self._front else context.shape[1]
         settings |= {
-            "stopping_criteria": StoppingCriteriaList([RowStops(stop, self.tokenizer, begin)]),
+            "stopping_criteria": StoppingCriteriaList([RowStops([*stop, *self.stops], self.tokenizer, begin)]),
             "pad_token_id": self.tokenizer.pad_token_id,
             "use_cache": True,
             "do_sample": False,
@@ -205,7 +227,7 @@ def _is_spread(model: Any) -> bool:
 
 
 class RowStops(StoppingCriteria):
-    """Finish each row whose latest text holds one of the stops.
+    """Finish each row whose answer holds one of the stops; white space before an answer is none, see `before_stop`.
 
     The harness's own criterion waits until one stop has come up in every row, so one row that ends in another way
     keeps the whole batch running to its longest.
@@ -220,15 +242,11 @@ class RowStops(StoppingCriteria):
         self.stops = list(stops)
         self.tokenizer = tokenizer
         self.prompt_length = prompt_length
-        # two more than the stop takes, as in the harness: it may be written in other tokens than its own
-        longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops), default=0)
-        self.window = longest + 2
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Say of each row, (rows,), whether it is finished."""
-        latest = input_ids[:, self.prompt_length :][:, -self.window :]
-        texts = self.tokenizer.batch_decode(latest)
-        done = [any(stop in text for stop in self.stops) for text in texts]
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
+        done = [before_stop(text, self.stops) != text for text in texts]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -11,9 +12,11 @@ __all__ = [
     "Results",
     "TaskScore",
     "example_scores",
+    "harness_example_scores",
     "macro_average",
     "main_metric",
     "mean_nll",
+    "nats",
     "task_score",
 ]
 
@@ -34,7 +37,7 @@ class TaskScore(TypedDict):
     stderr: float | None
     """Standard error of the mean, as the harness computes it; None where it has none (one example, say)."""
     nll: float | None
-    """Nats per token of the right completion, mean over examples; None where text was generated."""
+    """Nats of the right completion, mean over examples, see `nats`; None where text was generated."""
     other: dict[str, float]
     """Further metrics of the same answers, e.g. ``acc_norm``."""
     group: Group
@@ -73,7 +76,7 @@ def task_score(
         found: The harness's entry of the task: keys like ``acc,none`` and ``acc_stderr,none``.
         metric: Which of them is the score.
         n: Examples scored.
-        nll: Nats per token of the right completions, where known.
+        nll: Nats of the right completions, where known.
         group: See `TaskScore`.
 
     Example:
@@ -109,14 +112,36 @@ def main_metric(found: Mapping[str, Any]) -> str:
 
 
 def mean_nll(samples: Sequence[Mapping[str, Any]]) -> float:
-    """Return the nats per token of the right choices, mean over examples.
+    """Return the nats of the right choices, mean over examples; see `nats`.
 
     Args:
-        samples: The harness's log of a multiple-choice task, whose documents have our columns ``answer`` and
-            ``tokens``.
+        samples: The harness's log of a multiple-choice task, whose documents have our column ``answer``.
     """
-    nats = [float(-s["filtered_resps"][s["doc"]["answer"]][0] / s["doc"]["tokens"]) for s in samples]
-    return sum(nats) / len(nats)
+    return sum(map(_nats_of, samples)) / len(samples)
+
+
+def nats(log_likelihoods: Sequence[float], right: int) -> float:
+    r"""Return how surprising the right one of several choices is, given that it is one of them.
+
+    .. math:: -\log \frac{p(c_\text{right})}{\sum_k p(c_k)}
+
+    is log K for a model that knows nothing of K choices. Without the sum, most of it would be whether the model has
+    found the form of an answer.
+
+    Args:
+        log_likelihoods: Of each choice, in nats.
+        right: Which one is right.
+    Example:
+        >>> round(nats([-7.0, -7.0, -7.0], 1), 4)
+        1.0986
+    """
+    highest = max(log_likelihoods)
+    total = highest + math.log(sum(math.exp(value - highest) for value in log_likelihoods))
+    return float(total - log_likelihoods[right])
+
+
+def _nats_of(sample: Mapping[str, Any]) -> float:
+    return nats([float(choice[0]) for choice in sample["filtered_resps"]], sample["doc"]["answer"])
 
 
 def example_scores(samples: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
@@ -127,14 +152,39 @@ def example_scores(samples: Sequence[Mapping[str, Any]], metric: str) -> list[di
         metric: Which of its metrics is the score.
 
     Returns:
-        For each example its ``id``, its ``score``, and for multiple choice the ``nll`` of the right completion in nats
-        per token (None where text was generated).
+        For each example its ``id``, its ``score``, and the ``nll``: for multiple choice `nats` of the right choice,
+        else nats per token of the completion and the end of text (None where text was generated).
     """
     found = []
     for sample in samples:
         doc = sample["doc"]
         nll = sample[metric] if metric == "nll" else None
         if "choices" in doc:
-            nll = -sample["filtered_resps"][doc["answer"]][0] / doc["tokens"]
+            nll = _nats_of(sample)
         found.append({"id": doc["id"], "score": float(sample[metric]), "nll": None if nll is None else float(nll)})
     return found
+
+
+def harness_example_scores(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], score: TaskScore
+) -> list[dict[str, Any]] | None:
+    """Return each example's own score of a task of the harness, as `example_scores` does for ours.
+
+    Args:
+        samples: The harness's log, task -> its samples; several for a group.
+        score: The task's score.
+
+    Returns:
+        For each example its ``id``, its ``score``, and None as its ``nll``. None as a whole where the score is no mean
+        over examples (perplexity, corpus BLEU, a group that weighs its tasks alike): there is nothing to pair then.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for leaf, own in samples.items():
+        for sample in own:  # a task with several filters lists its main one first
+            value = sample.get(score["metric"])
+            if not isinstance(value, int | float):
+                return None
+            name = f"{leaf}-{sample['doc_id']}"
+            rows.setdefault(name, {"id": name, "score": float(value), "nll": None})
+    mean = sum(row["score"] for row in rows.values()) / max(len(rows), 1)
+    return list(rows.values()) if math.isclose(mean, score["score"], rel_tol=1e-6, abs_tol=1e-9) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from multiflora.errors import ConfigError, EnvironmentProblem
 from multiflora.evaluate.harness import metric_of, row_of, to_harness
@@ -20,6 +22,7 @@ from multiflora.evaluate.results import (
     Results,
     TaskScore,
     example_scores,
+    harness_example_scores,
     macro_average,
     main_metric,
     mean_nll,
@@ -29,8 +32,9 @@ from multiflora.evaluate.screen import Bar, as_it_was, quiet
 from multiflora.files import write_text
 from multiflora.recipe import EvaluateSpec
 from multiflora.suggest import nearest
-from multiflora.tasks import TaskSpec, as_text, load_task
+from multiflora.tasks import Example, TaskSpec, as_text, load_task
 from multiflora.tasks.load import examples_of
+from multiflora.tasks.shots import with_shots
 
 if TYPE_CHECKING:
     from multiflora.evaluate.model import HarnessModel
@@ -39,7 +43,7 @@ __all__ = ["evaluate"]
 
 log = logging.getLogger(__name__)
 
-# the harness's own seed for the few-shot examples of its tasks; ours have none
+# the harness's own seed for the few-shot examples of its tasks, and the one its rows are drawn by
 _FEWSHOT_SEED = 1234
 # the harness resamples 100,000 times for metrics without a formula, which takes minutes for F1; the error of an error
 # bar after 1,000 is 2 %
@@ -93,7 +97,8 @@ def evaluate(
         max_new_tokens: Longest generated answer, in tokens, where a task does not say.
         chat_template: Put prompts through the tokenizer's chat template.
         folder: Our tasks are written for the harness to ``folder/harness``, where it can be run on them alone, and each
-            example's score to ``folder/scores``; None: a temporary folder.
+            example's score to ``folder/scores`` (of the harness's own tasks to ``folder/scores/harness``); None: a
+            temporary folder.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -158,26 +163,36 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
     from multiflora.evaluate.model import HarnessModel
 
     lm = HarnessModel(model, tokenizer, plan.batch_size, bar.show)
+    if plan.chat_template and plan.harness_tasks:
+        as_text(Example("", "", "a question", "an answer"), tokenizer, True)  # refuses a tokenizer without a template
     theirs = {name: _their_task(name) for name in plan.harness_tasks}
+    lm.templated = plan.chat_template
     groups: list[tuple[Group, Sequence[TaskSpec]]] = [("tasks", plan.tasks), ("extra", plan.extra_tasks)]
     ours = [(group, spec, _written(spec, plan, lm, folder)) for group, specs in groups for spec in specs]
     scores: dict[str, TaskScore] = {}
     folder.mkdir(parents=True, exist_ok=True)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     for group, spec, count in ours:
+        lm.stops = tuple(stop for stop in spec.stop if not stop.strip())  # the others are in the task's own file
         found = _run(lm, manager.load([spec.name]), spec.name, bar)
         samples = found["samples"][spec.name]
         nll = mean_nll(samples) if spec.score == "choices" else None
         _write_rows(folder.parent / "scores" / f"{spec.name}.jsonl", example_scores(samples, metric_of(spec)))
         scores[spec.name] = task_score(found["results"][spec.name], metric_of(spec), n=count, nll=nll, group=group)
+    lm.stops, lm.templated = (), None
     for name, loaded in theirs.items():
-        found = _run(lm, loaded, name, bar, limit=plan.limit)
+        found = _run(lm, loaded, name, bar, limit=plan.limit, chat_template=plan.chat_template)
         # a group has a score of its own; a tag is only a list of tasks
         for key in [name] if name in found["results"] else list(loaded["tasks"]):
             leaves = [key] if key in loaded["tasks"] else list(loaded["tasks"])
-            count = sum(found["n-samples"][leaf]["effective"] for leaf in leaves)
+            samples = {leaf: found["samples"][leaf] for leaf in leaves}
+            count = sum(len({sample["doc_id"] for sample in own}) for own in samples.values())
             entry = found["results"][key]
-            scores[f"harness/{key}"] = task_score(entry, main_metric(entry), n=count, group="harness")
+            score = task_score(entry, main_metric(entry), n=count, group="harness")
+            scores[f"harness/{key}"] = score
+            rows = harness_example_scores(samples, score)
+            if rows is not None:
+                _write_rows(folder.parent / "scores" / "harness" / f"{quote(key, safe='')}.jsonl", rows)
     return Results(tasks=scores, macro=macro_average(scores))
 
 
@@ -189,14 +204,32 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> int:
     """Write a task's examples for the harness, and return how many there are."""
-    examples = examples_of(spec, plan.split, plan.limit)
-    rows = [row_of(e, lambda e: as_text(e, lm.tokenizer, plan.chat_template), lm.count_tokens) for e in examples]
+    examples = with_shots(spec, examples_of(spec, plan.split, plan.limit))
+    # where nats are the score, the end of text counts as it does in training
+    end = (lm.tokenizer.eos_token or "") if spec.score == "nll" else ""
+
+    def texts(example: Example) -> tuple[str, str]:
+        prompt, completion = as_text(example, lm.tokenizer, plan.chat_template)
+        return prompt, completion + end
+
+    rows = [row_of(example, texts, lm.count_tokens) for example in examples]
     to_harness(spec, rows, folder, max_new_tokens=plan.max_new_tokens)
     return len(rows)
 
 
-def _run(lm: HarnessModel, loaded: Any, name: str, bar: Bar, limit: int | None = None) -> Any:
-    """Let the harness score loaded tasks, with the adapter told which task it is."""
+def _run(
+    lm: HarnessModel, loaded: Any, name: str, bar: Bar, limit: int | None = None, *, chat_template: bool = False
+) -> Any:
+    """Let the harness score loaded tasks, with the adapter told which task it is.
+
+    Args:
+        lm: The model.
+        loaded: The tasks.
+        name: What was asked for.
+        bar: Shows how far it is.
+        limit: At most this many examples of each, a seeded sample; None: all.
+        chat_template: Let the harness write its prompts through the tokenizer's chat template.
+    """
     from lm_eval import evaluator
 
     for task in loaded["tasks"].values():
@@ -205,10 +238,26 @@ def _run(lm: HarnessModel, loaded: Any, name: str, bar: Bar, limit: int | None =
         task.set_fewshot_seed(_FEWSHOT_SEED)
     bar.begin(name)
     start = time.perf_counter()
+    drawn = {leaf: _drawn(leaf, len(task.eval_docs), limit) for leaf, task in loaded["tasks"].items()}
     with _routed(lm.model, name):
-        found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS)
+        found = evaluator.evaluate(
+            lm,
+            loaded,
+            samples=None if limit is None else drawn,
+            bootstrap_iters=_BOOTSTRAPS,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+        )
     log.info("%s scored in %.0f s", name, time.perf_counter() - start)
     return found
+
+
+def _drawn(name: str, size: int, limit: int | None) -> list[int]:
+    """Draw rows of a task of the harness: a prefix of one shuffle, so a smaller limit is a subset of a larger one.
+
+    Its first rows would not do: the data of many tasks are sorted by subject or by label.
+    """
+    return sorted(random.Random(f"{_FEWSHOT_SEED} {name}").sample(range(size), size)[:limit])
 
 
 def _routed(model: Any, name: str) -> AbstractContextManager[None]:

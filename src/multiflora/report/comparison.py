@@ -14,6 +14,7 @@ from multiflora.report import figures
 from multiflora.report.inside import Inside
 from multiflora.report.page import Code, Fold, Page, Section
 from multiflora.report.recipes import length_of, shown_recipe
+from multiflora.report.transfer import forgetting_table, transfer_tables
 
 __all__ = ["comparison_page"]
 
@@ -52,10 +53,11 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
             tables=[tables.by_task(summary), *tables.task_differences(summary)],
             figures=list(figures.task_differences(summary)),
         ),
+        Section(name="single", title="Together or alone", tables=list(transfer_tables(summary))),
         Section(
             name="cost",
             title="What it costs",
-            tables=[tables.cost(summary)],
+            tables=[tables.cost(summary), *forgetting_table(summary)],
             figures=list(figures.forgetting(summary)),
         ),
         Section(name="learning", title="Learning curves", figures=list(figures.learning_curves(summary))),

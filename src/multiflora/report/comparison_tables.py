@@ -13,7 +13,17 @@ from multiflora.recipe import Recipe
 from multiflora.report.figures import MEASURES, MeasureWords
 from multiflora.report.tables import NOTHING, Cell, Column, Table, difference, interval, number, p_value, size, word
 
-__all__ = ["by_task", "cost", "methods", "published", "second_opinions", "task_differences", "tasks", "trials"]
+__all__ = [
+    "by_task",
+    "cost",
+    "methods",
+    "published",
+    "scale_of",
+    "second_opinions",
+    "task_differences",
+    "tasks",
+    "trials",
+]
 
 _METHOD = Column("Method", ("method",), numeric=False)
 
@@ -53,7 +63,7 @@ def by_task(summary: Summary) -> Table:
     for task, metric in summary.metrics.items():
         note = ", not trained" if task in summary.extra else ""
         columns.append(Column(f"{task} ({metric}{note})", _ends(task)))
-    scales = {task: _scale(summary, task) for task in summary.metrics}
+    scales = {task: scale_of(summary, task) for task in summary.metrics}
     base = [number(summary.base[task], digits, factor=factor) for task, (digits, factor) in scales.items()]
     rows = [[word("untrained model"), *base]]
     for row in sorted(summary.rows, key=_order()):
@@ -79,7 +89,7 @@ def task_differences(summary: Summary) -> Iterator[Table]:
         line = [word(row.label)]
         for task in tasks:
             found = row.task_differences.get(task)
-            digits, factor = _scale(summary, task)
+            digits, factor = scale_of(summary, task)
             cell = difference(found.interval, 0, digits, factor=factor) if found else NOTHING
             line.append(Cell(cell.text, (*cell.values, found.p) if found else (), cell.below))
         lines.append(line)
@@ -192,6 +202,7 @@ def published(tables: Sequence[Published]) -> list[Table]:
 def tasks(recipe: Recipe, summary: Summary) -> Table:
     """What each task is, as far as it is said."""
     every = (*recipe.tasks, *recipe.evaluate.extra_tasks)
+    theirs = [name for name in summary.extra if name.startswith("harness/")]
     has_about, has_licence = any(task.about for task in every), any(task.licence for task in every)
     return Table(
         name="table-data",
@@ -213,6 +224,15 @@ def tasks(recipe: Recipe, summary: Summary) -> Table:
                 *([word(task.licence) if task.licence else NOTHING] if has_licence else []),
             ]
             for task in every
+        ]
+        + [
+            [
+                word(name.removeprefix("harness/"), "lm-evaluation-harness"),
+                word(summary.metrics[name]),
+                number(summary.counts[name]),
+                *[NOTHING] * (has_about + has_licence),
+            ]
+            for name in theirs
         ],
     )
 
@@ -265,7 +285,7 @@ def _name(row: Row, summary: Summary) -> Cell:
     return word(row.label, row.method if row.method != row.label else "")
 
 
-def _scale(summary: Summary, task: str) -> tuple[int, float]:
+def scale_of(summary: Summary, task: str) -> tuple[int, float]:
     """Digits, and the factor that a task's numbers are shown times."""
     return (4, 1.0) if summary.metrics[task] in LOWER_IS_BETTER else (1, 100.0)
 

@@ -10,7 +10,7 @@ from typing import Any
 from multiflora.card import base_name
 from multiflora.evaluate.results import LOWER_IS_BETTER
 from multiflora.methods import METHODS
-from multiflora.recipe import Recipe
+from multiflora.recipe import LOSSES, Recipe
 from multiflora.report import figures
 from multiflora.report.inside import Inside
 from multiflora.report.page import Code, Page, Section
@@ -177,16 +177,19 @@ def _change(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Cell:
 def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
     if not report:
         return
+    with_loss = max(sum(row["loss_tokens"] for row in report.values()), 1)
     yield Table(
         name="table-mixture",
         title="What was trained on",
-        reading=f"How often each task was drawn (mixture: {recipe.mixture.strategy}).",
+        reading=f"How often each task was drawn (mixture: {recipe.mixture.strategy}), and which share of the tokens "
+        f"that carry loss is its own. The loss of a step is {LOSSES[recipe.train.loss]}.",
         columns=[
             Column("Task", ("task",), numeric=False),
             Column("Examples", ("examples",)),
             Column("Share", ("share_of_examples",)),
             Column("Tokens", ("tokens",)),
             Column("Share of tokens", ("share_of_tokens",)),
+            Column("Share of labelled tokens", ("share_of_loss_tokens",)),
         ],
         rows=[
             [
@@ -195,6 +198,7 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterato
                 number(row["share_of_examples"], 1, factor=100, unit=" %"),
                 number(row["tokens"]),
                 number(row["share_of_tokens"], 1, factor=100, unit=" %"),
+                number(row["loss_tokens"] / with_loss, 1, factor=100, unit=" %"),
             ]
             for task, row in report.items()
         ],

@@ -29,11 +29,18 @@ _NUMBER = re.compile(
 def before_stop(text: str, stop: Sequence[str]) -> str:
     """Cut ``text`` before the first of the stops: what a model writes after its answer is not its answer.
 
+    A model may open with the line end or space that it should have put first; a stop that lies within the white space
+    before an answer is none.
+
     Example:
         >>> before_stop(" 7\\nQuestion: 2 + 2?\\nAnswer: 4", ["\\nQuestion:"])
         ' 7'
+        >>> before_stop("\\n7\\n8", ["\\n"])
+        '\\n7'
     """
-    return text[: min((i for i in (text.find(s) for s in stop) if i >= 0), default=len(text))]
+    begin = len(text) - len(text.lstrip())
+    places = (text.find(s, max(begin - len(s) + 1, 0)) for s in stop)
+    return text[: min((i for i in places if i >= 0), default=len(text))]
 
 
 def exact(reference: str, text: str) -> float:
@@ -110,8 +117,7 @@ def verify(spec: TaskSpec, example: Example, text: str) -> float:
     Raises:
         DataError: The task is scored by log-likelihood or rouge, not from one text.
     """
-    # a model may open with the line end or space that it should have put first; that is no stop
-    answer = before_stop(text.lstrip(), spec.stop)
+    answer = before_stop(text, spec.stop)
     if spec.score == "verifier" and isinstance(spec.source, GeneratorSource):
         return verifier(spec.source, int(example.id.rpartition("-")[2]), answer)
     if spec.score == "number":

@@ -234,6 +234,8 @@ class TaskSpec(Strict):
     """Generated text ends before the first of these."""
     max_new_tokens: int | None = Field(default=None, gt=0)
     """Longest generated answer, in tokens; None: the recipe's ``evaluate.max_new_tokens``."""
+    few_shot: int = Field(default=0, ge=0, le=1000)
+    """Examples of the training split, with their answers, before each scored one: drawn by its name, never itself."""
     weight: float = Field(default=1.0, gt=0)
     """Share in the mixture relative to the other tasks (used by ``mixture.strategy: weights``)."""
     split_from: Split = "train"

@@ -39,7 +39,13 @@ def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tu
         processes: Devices that train side by side.
     """
     steps, number = steps_of(recipe, examples.mixture.epoch_size, processes)
-    return examples.take(number, batch_size=None if recipe.train.packing else _per_step(recipe, processes)), steps
+    settings, per_step = recipe.train, _per_step(recipe, processes)
+    data = examples.take(
+        number,
+        batch_size=per_step if settings.group_by_length and not settings.packing else None,
+        weigh_in=per_step if settings.loss == "tasks" else None,
+    )
+    return data, steps
 
 
 def _per_step(recipe: Recipe, processes: int) -> int:

@@ -23,7 +23,7 @@ from multiflora.methods.layer import BranchLinear
 __all__ = ["MethodCallback", "training_callbacks"]
 
 # what our collator adds for the trainer alone
-_NOT_FOR_THE_MODEL = ("row_length", "example")
+_NOT_FOR_THE_MODEL = ("row_length", "example", "loss_weight")
 
 
 def training_callbacks(model: nn.Module) -> list[TrainerCallback]:

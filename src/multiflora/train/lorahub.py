@@ -154,7 +154,7 @@ def fit_and_compose(
 def _together(reports: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """What all trainings together have seen: the tasks' own counts, and their shares of the whole."""
     rows = {name: dict(row) for report in reports for name, row in report.items()}
-    for what in ("examples", "tokens"):
+    for what in ("examples", "tokens", "loss_tokens"):
         total = max(sum(row[what] for row in rows.values()), 1)
         for row in rows.values():
             row[f"share_of_{what}"] = row[what] / total

@@ -60,7 +60,8 @@ class MultitaskTrainer(SFTTrainer):
 
     Differs from ``SFTTrainer`` in five points: the data come encoded and in the order to be trained in (see
     `multiflora.data.mixture`); the head of the model sees only positions with loss; the loss is the mean over
-    the step's labelled tokens, whatever the padding, the packing or the gradient accumulation; an adapter's
+    the step's labelled tokens, or their sum by ``loss_weight`` where the examples have one (see
+    `multiflora.data.weights`), whatever the padding, the packing or the gradient accumulation; an adapter's
     auxiliary loss is added; and log lines carry ``loss/<task>``, ``tokens_per_second`` and, for methods with
     gates, ``routing/…`` (see `multiflora.train.watch`). Adapters that route by task are told each row's or token's
     task.
@@ -158,6 +159,7 @@ class MultitaskTrainer(SFTTrainer):
         inputs = dict(inputs)
         labels, row_length = inputs.pop("labels"), inputs.pop("row_length", None)
         task_id, example = inputs.pop("task_id", None), inputs.pop("example", None)
+        weight = inputs.pop("loss_weight", None)
         if task_id is not None and self.routing is not None:
             inputs["task_id"] = task_id
         if example is not None and self.routing is not None:
@@ -171,11 +173,14 @@ class MultitaskTrainer(SFTTrainer):
             outputs = model(**inputs, use_cache=False)
         losses = token_losses(outputs.logits, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        if weight is None:
+            loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+        else:  # of all of the step, as the count is
+            loss = losses @ _of_positions(weight, positions, labels.shape[1])
         if self.model.training:
             # the count is of all processes and micro-batches; gradients are averaged over the former and summed over
             # the latter
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            if weight is not None or (num_items_in_batch is not None and self.args.average_tokens_across_devices):
                 loss = loss * self.accelerator.num_processes
             own = (
                 auxiliary_loss(model)
@@ -256,7 +261,7 @@ class MultitaskTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep every column the collator reads, whatever the model's forward takes."""
-        self._signature_columns = ["input_ids", "labels", "task_id", "length", "example"]
+        self._signature_columns = ["input_ids", "labels", "task_id", "length", "example", "loss_weight"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save everything a resumed run needs, in all processes; the seal comes last."""

@@ -47,13 +47,14 @@ def made_cells(
     gains: dict[str, float] | None = None,
     luck: float = 0.1,
     own: float = 0.3,
+    harness: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """One cell of the base model, and one for each method and seed.
+    """One cell of the base model, and one for each method and seed; tasks of the harness have rows, but no nats.
 
     A row is answered right with a probability that depends on its difficulty, on what the method makes of it, on the
     training's luck, and on the method's gain; its nats go with that.
     """
-    difficulty = {task: generator.normal(0, 1.5, rows) for task in (*TASKS, EXTRA)}
+    difficulty = {task: generator.normal(0, 1.5, rows) for task in (*TASKS, EXTRA, *harness)}
     cells = [_cell("base", "base", 0, {task: -2 - hard for task, hard in difficulty.items()}, generator)]
     for label in labels:
         made_of_it = {task: generator.normal(0, own, rows) for task in difficulty}
@@ -76,6 +77,9 @@ def _cell(
         nll = np.log1p(np.exp(-(values + generator.normal(0, 0.3, len(values)))))
         rows[task] = {"id": [f"{task}-{i}" for i in range(len(values))], "score": right.tolist(), "nll": nll.tolist()}
         tasks[task] = {"score": right.mean(), "metric": "acc", "n": len(values), "nll": nll.mean()}
+        if task.startswith("harness/"):
+            tasks[task] |= {"group": "harness", "nll": None}
+            rows[task]["nll"] = [None] * len(values)
     return {
         "cell": f"{label}-{kind}{seed}",
         "kind": kind,

@@ -128,3 +128,16 @@ def test_the_table_and_the_json_hold_it_all():
     plain = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
     assert plain["rows"][1]["score"]["difference"]["interval"].keys() == {"mean", "low", "high"}
     assert plain["curves"]["one"][TASKS[0]][0] == [10, 2.0]
+
+
+def test_tasks_of_the_harness_are_in_the_summary_and_count_as_not_trained_on():
+    summary, cells = summary_of(np.random.default_rng(3), ["lora", "one"], harness=("harness/sky",))
+    assert summary.extra == (EXTRA, "harness/sky")
+    assert summary.metrics["harness/sky"] == "acc"
+    assert summary.counts["harness/sky"] == 100
+    own = [cell["scores"]["tasks"]["harness/sky"]["score"] for cell in cells if cell["label"] == "one"]
+    row = next(row for row in summary.rows if row.label == "one")
+    assert row.tasks["harness/sky"].mean == pytest.approx(np.mean(own))
+    base = [cells[0]["scores"]["tasks"][task]["score"] for task in (EXTRA, "harness/sky")]
+    after = [np.mean([c["scores"]["tasks"][t]["score"] for t in summary.extra]) for c in cells if c["label"] == "one"]
+    assert row.kept.mean == pytest.approx(np.mean(after) - np.mean(base))

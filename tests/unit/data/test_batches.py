@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,6 +64,41 @@ def test_folding_prefers_narrow_rows_where_padding_is_equal() -> None:
     assert fold([64] * 4, 1024) == [[0], [1], [2], [3]]
 
 
+def mixed_plan(size: int, shares: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and tasks of a shuffled plan: the tasks' lengths hardly overlap."""
+    draw = np.random.default_rng(0)
+    tasks = draw.permutation(np.repeat(np.arange(len(shares)), [round(share * size) for share in shares]))
+    return draw.integers(10, 30, len(tasks)) + 40 * tasks, tasks
+
+
+@pytest.mark.parametrize(("step", "part"), [(8, 8), (32, 8), (8, 4)])
+def test_every_batch_and_every_part_of_a_step_holds_every_task(step: int, part: int) -> None:
+    lengths, tasks = mixed_plan(2048)
+    order = group_by_length(lengths, step, tasks=tasks, seed=0)
+    assert sorted(order.tolist()) == list(range(2048))
+    held = [len(set(tasks[order[i : i + part]])) for i in range(0, 2048, part)]
+    alone = [len(set(tasks[group_by_length(lengths, step, seed=0)][i : i + part])) for i in range(0, 2048, part)]
+    assert np.mean(np.array(alone) == 1) > 0.1  # by length alone, tasks of different length come apart
+    assert min(held) > 1
+    assert np.mean(np.array(held) == 4) > (0.95 if part > 4 else 0.5)
+
+
+def test_a_tasks_share_of_a_batch_is_that_of_the_window() -> None:
+    lengths, tasks = mixed_plan(640, (0.7, 0.2, 0.1))
+    order = group_by_length(lengths, 10, tasks=tasks, seed=0)
+    counts = np.array([np.bincount(tasks[order[i : i + 10]], minlength=3) for i in range(0, 640, 10)])
+    window = counts.reshape(8, 8, 3).mean(axis=1, keepdims=True)
+    assert np.abs(counts.reshape(8, 8, 3) - window).max() < 2
+
+
+def test_a_task_is_of_like_length_within_a_batch() -> None:
+    lengths, tasks = mixed_plan(2048)
+    order = group_by_length(lengths, 16, tasks=tasks, seed=0)
+    spread = [np.ptp(lengths[b][tasks[b] == task]) for b in order.reshape(-1, 16) for task in range(4)]
+    plain = [np.ptp(lengths[b][tasks[b] == 0]) for b in np.arange(2048).reshape(-1, 16) if (tasks[b] == 0).any()]
+    assert np.mean(spread) < 0.35 * np.mean(plain)
+
+
 def test_what_a_step_reads_does_not_depend_on_who_shares_it() -> None:
     # the data loader deals a step's examples out in runs of a forward pass: the step's set is the same for any number
     lengths = np.random.default_rng(0).integers(1, 60, 200)
@@ -70,4 +106,4 @@ def test_what_a_step_reads_does_not_depend_on_who_shares_it() -> None:
     assert sorted(order.tolist()) == list(range(200))
     for step in range(200 // 16):
         of_step = lengths[order[step * 16 : (step + 1) * 16]]
-        assert (np.diff(of_step) >= 0).all()  # so each of its forward passes has examples of like length, too
+        assert (np.diff(of_step) >= 0).all()  # of one task, so each forward pass has examples of like length, too

@@ -78,3 +78,10 @@ def test_numbered_examples_keep_their_numbers() -> None:
     folded = Collator(pad_token_id=0, packing=True, max_length=6)(numbered[::2])["example"]
     assert folded.tolist() == [[10] * 5, [12, 12, 12, -1, -1]]
     assert "example" not in Collator(pad_token_id=0)(EXAMPLES)
+
+
+def test_weights_go_with_their_rows_and_tokens() -> None:
+    weighed = [{**example, "loss_weight": 0.5 / (1 + i)} for i, example in enumerate(EXAMPLES)]
+    assert Collator(pad_token_id=0)(weighed)["loss_weight"].tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
+    folded = Collator(pad_token_id=0, packing=True, max_length=6)(weighed[:2])["loss_weight"]
+    assert folded.tolist() == [[0.5] * 5, [0.25, 0.25, 0.0, 0.0, 0.0]]

@@ -128,6 +128,7 @@ def test_the_report_counts_what_the_plan_holds() -> None:
         "tokens": 40,
         "share_of_tokens": 0.8,
         "loss_tokens": 4,
+        "share_of_loss_tokens": 0.5,
         "distinct_examples": 2,
         "available_examples": 2,
         "passes": 2.0,

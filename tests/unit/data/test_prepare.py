@@ -12,7 +12,7 @@ def rows(number: int) -> Dataset:
     return Dataset.from_list(
         [
             {"input_ids": [i] * (i + 2), "labels": [-100] * (i + 1) + [i], "task_id": 0, "length": i + 2}
-            | {"loss_tokens": 1, "example": i, "id": f"row-{i}"}
+            | {"loss_tokens": 1, "example": i, "id": f"row-{i}", "loss_weight": 0.5}
             for i in range(number)
         ]
     )
@@ -26,3 +26,4 @@ def test_only_the_end_is_filled(number: int, multiple: int, expected: int) -> No
     for row in list(filled)[number:]:
         assert row["labels"] == [-100] * row["length"] == [-100] * len(row["input_ids"])
         assert row["loss_tokens"] == 0
+        assert row["loss_weight"] == 0

@@ -47,7 +47,7 @@ def test_an_answer_has_its_tasks_length_and_stops(tmp_path: Path, own: int | Non
     to_harness(spec(max_new_tokens=own, stop=["\n", "Q:"]), ROWS, tmp_path, max_new_tokens=5)
     settings = loaded(tmp_path).config.generation_kwargs
     assert settings["max_gen_toks"] == expected
-    assert settings["until"] == ["\n", "Q:"]
+    assert settings["until"] == ["Q:"]  # a line end is a stop only behind an answer, which the scoring knows
     assert settings["do_sample"] is False
 
 
@@ -76,6 +76,8 @@ def test_tasks_of_one_folder_do_not_lose_each_other(tmp_path: Path) -> None:
         ("number", " so 2", {"number_match": 1.0}),
         ("exact", "2\n", {"exact_match": 1.0}),
         ("exact", "3", {"exact_match": 0.0}),
+        ("exact", "\n 2\n3", {"exact_match": 1.0}),
+        ("number", "\n\n2\n\n3", {"number_match": 1.0}),
         ("rouge", " 2", {"rougeL": 1.0}),
     ],
 )

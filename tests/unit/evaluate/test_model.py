@@ -50,6 +50,7 @@ class Letters:
         (["promptabQ:", "promptabcd"], 6, [True, False]),
         (["promptab\ncd", "promptabcde"], 6, [True, False]),
         (["promptQ:ab", "promptabcd"], 8, [False, False]),  # the prompt's own text is not the answer's
+        (["prompt\n\n\n\n", "prompt\nab\n"], 6, [False, True]),  # a line end before an answer does not end it
     ],
 )
 def test_a_row_is_finished_by_any_stop_in_its_own_answer(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from multiflora.evaluate.results import TaskScore, macro_average, main_metric, mean_nll, task_score
+from multiflora.evaluate.results import TaskScore, example_scores, macro_average, main_metric, mean_nll, task_score
 
 
 def score(value: float, metric: str = "acc", group: Any = "tasks") -> TaskScore:
@@ -50,9 +51,13 @@ def test_an_error_that_is_not_a_number_is_none() -> None:
     assert task_score({"nll,none": 2.0}, "nll", n=1)["nll"] == 2.0
 
 
-def test_nats_are_per_token_of_the_right_choice() -> None:
+def test_nats_of_choices_are_normalised_over_them_and_know_nothing_of_their_form() -> None:
     samples = [
-        {"doc": {"answer": 1, "tokens": 2}, "filtered_resps": [(-9.0, False), (-4.0, True)]},
-        {"doc": {"answer": 0, "tokens": 1}, "filtered_resps": [(-1.0, True), (-9.0, False)]},
+        {"doc": {"id": "a", "answer": 1, "choices": ["x", "y"]}, "filtered_resps": [(-9.0, False), (-4.0, True)]},
+        {"doc": {"id": "b", "answer": 0, "choices": ["x", "y"]}, "filtered_resps": [(-1.0, True), (-1.0, False)]},
     ]
-    assert mean_nll(samples) == pytest.approx((2.0 + 1.0) / 2)
+    assert mean_nll(samples) == pytest.approx((math.log(1 + math.exp(-5)) + math.log(2)) / 2)
+    rarer = [{**s, "filtered_resps": [(value - 800, greedy) for value, greedy in s["filtered_resps"]]} for s in samples]
+    assert mean_nll(rarer) == pytest.approx(mean_nll(samples))
+    rows = example_scores([{**sample, "acc": 1.0} for sample in samples], "acc")
+    assert sum(row["nll"] for row in rows) / 2 == pytest.approx(mean_nll(samples))

@@ -202,3 +202,9 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, make, match):
     make(tmp_path)
     with pytest.raises(ConfigError, match=match):
         report(tmp_path)
+
+
+def test_tasks_of_the_harness_are_on_the_page(written):
+    words = "".join(Tags(written.page.read_text("utf-8")).words)
+    assert "harness/lambada (acc, not trained)" in words
+    assert "lm-evaluation-harness" in words

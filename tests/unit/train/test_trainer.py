@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 import multiflora
 from multiflora.context import find
 from multiflora.data.collate import Collator
+from multiflora.data.weights import task_weights
 from multiflora.methods import build_config
 from multiflora.train.trainer import MultitaskTrainer
 
@@ -70,7 +72,9 @@ def make_examples(number: int = 12, num_tasks: int = 3) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def make_trainer(model: nn.Module, folder: Path, *, packing: bool = False, **settings: Any) -> MultitaskTrainer:
+def make_trainer(
+    model: nn.Module, folder: Path, *, packing: bool = False, examples: Dataset | None = None, **settings: Any
+) -> MultitaskTrainer:
     given = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "weight_decay": 0.0} | settings
     args = SFTConfig(
         output_dir=str(folder),
@@ -85,7 +89,7 @@ def make_trainer(model: nn.Module, folder: Path, *, packing: bool = False, **set
     return MultitaskTrainer(
         model=model,
         args=args,
-        train_dataset=make_examples(),
+        train_dataset=examples or make_examples(),
         processing_class=make_tokenizer(),
         task_names=("a", "b", "c"),
         packing=packing,
@@ -134,6 +138,38 @@ def test_loss_and_gradients_are_those_of_the_plain_mean_over_tokens(
     assert gradients(trainer.model).keys() == expected.keys()
     for name, gradient in gradients(trainer.model).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_with_weights_the_loss_and_gradients_are_those_of_the_tasks_own_means(
+    tmp_path: Path, packing: bool, accumulation: int
+) -> None:
+    examples = make_examples().map(lambda row: {"task_id": int(row["length"] > 9) + int(row["length"] > 4)})
+    tokens = np.array([sum(label != -100 for label in row["labels"]) for row in examples])
+    tasks = np.array(examples["task_id"][:])
+    assert len(set(np.bincount(tasks))) > 1  # the tasks hold different shares, of examples and of tokens
+    trainer = make_trainer(
+        make_model(),
+        tmp_path,
+        packing=packing,
+        per_device_train_batch_size=12 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        examples=examples.add_column("loss_weight", task_weights(tasks, tokens, 12)),
+    )
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), accumulation, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = accumulation
+    loss = sum(trainer.training_step(trainer.model, batch, count) for batch in batches)
+
+    oracle = make_model()
+    expected = torch.tensor(0.0)
+    for task, share in enumerate(np.bincount(tasks) / 12):
+        total, number = plain_loss(oracle, examples.filter(lambda row, task=task: row["task_id"] == task))
+        expected = expected + share * total / number
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-6)
+    for name, gradient in gradients(trainer.model).items():
+        torch.testing.assert_close(gradient, gradients(oracle)[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_every_log_line_has_each_tasks_own_mean_loss_and_the_speed(tmp_path: Path) -> None:
