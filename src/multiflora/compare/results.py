@@ -62,6 +62,8 @@ class Row:
     sentence: str
     tuning: Tuning | None = None
     """Whether its learning rate is tuned, and what was tried; None in a summary from before there was a grid."""
+    course: tuple[tuple[float, Interval], ...] = ()
+    """Share of the steps -> macro score over seeds, up to the whole training; empty without ``evaluate.during``."""
     missing: str = ""
     """What a verdict on it waits for; empty where it and the baseline are tuned."""
 

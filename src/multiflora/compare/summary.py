@@ -195,6 +195,7 @@ def _row(
         latency=_mean([cell["latency"]["extra"] for cell in own if cell["latency"]]),
         sentence=said,
         tuning=tuning or not_tuned(own[0]["learning_rate"]),
+        course=() if diverged else _course(own),
         missing=wait,
     )
 
@@ -261,6 +262,16 @@ def _kept(cells: Sequence[Cell], base: Cell, tasks: Sequence[str]) -> Interval |
     before = np.mean([base["scores"]["tasks"][task]["score"] for task in tasks])
     after = [np.mean([cell["scores"]["tasks"][task]["score"] for task in tasks]) for cell in cells]
     return t_interval([float(value - before) for value in after])
+
+
+def _course(cells: Sequence[Cell]) -> tuple[tuple[float, Interval], ...]:
+    """Macro score over seeds at the shares of the steps where all were scored, and at the end."""
+    by_seed = [{point["share"]: point["scores"]["macro"] for point in cell.get("course", ())} for cell in cells]
+    shares = sorted(set.intersection(*map(set, by_seed)))
+    if not shares or any(points[share] is None for points in by_seed for share in shares):
+        return ()
+    found = [(share, t_interval([points[share] for points in by_seed])) for share in shares]
+    return (*found, (1.0, t_interval([cell["scores"]["macro"] for cell in cells])))
 
 
 def _curves(cell: Cell, tasks: Sequence[str]) -> dict[str, list[tuple[float, float]]]:

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["State", "Trial", "Tuning", "decide", "missing", "not_tuned"]
+__all__ = ["Side", "State", "Trial", "Tuning", "decide", "missing", "not_tuned"]
 
 State = Literal["tuned", "at the edge", "not tuned"]
 Side = Literal["below", "above"]
+"""Of the chosen rate."""
 
 
 class Trial(NamedTuple):
@@ -94,9 +95,9 @@ def missing(label: str, reference: str, tunings: Mapping[str, Tuning], command: 
         command: What goes on with the comparison.
 
     Example:
-        >>> print(missing("rlora", "lora", {}, "multiflora compare out/comparison.yaml"))  # doctest: +NORMALIZE_WHITESPACE
-        the learning rates of rlora and lora are not tuned, only one was tried (multiflora compare
-        out/comparison.yaml --set compare.learning_rate.trials=5 tries others)
+        >>> print(missing("rlora", "lora", {}, "multiflora compare c.yaml"))  # doctest: +NORMALIZE_WHITESPACE
+        the learning rates of rlora and lora are not tuned, only one was tried (multiflora compare c.yaml --set
+        compare.learning_rate.trials=5 tries others)
     """
     pair = (label, reference)
     untuned = [name for name in pair if name not in tunings or tunings[name].state == "not tuned"]

@@ -13,7 +13,7 @@ from multiflora.recipe import Recipe
 from multiflora.report.figures import MEASURES, MeasureWords
 from multiflora.report.tables import NOTHING, Cell, Column, Table, difference, interval, number, p_value, size, word
 
-__all__ = ["by_task", "cost", "methods", "published", "second_opinions", "task_differences", "tasks", "trials"]
+__all__ = ["by_task", "cost", "methods", "published", "second_opinions", "task_differences", "tasks"]
 
 _METHOD = Column("Method", ("method",), numeric=False)
 
@@ -213,22 +213,6 @@ def tasks(recipe: Recipe, summary: Summary) -> Table:
                 *([word(task.licence) if task.licence else NOTHING] if has_licence else []),
             ]
             for task in every
-        ],
-    )
-
-
-def trials(summary: Summary) -> Table:
-    """The search for learning rates."""
-    return Table(
-        name="table-trials",
-        title="Learning rates that were tried",
-        reading="Each method got the same number of trials; the lowest loss on the validation split decided.",
-        columns=[_METHOD, Column("Learning rate", ("learning_rate",)), Column("Loss", ("loss",))],
-        rows=[
-            [word(row.label), Cell(f"{trial.rate:.3g}", (trial.rate,)), number(trial.loss, 4)]
-            for row in summary.rows
-            if row.tuning is not None
-            for trial in row.tuning.tried
         ],
     )
 

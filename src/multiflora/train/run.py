@@ -31,6 +31,7 @@ from multiflora.train.adapter import (
     save_adapter,
     start_of,
 )
+from multiflora.train.course import course_of, require_one_process
 from multiflora.train.engines import require_engine
 from multiflora.train.fit import fit
 from multiflora.train.lorahub import fit_and_compose
@@ -85,6 +86,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
+    require_one_process(recipe)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
@@ -115,13 +117,27 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             100 * trainable / total,
         )
         figures: dict[str, Any] = {}
+        pauses: list[float] = []
         with _timed(seconds, "train"):
             if recipe.method.name == "lorahub":
                 report, history, made = fit_and_compose(model, tokenizer, recipe, examples, quiet=quiet)
                 figures = {"composition": made.to_dict()}
             else:
-                data, history = fit(model, tokenizer, recipe, examples, checkpoint=checkpoint, quiet=quiet)
+                data, history = fit(
+                    model,
+                    tokenizer,
+                    recipe,
+                    examples,
+                    checkpoint=checkpoint,
+                    quiet=quiet,
+                    score=lambda model: _score(model, tokenizer, recipe, quiet=True),
+                    paused=pauses.append,
+                )
                 report = data.report
+        if pauses:
+            seconds["train"] -= sum(pauses)
+            seconds["evaluate_during"] = sum(pauses)
+        course = course_of(history)
         save_adapter(model, recipe.output, start=start)
         if is_first_process():
             write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
@@ -152,7 +168,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             adapted=after,
             mixture=report,
             parameters=parameters,
-            training={"log": _without_times(history), **figures},
+            training={"log": _without_times(history), **({"course": course} if course else {}), **figures},
             fingerprints={name: fingerprint(rows) for name, rows in examples.rows.items()},
             seconds=seconds,
             notes=examples.notes,
