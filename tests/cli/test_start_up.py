@@ -67,7 +67,7 @@ def test_a_deep_module_before_peft_says_what_to_import_first(name: str) -> None:
 
 # what `pip install multiflora` alone does not bring; the modules that are nothing without one of them import it at once
 OPTIONAL = {
-    "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "optuna", "ray", "submitit",
+    "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "ray", "submitit",
     "tensorboard", "triton", "uvicorn",
 }  # fmt: skip
 NEEDS_ITS_PACKAGE = {"multiflora.serve.app"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,7 +28,6 @@ __all__ = [
     "base_cell",
     "clock_cell",
     "competitors",
-    "required_rates",
     "seed_cell",
     "trial_cell",
 ]
@@ -212,16 +211,6 @@ def clock_cell(comparison: Comparison, competitor: Competitor, number: int, step
         "evaluate": recipe.evaluate.model_copy(update=unscored),
     }
     return _cell("clock", competitor.label, number, recipe.model_copy(update=changed))
-
-
-def required_rates(comparison: Comparison, planned: Sequence[Competitor]) -> set[float]:
-    """Learning rates that the search must try: the recipe's, each method's own or usual one, and the ends asked for."""
-    search, train = comparison.compare.learning_rate, comparison.recipe.train
-    assert search is not None
-    given = {train.learning_rate} if "learning_rate" in train.model_fields_set else set()
-    own = {float(item.train["learning_rate"]) for item in planned if "learning_rate" in item.train}
-    usual = {METHODS[item.name].learning_rate for item in planned}
-    return given | own | usual | {rate for rate in (search.low, search.high) if rate is not None}
 
 
 def _cell(kind: Kind, label: str, number: int, recipe: Recipe) -> Cell:

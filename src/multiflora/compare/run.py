@@ -18,18 +18,18 @@ from multiflora.compare.plan import (
     Competitor,
     base_cell,
     competitors,
-    required_rates,
     seed_cell,
     trial_cell,
 )
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import COMPARISON, SUMMARY
-from multiflora.compare.search import first_grid, grown, trial_of
+from multiflora.compare.search import first_rates, grown, trial_of
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
 from multiflora.compare.tuning import Trial, Tuning, decide
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import saving, write_json, write_text
+from multiflora.once import kept
 
 __all__ = ["compare", "plan_of"]
 
@@ -69,7 +69,7 @@ def compare(
     folder = comparison.recipe.output
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder), kept():
         planned = plan_of(comparison)
         _tell_of_misses(comparison, planned)
         # until it is made anew: a summary that is there speaks of the whole comparison, never of an earlier version
@@ -125,7 +125,7 @@ def _search(comparison: Comparison, planned: Sequence[Competitor], progress: _Pr
     if search is None:
         return {}
     seeds = comparison.compare.seeds[: search.seeds]
-    grid = first_grid(required_rates(comparison, planned), trials=search.trials, factor=search.factor)
+    grid = first_rates(comparison, planned)
     most = len(grid) + search.grow
     while True:
         progress.searches(grid)

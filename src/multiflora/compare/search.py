@@ -9,14 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multiflora.compare.tuning import Side, Trial
+from multiflora.methods import METHODS
 
-__all__ = ["first_grid", "grown", "trial_of"]
+if TYPE_CHECKING:
+    from multiflora.compare.plan import Competitor
+    from multiflora.compare.spec import Comparison
+
+__all__ = ["first_grid", "first_rates", "grown", "trial_of"]
 
 _HAS_NLL = ("acc", "acc_bytes", "nll")
 _FEWEST = 3  # one rate with a neighbour on either side
+
+
+def first_rates(comparison: Comparison, planned: Sequence[Competitor]) -> tuple[float, ...]:
+    """The first grid of a comparison.
+
+    It holds the recipe's rate, each method's own or usual one, and the ends asked for.
+    """
+    search, train = comparison.compare.learning_rate, comparison.recipe.train
+    assert search is not None
+    given = {train.learning_rate} if "learning_rate" in train.model_fields_set else set()
+    own = {float(item.train["learning_rate"]) for item in planned if "learning_rate" in item.train}
+    usual = {METHODS[item.name].learning_rate for item in planned}
+    ends = {rate for rate in (search.low, search.high) if rate is not None}
+    return first_grid(given | own | usual | ends, trials=search.trials, factor=search.factor)
 
 
 def first_grid(required: Iterable[float], *, trials: int, factor: float) -> tuple[float, ...]:

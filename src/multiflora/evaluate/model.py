@@ -22,6 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
+from multiflora.once import once
 
 __all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
 
@@ -119,6 +120,13 @@ class HarnessModel(HFLM):
         self._tell_of_cuts([len(self.tok_encode(request.args[0])) for request in requests], room)
         texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         return texts
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Cut a prompt and a completion into tokens, in a comparison once for all its models."""
+        key = ("pair", self.tokenizer.name_or_path, context, continuation)
+        cut = super()._encode_pair
+        pair: tuple[list[int], list[int]] = once(key, lambda: cut(context, continuation))
+        return pair
 
     def count_tokens(self, prompt: str, completion: str) -> int:
         """Count the tokens of a completion after a prompt, as the harness will cut them."""

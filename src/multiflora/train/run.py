@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
 from multiflora.base_model import load_model, load_tokenizer
-from multiflora.data.prepare import encode_tasks
+from multiflora.data.prepare import Examples, encode_tasks
 from multiflora.evaluate import Results, evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.evaluate.table import results_table
 from multiflora.files import write_json, write_text
 from multiflora.methods import METHODS
+from multiflora.once import once
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
 from multiflora.train.adapter import (
@@ -169,11 +171,16 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
             mixture=report,
             parameters=parameters,
             training={"log": _without_times(history), **({"course": course} if course else {}), **figures},
-            fingerprints={name: fingerprint(rows) for name, rows in examples.rows.items()},
+            fingerprints=_fingerprints(examples),
             seconds=seconds,
             notes=examples.notes,
         )
     return RunResult(output=recipe.output, results=results, log=history)
+
+
+def _fingerprints(examples: Examples) -> dict[str, dict[str, Any]]:
+    """Of every task's rows; rows that a comparison has kept are the same object, and have theirs already."""
+    return {name: once(("fingerprint", id(rows)), partial(fingerprint, rows)) for name, rows in examples.rows.items()}
 
 
 @contextmanager
