@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from multiflora.compare.tuning import Side, Trial
+from multiflora.evaluate.results import LOWER_IS_BETTER
 from multiflora.methods import METHODS
 
 if TYPE_CHECKING:
@@ -84,12 +85,15 @@ def trial_of(cell: Mapping[str, Any]) -> Trial:
     """Read what a trial's training came to on the validation rows; neither score nor loss if it diverged."""
     tasks = cell["scores"]["tasks"]
     nats = [rows["nll"] for name, rows in cell["rows"].items() if tasks[name]["metric"] in _HAS_NLL]
-    score, loss = cell["scores"]["macro"], None
+    score, loss, error = cell["scores"]["macro"], None, None
+    if score is not None:
+        counted = [task.get("stderr") or 0.0 for task in tasks.values() if task["metric"] not in LOWER_IS_BETTER]
+        error = math.hypot(*counted) / len(counted)
     if any(None in values for values in nats):
-        score = None
+        score = error = None
     elif nats:
         loss = sum(sum(values) / len(values) for values in nats) / len(nats)
-    return Trial(rate=cell["learning_rate"], seed=cell["seed"], score=score, loss=loss)
+    return Trial(rate=cell["learning_rate"], seed=cell["seed"], score=score, loss=loss, error=error)
 
 
 def _rounded(rate: float) -> float:

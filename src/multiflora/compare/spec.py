@@ -92,7 +92,7 @@ class SearchSpec(Strict):
 
     The grid is even on a logarithmic scale and holds the recipe's own rate and each method's usual one. While the best
     rate of a method lies on an edge, the grid grows there. The best is chosen on the validation rows by the macro
-    score, among equals by the loss.
+    score, and by the loss where scores are within one standard error.
     """
 
     trials: int = Field(default=5, gt=0)

@@ -28,6 +28,8 @@ class Trial(NamedTuple):
     """Macro score of the tasks where more is better, a share; None where there are none, or where it diverged."""
     loss: float | None
     """Nats per token of the right completions, mean over the tasks that have them; None as above."""
+    error: float | None = None
+    """Standard error of the score, over the validation rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ def not_tuned(rate: float) -> Tuning:
 def decide(trials: Sequence[Trial], max_steps: int | None = None) -> Tuning:
     """Choose the best learning rate, and say whether it lies between worse ones.
 
-    The best has the highest mean score over seeds; among equal scores, or where there are none, the lowest loss. A rate
-    at which a training diverged is worse than any other.
+    The best has the lowest loss among the rates whose mean score is within one standard error of the highest: so
+    few rows cannot tell scores that are closer, and the loss can. A rate at which a training diverged is the worst.
 
     Args:
         trials: At least one; every rate with the same seeds.
@@ -70,7 +72,11 @@ def decide(trials: Sequence[Trial], max_steps: int | None = None) -> Tuning:
     by_rate: dict[float, list[Trial]] = {}
     for trial in trials:
         by_rate.setdefault(trial.rate, []).append(trial)
-    worth = {rate: _worth(own) for rate, own in sorted(by_rate.items())}
+    scores = {rate: _score(own) for rate, own in sorted(by_rate.items())}
+    best = max(scores, key=lambda rate: scores[rate])
+    enough = scores[best] - _mean([trial.error for trial in by_rate[best]])
+    # close scores count as one, and the loss decides among them
+    worth = {rate: (min(score, enough), -_mean([t.loss for t in by_rate[rate]])) for rate, score in scores.items()}
     chosen = max(worth, key=lambda rate: worth[rate])  # of equal ones the first, which is the smallest
     worse = [rate for rate in worth if worth[rate] < worth[chosen]]
     sides: dict[Side, bool] = {"below": any(r < chosen for r in worse), "above": any(r > chosen for r in worse)}
@@ -122,12 +128,10 @@ def _edge(tuning: Tuning) -> str:
     return f"{tuning.chosen:.3g}, is the {where} one that was tried"
 
 
-def _worth(own: Sequence[Trial]) -> tuple[float, float]:
-    """A rate's mean score and mean loss, higher is better in both."""
-    scores, losses = [trial.score for trial in own], [trial.loss for trial in own]
-    if any(score is None and loss is None for score, loss in zip(scores, losses, strict=True)):
-        return -math.inf, -math.inf
-    return _mean(scores), -_mean(losses)
+def _score(own: Sequence[Trial]) -> float:
+    """A rate's mean score over seeds; the worst there is if one of them diverged."""
+    diverged = any(trial.score is None and trial.loss is None for trial in own)
+    return -math.inf if diverged else _mean([trial.score for trial in own])
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -27,7 +27,7 @@ def tuning_section(summary: Summary) -> Section:
     steps = {tuning.max_steps for tuning in found.values()} - {None}
     text = [
         "Every method was tried with the same learning rates, as often as any other; the macro score on the validation "
-        "rows decided, among equals the loss."
+        "rows decided, and the loss among scores within one standard error of the best."
     ]
     if steps:
         text.append(

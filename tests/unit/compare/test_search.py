@@ -43,12 +43,12 @@ def test_the_grid_grows_on_the_sides_that_are_open():
 
 
 def cell(nll: list[float | None], metric: str = "acc", macro: float | None = 0.25) -> dict:
-    scores = {"tasks": {"a": {"metric": metric}}, "macro": macro}
+    scores = {"tasks": {"a": {"metric": metric, "stderr": 0.1}}, "macro": macro}
     return {"rows": {"a": {"nll": nll}}, "scores": scores, "learning_rate": 1e-3, "seed": 4}
 
 
 def test_a_trial_has_the_headline_s_score_and_the_loss_where_there_are_any():
-    assert trial_of(cell([1.0, 2.0])) == Trial(1e-3, 4, 0.25, 1.5)
-    assert trial_of(cell([None, None], "verifier")) == Trial(1e-3, 4, 0.25, None)
+    assert trial_of(cell([1.0, 2.0])) == Trial(1e-3, 4, 0.25, 1.5, 0.1)
+    assert trial_of(cell([None, None], "verifier")) == Trial(1e-3, 4, 0.25, None, 0.1)
     assert trial_of(cell([1.0, None])) == Trial(1e-3, 4, None, None)  # diverged
     assert trial_of({**cell([]), "rows": {}, "scores": {"tasks": {}, "macro": None}}) == Trial(1e-3, 4, None, None)
