@@ -16,6 +16,7 @@ import pytest
 import multiflora
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import read_comparison
+from multiflora.compare.tuning import decide
 from multiflora.errors import EnvironmentProblem
 from tests.cli.parts import COMMAND, save_model, write_task
 
@@ -134,8 +135,8 @@ def test_the_search_gives_every_method_the_same_rates_and_the_best_one(searched:
     assert (2e-4, 5) in tried["lora"]
     for row in searched.rows:
         assert row.tuning is not None
-        best = max(row.tuning.tried, key=lambda trial: (trial.score, -trial.loss))
-        assert row.learning_rate == row.tuning.chosen == best.rate
+        assert row.tuning == decide(row.tuning.tried)
+        assert row.learning_rate == row.tuning.chosen
 
 
 def test_a_trial_at_the_best_rate_is_a_seed_and_is_not_trained_again(searched: Summary, place: Path) -> None:

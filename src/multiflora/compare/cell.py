@@ -81,11 +81,11 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
         "device": device_name(),
         "versions": package_versions(),
     }
-    found = _finite(found)  # the same now as when it is read
+    finite: dict[str, Any] = _finite(found)  # the same now as when it is read
     path = path_of(cell, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    return found
+    write_json(path, finite)
+    return finite
 
 
 def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:
