@@ -113,7 +113,7 @@ class Pass:
         if id(config) not in self._one:
             ids = self.ids_for(config)
             first = None if ids is None or not ids.numel() else int(ids.reshape(-1)[0])
-            self._one[id(config)] = first if ids is not None and bool((ids == first).all()) else None
+            self._one[id(config)] = first if first is not None and bool(torch.all(ids == first)) else None
         return self._one[id(config)]
 
     def _resolve(self, config: Any, rows: Sequence[int] | None) -> Tensor | None:
@@ -478,7 +478,7 @@ class _Here(threading.local):
 
 def _has_cache(kwargs: Mapping[str, Any]) -> bool:
     """Whether the pass goes on with what an earlier one has kept of its tokens."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     return hasattr(cache, "get_seq_length") and bool(cache.get_seq_length())
 
 

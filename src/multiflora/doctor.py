@@ -30,7 +30,6 @@ FEATURES: Mapping[str, str] = {
     "demo": "the embedded model (`model: embedded`, `make demo`)",
     "gpu": "fused kernels on NVIDIA GPUs",
     "plot": "figures of `multiflora analyze`",
-    "compare": "`multiflora compare`: the search for settings",
     "compose": "`multiflora compose --examples`, `method: lorahub`",
     "serve": "`multiflora serve`",
 }

@@ -214,6 +214,8 @@ class EvaluateSpec(Strict):
     """Score the base model too."""
     split: Literal["test", "validation"] = "test"
     """The split that is scored."""
+    during: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+    """Shares of the steps after which the tasks are scored too, e.g. ``[0.125, 0.25, 0.5]``; None: only at the end."""
     harness_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness to score beside ours, by their names there."""
     extra_tasks: tuple[Task, ...] = ()

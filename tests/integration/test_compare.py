@@ -17,6 +17,7 @@ import multiflora
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import read_comparison
 from multiflora.compare.single_task import steps_of_each
+from multiflora.compare.tuning import decide
 from multiflora.errors import EnvironmentProblem
 from multiflora.recipe import recipe_from
 from multiflora.report import report
@@ -120,13 +121,90 @@ def test_killed_half_way_it_goes_on_where_it_was(place: Path) -> None:
     assert "Nothing can be said of rlora against lora from one seed" in done.stdout
 
 
-def test_the_search_gives_every_method_as_many_trials_and_the_best_rate(place: Path) -> None:
-    search = {"trials": 2, "low": 1e-4, "high": 1e-1, "max_steps": 1}
-    summary = multiflora.compare(plan(place, "searched", seeds=[5], learning_rate=search), quiet=True)
-    assert {label: len(trials) for label, trials in summary.trials.items()} == {"lora": 2, "rlora": 2}
-    for row in summary.rows:
-        best = min(summary.trials[row.label], key=lambda trial: trial[1])
-        assert row.learning_rate == best[0]
+def runs(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "runs").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def searched(place: Path) -> Summary:
+    search = {"trials": 1, "factor": 30, "grow": 1}
+    return multiflora.compare(plan(place, "searched", seeds=[5, 6], learning_rate=search), quiet=True)
+
+
+def test_the_search_gives_every_method_the_same_rates_and_the_best_one(searched: Summary) -> None:
+    tried = {row.label: [(t.rate, t.seed) for t in row.tuning.tried] for row in searched.rows if row.tuning}
+    assert tried["lora"] == tried["rlora"]
+    assert 3 <= len(tried["lora"]) <= 4
+    assert (2e-4, 5) in tried["lora"]
+    for row in searched.rows:
+        assert row.tuning is not None
+        assert row.tuning == decide(row.tuning.tried)
+        assert row.learning_rate == row.tuning.chosen
+
+
+def test_a_trial_at_the_best_rate_is_a_seed_and_is_not_trained_again(searched: Summary, place: Path) -> None:
+    folder = place / "searched"
+    tried = len(searched.rows[0].tuning.tried)
+    # each method: a run for each rate with the first seed, and one more with the second
+    assert len(runs(folder)) == 2 * (tried + 1)
+    for row in searched.rows:
+        seeds = [
+            cell
+            for name, (_, text) in cells(folder).items()
+            if name.startswith(f"{row.label}-seed5")
+            for cell in [json.loads(text)]
+        ]
+        assert [cell["learning_rate"] for cell in seeds] == [row.tuning.chosen]
+        assert seeds[0]["split"] == "test"
+        assert set(seeds[0]["rows"]) == {"roses", "tulips", "lilies"}
+        assert seeds[0]["peak_memory_bytes"] > 2**20
+
+
+def test_what_the_trial_is_scored_again_gives_is_what_a_training_gives(searched: Summary, place: Path) -> None:
+    row = searched.rows[0]
+    alone = multiflora.compare(
+        plan(place, "alone", seeds=[5], methods=[{"lora": {"r": 4}}]),
+        [f"train.learning_rate={row.learning_rate}"],
+        quiet=True,
+    )
+    name = next(name for name in alone.cells if name.startswith("lora"))
+    trained = json.loads(cells(place / "alone")[name][1])
+    again = json.loads(cells(place / "searched")[name][1])  # the same name: it is the same training
+    assert again["rows"]["roses"]["nll"] == pytest.approx(trained["rows"]["roses"]["nll"], abs=1e-6)
+    assert again["scores"]["macro"] == trained["scores"]["macro"]
+
+
+def test_a_search_that_was_stopped_goes_on_and_says_the_same(searched: Summary, place: Path) -> None:
+    folder = place / "searched"
+    for name in [name for name in cells(folder) if name.startswith(("rlora-trial", "lora-seed5"))][:3]:
+        (folder / "cells" / f"{name}.json").unlink()
+    before = runs(folder)
+    again = multiflora.compare(folder / "comparison.yaml", quiet=True)
+    assert runs(folder) == before
+    assert again.to_dict() == searched.to_dict()
+
+
+def test_what_is_read_of_an_unfinished_search_is_what_was_found(searched: Summary, place: Path) -> None:
+    (place / "searched" / "summary.json").unlink()
+    found = read_comparison(place / "searched")
+    assert (found.missing, found.left_out) == (0, 0)
+    assert [row.tuning for row in found.summary.rows] == [row.tuning for row in searched.rows]
+    assert found.summary.answer == searched.answer
+
+
+def test_equal_time_gives_every_method_steps_of_its_own(place: Path) -> None:
+    whole = plan(place, "timed", seeds=1, budget="time") | {"evaluate": {"limit": 2, "during": [0.5]}}
+    found = multiflora.compare(whole, quiet=True)
+    made = [json.loads(text) for _, text in cells(place / "timed").values()]
+    clocks = [cell for cell in made if cell["kind"] == "clock"]
+    assert len(clocks) == 6
+    assert all(len(cell["speeds"]) == 11 for cell in clocks)
+    assert sorted(name[:-11] for name in runs(place / "timed") if "clock" not in name) == ["lora-seed0", "rlora-seed0"]
+    lora = next(row for row in found.rows if row.label == "lora")
+    assert [share for share, _ in lora.course] == [0.5, 1.0]
+    assert lora.course[-1][1].mean == lora.score.mean.mean
+    trained = next(cell for cell in made if cell["kind"] == "seed" and cell["label"] == "lora")
+    assert [point["step"] for point in trained["course"]] == [1]
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(place: Path) -> None:

@@ -19,7 +19,18 @@ from multiflora.files import saving, write_bytes, write_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["COLOURS", "Drawing", "bars", "curves", "heat_map", "heat_maps", "lines", "points", "save_drawing"]
+__all__ = [
+    "COLOURS",
+    "Drawing",
+    "bars",
+    "curves",
+    "heat_map",
+    "heat_maps",
+    "lines",
+    "over_rates",
+    "points",
+    "save_drawing",
+]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 """Of lines and points: distinguishable in common colour blindness (Okabe and Ito 2008, black left out)."""
@@ -256,6 +267,35 @@ def heat_maps(
         figure.supxlabel(x, fontsize=10)
         figure.supylabel(y, fontsize=10)
         figure.colorbar(image, ax=axes, shrink=0.8)
+        return _drawing(figure, name, title, reading, alt)
+
+
+def over_rates(
+    name: str,
+    title: str,
+    reading: str,
+    dots: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    chosen: Mapping[str, float],
+    y: str,
+    alt: str,
+) -> Drawing:
+    """Dots over learning rates, a line for each label through its means, and a ring round the chosen rate's mean."""
+    with _figure(_WIDTH, 3.1) as (figure, axes):
+        for k, (label, own) in enumerate(dots.items()):
+            rates = sorted({rate for rate, _ in own})
+            means = [sum(v for r, v in own if r == rate) / sum(r == rate for r, _ in own) for rate in rates]
+            style = {"color": COLOURS[k % 8], "linewidth": 1.6}
+            axes.plot(rates, means, linestyle=_STYLES[k // 8 % 4], label=_plain(label), **style)
+            axes.plot([r for r, _ in own], [v for _, v in own], "o", color=COLOURS[k % 8], markersize=3.5)
+            if chosen[label] in rates:
+                best = means[rates.index(chosen[label])]
+                axes.plot([chosen[label]], [best], "o", color=COLOURS[k % 8], markerfacecolor="none", markersize=10)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel(y)
+        axes.grid(color="#888888", alpha=0.25, linewidth=0.6)
+        _legend(figure, list(dots))
         return _drawing(figure, name, title, reading, alt)
 
 

@@ -45,8 +45,8 @@ def measure_generate(
 ) -> GenerateCase:
     """Time prefill and decoding of all competitors side by side, greedily and with a cache.
 
-    The competitors are the model alone ("base"), each of :data:`METHODS`, peft's LoRA with as many parameters as R-LoRA,
-    the same merged, and the published loop. "products" is the practical floor: R-LoRA's two products in all layers, on
+    The competitors are the model alone ("base"), each of :data:`METHODS`, peft's LoRA as large as R-LoRA, the same
+    merged, and the published loop. "products" is the practical floor: R-LoRA's two products in all layers, on
     ready matrices.
 
     Args:
@@ -60,7 +60,7 @@ def measure_generate(
     """
     from peft import LoraConfig
 
-    base = smollm2(dtype, device).eval()
+    base: Any = smollm2(dtype, device).eval()
     models: dict[str, nn.Module] = {"base": base}
     for name, settings in METHODS.items():
         config = build_config(name.partition("-")[0], {**settings, "target_modules": "all-linear"})
@@ -71,7 +71,7 @@ def measure_generate(
     merged: Any = adapt(smollm2(dtype, device), lora)
     models["peft merged"] = merged.merge_and_unload().eval()
     models["loop"] = _with_loops(dtype, device)
-    ids = torch.randint(0, int(base.config.vocab_size), (batch, prompt), device=device)  # type: ignore[union-attr]
+    ids = torch.randint(0, int(base.config.vocab_size), (batch, prompt), device=device)
     runs = {name: _run(model, ids, tokens) for name, model in models.items()}
     runs["products"] = _products(base, batch, prompt, tokens, dtype, device)
     return GenerateCase(

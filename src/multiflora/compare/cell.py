@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,11 +14,12 @@ from urllib.parse import unquote
 from multiflora.artifact import device_name, package_versions
 from multiflora.compare.plan import Cell
 from multiflora.compare.resources import latency, peak_memory, reset_peak_memory
-from multiflora.errors import TrainingError
+from multiflora.errors import ConfigError, TrainingError
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.files import write_json
-from multiflora.train.checkpoint import last_checkpoint
+from multiflora.recipe import Recipe, load_recipe
+from multiflora.train.checkpoint import CHECKPOINTS, last_checkpoint
 
 __all__ = ["read_cell", "run_cell"]
 
@@ -29,9 +31,13 @@ _DIVERGED: dict[str, Any] = {
     "scores": {"tasks": {}, "macro": None},
     "parameters": {},
     "log": [],
+    "course": [],
     "seconds": {},
     "latency": None,
+    "peak_memory_bytes": None,
+    "rows": {},
 }
+_MEMORY = "peak_memory.json"  # of a run's training, which may be scored in another cell
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
@@ -62,9 +68,8 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
     found = read_cell(cell, folder)
     if found is not None:
         return found
-    watched = reset_peak_memory()
-    found = _score_base(cell, quiet=quiet) if cell.kind == "base" else _train(cell, quiet=quiet)
-    found = found | {
+    work = {"base": _score_base, "clock": _clock}.get(cell.kind, _train)
+    found = work(cell, quiet=quiet) | {
         "cell": cell.name,
         "kind": cell.kind,
         "label": cell.label,
@@ -74,42 +79,86 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
         "seed": cell.recipe.seed,
         "learning_rate": cell.recipe.train.learning_rate,
         "split": cell.recipe.evaluate.split,
-        "peak_memory_bytes": peak_memory() if watched else None,
-        "rows": {} if found is _DIVERGED else _rows(cell),
         "device": device_name(),
         "versions": package_versions(),
     }
+    finite: dict[str, Any] = _finite(found)  # the same now as when it is read
     path = path_of(cell, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, _finite(found))
-    return found
+    write_json(path, finite)
+    return finite
 
 
 def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:
-    """Train the cell's recipe and time its forward pass."""
-    from multiflora.train import train
-
+    """Train the cell's recipe unless that is done, score it as the cell asks, and time its forward pass."""
     output = cell.recipe.output
-    if not (output / "README.md").is_file():  # the model card is what a run writes last
-        resume = output.is_dir() and last_checkpoint(output) is not None
-        if output.is_dir() and not resume:
-            log.warning("%s was interrupted before its first checkpoint; it starts anew.", cell.name)
-            shutil.rmtree(output)
-        try:
-            train(cell.recipe, resume=resume, quiet=quiet)
-        except TrainingError:
-            if cell.kind != "trial":
-                raise
-            return _DIVERGED  # what a search for a learning rate must find out, too
+    try:
+        _run(cell.training, quiet=quiet)
+    except TrainingError:
+        if cell.kind != "trial":
+            raise
+        return _DIVERGED  # what a search for a learning rate must find out, too
     results = json.loads((output / "results.json").read_text("utf-8"))
     run = json.loads((output / "run.json").read_text("utf-8"))
-    return {
+    memory = output / _MEMORY
+    found = {
         "scores": results["adapted"],
         "parameters": results["parameters"],
         "log": results["training"].get("log", []),
+        "course": results["training"].get("course", []),
         "seconds": run["seconds"],
-        "latency": latency(load_target(output).model),
+        "latency": None,
+        "peak_memory_bytes": json.loads(memory.read_text("utf-8")) if memory.is_file() else None,
     }
+    as_scored = load_recipe(output / "recipe.yaml").evaluate == cell.recipe.evaluate
+    if as_scored:
+        found["rows"] = _rows(cell, output)
+    if cell.kind == "seed" or not as_scored:
+        loaded = load_target(output)
+        if not as_scored:  # the run was a trial, or is one now
+            found |= _scored(cell, loaded.model, loaded.tokenizer, quiet=quiet)
+        if cell.kind == "seed":
+            found["latency"] = latency(loaded.model)
+    return found
+
+
+def _run(recipe: Recipe, *, quiet: bool) -> list[dict[str, Any]]:
+    """Train a recipe, go on with it, or leave it as it is if it is finished; returns the log of what was trained."""
+    from multiflora.train import train
+
+    output = recipe.output
+    if (output / "README.md").is_file():  # the model card is what a run writes last
+        return []
+    resume = _is_resumable(recipe)
+    if output.is_dir() and not resume:
+        log.warning("%s was interrupted before its first checkpoint; it starts anew.", output.name)
+        shutil.rmtree(output)
+    watched = reset_peak_memory()
+    history = train(recipe, resume=resume, quiet=quiet).log
+    write_json(output / _MEMORY, peak_memory() if watched else None)
+    return history
+
+
+def _is_resumable(recipe: Recipe) -> bool:
+    """Whether there is a checkpoint of this very recipe; a trial and a seed may differ in how they are scored."""
+    written = recipe.output / CHECKPOINTS / "recipe.yaml"
+    there = recipe.output.is_dir() and last_checkpoint(recipe.output) is not None
+    return there and written.is_file() and load_recipe(written) == recipe
+
+
+def _clock(cell: Cell, *, quiet: bool) -> dict[str, Any]:
+    """Time the steps of a short training."""
+    if cell.recipe.output.is_dir():
+        shutil.rmtree(cell.recipe.output)  # timed as a whole, or not at all
+    history = _run(cell.recipe, quiet=quiet)
+    speeds = [line["tokens_per_second"] for line in history if "tokens_per_second" in line][1:]
+    if not speeds:
+        raise ConfigError(
+            f"compare.budget is time, but {cell.label} trains in a way that cannot be timed step by step; set "
+            "compare.budget to parameters or flops."
+        )
+    shutil.rmtree(cell.recipe.output)
+    return {"speeds": speeds}
 
 
 def _score_base(cell: Cell, *, quiet: bool) -> dict[str, Any]:
@@ -118,28 +167,37 @@ def _score_base(cell: Cell, *, quiet: bool) -> dict[str, Any]:
     from multiflora.train.precision import weights_of
 
     model, tokenizer = load_base(cell.recipe.model, weights_of(cell.recipe))
+    watched = reset_peak_memory()
+    found = _scored(cell, model, tokenizer, quiet=quiet)
+    unmeasured: dict[str, Any] = {"parameters": {}, "log": [], "course": [], "seconds": {}, "latency": None}
+    return found | unmeasured | {"peak_memory_bytes": peak_memory() if watched else None}
+
+
+def _scored(cell: Cell, model: Any, tokenizer: Any, *, quiet: bool) -> dict[str, Any]:
+    """Scores and rows of a model in memory, as the cell asks; nothing else is written."""
     wanted = cell.recipe.evaluate
-    scores = evaluate(
-        model,
-        tokenizer,
-        cell.recipe.tasks,
-        split=wanted.split,
-        limit=wanted.limit,
-        batch_size=wanted.batch_size,
-        max_new_tokens=wanted.max_new_tokens,
-        extra_tasks=wanted.extra_tasks,
-        harness_tasks=wanted.harness_tasks,
-        chat_template=cell.recipe.model.chat_template,
-        folder=cell.recipe.output,
-        progress=not quiet,
-    )
-    return {"scores": scores, "parameters": {}, "log": [], "seconds": {}, "latency": None}
+    with tempfile.TemporaryDirectory() as folder:
+        scores = evaluate(
+            model,
+            tokenizer,
+            cell.recipe.tasks,
+            split=wanted.split,
+            limit=wanted.limit,
+            batch_size=wanted.batch_size,
+            max_new_tokens=wanted.max_new_tokens,
+            extra_tasks=wanted.extra_tasks,
+            harness_tasks=wanted.harness_tasks,
+            chat_template=cell.recipe.model.chat_template,
+            folder=Path(folder),
+            progress=not quiet,
+        )
+        return {"scores": scores, "rows": _rows(cell, Path(folder))}
 
 
-def _rows(cell: Cell) -> dict[str, dict[str, list[Any]]]:
+def _rows(cell: Cell, folder: Path) -> dict[str, dict[str, list[Any]]]:
     """Each task's examples: id, score and nats per token of the right completion, in the order of their ids."""
     found = {}
-    scores = cell.recipe.output / "scores"
+    scores = folder / "scores"
     files = {
         task.name: scores / f"{task.name}.jsonl" for task in (*cell.recipe.tasks, *cell.recipe.evaluate.extra_tasks)
     }

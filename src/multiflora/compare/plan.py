@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from multiflora.compare.budget import (
@@ -23,7 +23,18 @@ from multiflora.methods import METHODS, build_config, describe, settings_of
 from multiflora.recipe import MethodSpec, Recipe, TrainSpec
 from multiflora.tasks.spec import TaskSpec
 
-__all__ = ["Cell", "Competitor", "base_cell", "competitors", "learning_rates", "seed_cell", "single_cell", "trial_cell"]
+__all__ = [
+    "Cell",
+    "Competitor",
+    "base_cell",
+    "clock_cell",
+    "competitors",
+    "seed_cell",
+    "single_cell",
+    "trial_cell",
+]
+
+Kind = Literal["base", "trial", "seed", "single", "clock"]
 
 BASE = "base"
 """Label of the model as it is before training."""
@@ -55,11 +66,14 @@ class Cell:
 
     name: str
     """Its name in files: what it is, and a digest of its recipe. A changed recipe is another cell."""
-    kind: Literal["base", "trial", "seed", "single"]
+    kind: Kind
     label: str
     number: int
-    """The seed, or the number of the trial."""
+    """The seed; of a clock, the round."""
     recipe: Recipe
+    """What is trained, and how it is scored in this cell."""
+    training: Recipe
+    """What to train where the run's folder is empty: the same run may be scored in several cells, first in another."""
 
 
 def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
@@ -84,7 +98,7 @@ def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
                 f"compare.budget: {label} has no rank, so it cannot set the budget of the others; name another "
                 "method as budget.of, or give budget.target."
             )
-        target = first.parameters if budget.equal == "parameters" else first.flops.training
+        target = first.parameters if budget.equal != "flops" else first.flops.training
     found = []
     for entry in spec.methods:
         method = describe(entry.name)
@@ -95,10 +109,10 @@ def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
             found.append(_as_given(comparison, entry, model_config))
             continue
         assert target is not None
-        assert budget.equal != "nothing"
+        equal: Literal["parameters", "flops"] = "flops" if budget.equal == "flops" else "parameters"
         widths = adapted_widths(model_config, settings, trust_remote_code=remote)
         solved = solve_rank(
-            entry.name, settings | _tasks(entry, comparison), widths, target, equal=budget.equal, scale=entry.scale
+            entry.name, settings | _tasks(entry, comparison), widths, target, equal=equal, scale=entry.scale
         )
         found.append(
             Competitor(
@@ -170,13 +184,35 @@ def seed_cell(comparison: Comparison, competitor: Competitor, seed: int, learnin
     return _cell("seed", competitor.label, seed, _recipe(comparison, competitor, seed, learning_rate))
 
 
-def trial_cell(comparison: Comparison, competitor: Competitor, number: int, learning_rate: float) -> Cell:
-    """One training of the search for a learning rate, scored on the validation split."""
+def trial_cell(comparison: Comparison, competitor: Competitor, seed: int, learning_rate: float) -> Cell:
+    """One training of the search for a learning rate, scored on the validation split.
+
+    A trial of full length is the training of `seed_cell` with that seed and rate: it lies in the same folder, so that
+    whichever comes second only scores it.
+    """
     search = comparison.compare.learning_rate
     assert search is not None
-    recipe = _recipe(comparison, competitor, search.seed, learning_rate, max_steps=search.max_steps)
-    scored = recipe.evaluate.model_copy(update={"split": "validation", "extra_tasks": (), "harness_tasks": ()})
-    return _cell("trial", competitor.label, number, recipe.model_copy(update={"evaluate": scored}))
+    recipe = _recipe(comparison, competitor, seed, learning_rate, max_steps=search.max_steps)
+    unseen: dict[str, Any] = {"split": "validation", "extra_tasks": (), "harness_tasks": (), "during": None}
+    scored = recipe.evaluate.model_copy(update=unseen)
+    cell = _cell("trial", competitor.label, seed, recipe.model_copy(update={"evaluate": scored}))
+    if search.max_steps is not None:
+        return cell
+    whole = _cell("seed", competitor.label, seed, recipe)
+    shared = cell.recipe.model_copy(update={"output": whole.recipe.output})
+    # scores during training are of the test rows, so then the run must be trained as a seed is
+    return replace(cell, recipe=shared, training=whole.recipe if whole.recipe.evaluate.during else shared)
+
+
+def clock_cell(comparison: Comparison, competitor: Competitor, number: int, steps: int) -> Cell:
+    """A short training whose steps are timed; what comes of it is of no interest."""
+    recipe = _recipe(comparison, competitor, comparison.compare.seeds[0], None, max_steps=steps)
+    unscored: dict[str, Any] = {"limit": 1, "extra_tasks": (), "harness_tasks": (), "during": None}
+    changed = {
+        "train": recipe.train.model_copy(update={"log_every": 1, "save_every": None, "report_to": ()}),
+        "evaluate": recipe.evaluate.model_copy(update=unscored),
+    }
+    return _cell("clock", competitor.label, number, recipe.model_copy(update=changed))
 
 
 def single_cell(
@@ -196,7 +232,7 @@ def single_cell(
     return _cell("single", label, seed, recipe.model_copy(update={"tasks": (task,), "evaluate": scored}))
 
 
-def _cell(kind: Literal["base", "trial", "seed", "single"], label: str, number: int, recipe: Recipe) -> Cell:
+def _cell(kind: Kind, label: str, number: int, recipe: Recipe) -> Cell:
     """A cell with a folder of its own under the comparison's ``runs``."""
     unscored = recipe.evaluate.model_copy(update={"before": False})  # the base model has a cell of its own
     recipe = recipe.model_copy(update={"evaluate": unscored})
@@ -204,7 +240,7 @@ def _cell(kind: Literal["base", "trial", "seed", "single"], label: str, number: 
     digest = hashlib.sha256(recipe.to_yaml(recipe.output).encode()).hexdigest()[:10]
     name = f"{label}-{kind}{number}-{digest}"
     placed = recipe.model_copy(update={"output": recipe.output / "runs" / name})
-    return Cell(name=name, kind=kind, label=label, number=number, recipe=placed)
+    return Cell(name=name, kind=kind, label=label, number=number, recipe=placed, training=placed)
 
 
 def _recipe(
@@ -221,12 +257,5 @@ def _recipe(
     if max_steps is not None:
         own["max_steps"] = max_steps
     method = MethodSpec.model_validate({"name": competitor.name, "settings": dict(competitor.settings)})
-    return comparison.recipe.model_copy(update={"method": method, "seed": seed, "train": TrainSpec.model_validate(own)})
-
-
-def learning_rates(comparison: Comparison, competitor: Competitor) -> tuple[float, float]:
-    """The range a method's learning rate is searched in."""
-    search = comparison.compare.learning_rate
-    assert search is not None
-    usual = METHODS[competitor.name].learning_rate
-    return search.low or usual / 16, search.high or usual * 16
+    changed: dict[str, Any] = {"method": method, "seed": seed, "train": TrainSpec.model_validate(own)}
+    return comparison.recipe.model_copy(update=changed)

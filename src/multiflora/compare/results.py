@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from multiflora.compare.forgetting import Forgetting
 from multiflora.compare.statistics import Difference, Interval, Rank
 from multiflora.compare.transfer import Transfer
+from multiflora.compare.tuning import Tuning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +62,12 @@ class Row:
     latency: float | None
     """Share of time that the adapter adds to a forward pass of one row, mean over seeds."""
     sentence: str
+    tuning: Tuning | None = None
+    """Whether its learning rate is tuned, and what was tried; None in a summary from before there was a grid."""
+    course: tuple[tuple[float, Interval], ...] = ()
+    """Share of the steps -> macro score over seeds, up to the whole training; empty without ``evaluate.during``."""
+    missing: str = ""
+    """What a verdict on it waits for; empty where it and the baseline are tuned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +92,6 @@ class Summary:
     """Task -> the untrained model's score."""
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
     """Label -> task -> (step, loss) pairs of the first seed."""
-    trials: Mapping[str, Sequence[tuple[float, float | None]]]
-    """Label -> (learning rate, loss) of the search."""
     device: str
     cells: Sequence[str]
     """Names of the cells that all this is made of."""

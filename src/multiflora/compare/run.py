@@ -11,25 +11,26 @@ from typing import Any
 
 from multiflora.base_model import load_config
 from multiflora.compare.cell import read_cell
+from multiflora.compare.clock import clock_cells, in_time
 from multiflora.compare.devices import Failure, run_cells
 from multiflora.compare.plan import (
     Cell,
     Competitor,
     base_cell,
     competitors,
-    learning_rates,
     seed_cell,
     trial_cell,
 )
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import COMPARISON, SUMMARY
-from multiflora.compare.search import best_rate, loss_of, propose
+from multiflora.compare.search import first_rates, grown, trial_of
 from multiflora.compare.single_task import single_trainings, with_single_tasks
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
+from multiflora.compare.tuning import Trial, Tuning, decide
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import saving, write_json, write_text
-from multiflora.methods import METHODS
+from multiflora.once import kept
 
 __all__ = ["compare", "plan_of"]
 
@@ -69,27 +70,35 @@ def compare(
     folder = comparison.recipe.output
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with _alone(folder), kept():
         planned = plan_of(comparison)
         _tell_of_misses(comparison, planned)
         # until it is made anew: a summary that is there speaks of the whole comparison, never of an earlier version
         (folder / SUMMARY).unlink(missing_ok=True)
         write_text(folder / COMPARISON, comparison.to_yaml(folder))
         progress = _Progress(comparison, planned, quiet=quiet)
-        rates, trials = _search(comparison, planned, progress)
+        clocks = _finish(clock_cells(comparison, planned), comparison, progress)
+        planned = in_time(comparison, planned, list(clocks.values()))
+        tunings = _search(comparison, planned, progress)
         cells = [base_cell(comparison)]
         # seed by seed, so that a comparison that is stopped early has whole columns
         for seed in comparison.compare.seeds:
-            cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
+            cells += [_seed_cell(comparison, item, seed, tunings) for item in planned]
         found = _finish(cells, comparison, progress)
-        summary = summarise(comparison, planned, list(found.values()), trials)
+        summary = summarise(comparison, planned, list(found.values()), tunings)
         if comparison.compare.single_task:
+            rates = {label: tuning.chosen for label, tuning in tunings.items()}
             singles = single_trainings(comparison, planned, load_config(comparison.recipe.model), rates)
             progress.total += len(singles)
             done = _finish([single.cell for single in singles], comparison, progress)
             summary = with_single_tasks(comparison, summary, singles, found, done)
         write_json(folder / SUMMARY, summary.to_dict())
         return summary
+
+
+def _seed_cell(comparison: Comparison, item: Competitor, seed: int, tunings: Mapping[str, Tuning]) -> Cell:
+    """The method's training with its best rate, where one was searched."""
+    return seed_cell(comparison, item, seed, tunings[item.label].chosen if item.label in tunings else None)
 
 
 def plan_of(comparison: Comparison) -> list[Competitor]:
@@ -117,32 +126,28 @@ def _tell_of_misses(comparison: Comparison, planned: Sequence[Competitor]) -> No
             )
 
 
-def _search(
-    comparison: Comparison, planned: Sequence[Competitor], progress: _Progress
-) -> tuple[dict[str, float], dict[str, list[tuple[float, float | None]]]]:
-    """Search each method's learning rate: label -> the best one, and label -> all that were tried."""
+def _search(comparison: Comparison, planned: Sequence[Competitor], progress: _Progress) -> dict[str, Tuning]:
+    """Search the learning rate of every method: one grid for all, which grows while a best rate lies on its edge."""
     search = comparison.compare.learning_rate
     if search is None:
-        return {}, {}
-    trials: dict[str, list[tuple[float, float | None]]] = {item.label: [] for item in planned}
-    for number in range(search.trials):
-        # every method's n-th trial at a time: each proposal needs the method's earlier ones
-        cells = {}
-        for item in planned:
-            low, high = learning_rates(comparison, item)
-            rate = propose(
-                trials[item.label],
-                low,
-                high,
-                first=METHODS[item.name].learning_rate,
-                number=search.trials,
-                seed=search.seed,
-            )
-            cells[item.label] = (trial_cell(comparison, item, number, rate), rate)
-        found = _finish([cell for cell, _ in cells.values()], comparison, progress)
-        for label, (cell, rate) in cells.items():
-            trials[label].append((rate, loss_of(found[cell.name])))
-    return {label: best_rate(tried) for label, tried in trials.items()}, trials
+        return {}
+    seeds = comparison.compare.seeds[: search.seeds]
+    grid = first_rates(comparison, planned)
+    most = len(grid) + search.grow
+    while True:
+        progress.searches(grid)
+        # seed by seed and rate by rate, so that all methods get on alike
+        cells = [trial_cell(comparison, item, seed, rate) for seed in seeds for rate in grid for item in planned]
+        found = _finish(cells, comparison, progress)
+        trials: dict[str, list[Trial]] = {item.label: [] for item in planned}
+        for cell in cells:
+            trials[cell.label].append(trial_of(found[cell.name]))
+        tunings = {label: decide(own, search.max_steps) for label, own in trials.items()}
+        open_sides = {side for tuning in tunings.values() for side in tuning.open}
+        wider = grown(grid, open_sides, search.factor)
+        if not open_sides or len(wider) > most:
+            return tunings
+        grid = wider
 
 
 def _finish(cells: Sequence[Cell], comparison: Comparison, progress: _Progress) -> Cells:
@@ -195,11 +200,23 @@ class _Progress:
     """One line for each cell, with the time that is left."""
 
     def __init__(self, comparison: Comparison, planned: Sequence[Competitor], *, quiet: bool) -> None:
-        search = comparison.compare.learning_rate
-        self.total = 1 + len(planned) * (len(comparison.compare.seeds) + (search.trials if search else 0))
+        self.comparison, self.methods = comparison, len(planned)
+        self.total = 1 + len(planned) * len(comparison.compare.seeds) + len(clock_cells(comparison, planned))
+        self.trials = 0
         self.done = self.ran = 0
         self.start = time.perf_counter()
         self.quiet = quiet
+
+    def searches(self, grid: Sequence[float]) -> None:
+        """Count the trials of a grid that has just been laid out or has grown."""
+        search = self.comparison.compare.learning_rate
+        assert search is not None
+        trials = self.methods * search.seeds * len(grid)
+        self.total += trials - self.trials
+        self.done -= self.trials  # those of the smaller grid are met again
+        self.trials = trials
+        if not self.quiet:
+            log.info("Learning rates: %s", ", ".join(f"{rate:.3g}" for rate in grid))
 
     def found(self, count: int) -> None:
         """Count cells that were finished before."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from multiflora.compare.results import Summary
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from multiflora.compare.plan import Competitor
+    from multiflora.compare.tuning import Trial, Tuning
 
 __all__ = ["COMPARISON", "SUMMARY", "Saved", "read_comparison"]
 
@@ -77,46 +82,57 @@ def _in_order(summary: Summary, comparison: Comparison) -> Summary:
 
 def _unfinished(folder: Path, comparison: Comparison) -> Saved:
     """Sum up the cells that are there and belong to the comparison as it is now."""
-    from multiflora.compare.plan import base_cell, seed_cell, trial_cell
+    from multiflora.compare.cell import read_cell
+    from multiflora.compare.clock import clock_cells, in_time
+    from multiflora.compare.plan import base_cell, seed_cell
     from multiflora.compare.run import plan_of
-    from multiflora.compare.search import loss_of
     from multiflora.compare.summary import summarise
 
-    planned = plan_of(comparison)
-    by_label = {item.label: item for item in planned}
-    spec = comparison.compare
-    searched = spec.learning_rate is not None
-    cells, trials = [], {}
-    for path in (folder / "cells").glob("*.json"):
-        cell = json.loads(path.read_text("utf-8"))
-        item, rate = by_label.get(cell["label"]), cell["learning_rate"]
-        # a cell's name has a digest of its recipe, so one of an earlier version of the comparison has another name
-        if cell["kind"] == "base":
-            current = base_cell(comparison).name == cell["cell"]
-        elif item is None:
-            current = False
-        elif cell["kind"] == "seed":
-            known = cell["seed"] in spec.seeds
-            current = known and seed_cell(comparison, item, cell["seed"], rate if searched else None).name == path.stem
-        else:
-            current = searched and trial_cell(comparison, item, cell["number"], rate).name == path.stem
-        if current and cell["kind"] == "trial":
-            trials[cell["label"], cell["number"]] = (rate, loss_of(cell))
-        elif current:
-            cells.append(cell)
-    done = sum(cell["kind"] == "seed" for cell in cells)
-    if not done or len(cells) == done:
+    planned, spec = plan_of(comparison), comparison.compare
+    clocks = [read_cell(cell, folder) for cell in clock_cells(comparison, planned)]
+    cells: list[dict[str, Any] | None] = []
+    tunings: dict[str, Tuning] = {}
+    if None not in clocks:
+        planned = in_time(comparison, planned, [cell for cell in clocks if cell is not None])
+        tunings = _tunings(folder, comparison, planned)
+        wanted = [base_cell(comparison)]
+        for item in planned:
+            rate = tunings[item.label].chosen if item.label in tunings else None
+            if rate is not None or spec.learning_rate is None:
+                wanted += [seed_cell(comparison, item, seed, rate) for seed in spec.seeds]
+        cells = [read_cell(cell, folder) for cell in wanted]
+    finished = [cell for cell in cells if cell is not None]
+    done = sum(cell["kind"] == "seed" for cell in finished)
+    if not done or len(finished) == done:
         raise ConfigError(
             f"No training of the comparison in {folder} has finished yet; there is nothing to tell. Go on with it: "
             f"multiflora compare {folder / COMPARISON}."
         )
-    ordered = {label: [trials[key] for key in sorted(trials) if key[0] == label] for label in by_label}
-    summary = summarise(comparison, planned, cells, {k: v for k, v in ordered.items() if v})
-    total = len(planned) * len(spec.seeds)
+    summary = summarise(comparison, planned, finished, tunings)
     return Saved(
         folder=folder,
         comparison=comparison,
         summary=summary,
-        missing=total - done,
+        missing=len(planned) * len(spec.seeds) - done,
         left_out=done - (len(summary.cells) - 1),
     )
+
+
+def _tunings(folder: Path, comparison: Comparison, planned: Sequence[Competitor]) -> dict[str, Tuning]:
+    """What the finished trials of the comparison as it is now say of each method's learning rate."""
+    from multiflora.compare.plan import trial_cell
+    from multiflora.compare.search import trial_of
+    from multiflora.compare.tuning import decide
+
+    search = comparison.compare.learning_rate
+    if search is None:
+        return {}
+    by_label: dict[str, list[Trial]] = {item.label: [] for item in planned}
+    items = {item.label: item for item in planned}
+    for path in sorted((folder / "cells").glob("*-trial*.json")):
+        cell = json.loads(path.read_text("utf-8"))
+        item = items.get(cell["label"])
+        # a name has a digest of the recipe, so a trial of an earlier version of the comparison has another name
+        if item is not None and trial_cell(comparison, item, cell["seed"], cell["learning_rate"]).name == path.stem:
+            by_label[item.label].append(trial_of(cell))
+    return {label: decide(trials, search.max_steps) for label, trials in by_label.items() if trials}

@@ -1,84 +1,101 @@
-"""The search for a learning rate: optuna proposes, finished trials are read back from their cells."""
+"""The search for a learning rate: one grid for all methods, and how it grows. Pure functions.
+
+Neighbouring rates have about the same ratio, so the grid is even on a logarithmic scale. Some rates must be in it: the
+recipe's own, and the one each method is usually trained with. Every gap between two of these is cut into equal parts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from multiflora.errors import EnvironmentProblem
+from multiflora.compare.tuning import Side, Trial
+from multiflora.evaluate.results import LOWER_IS_BETTER
+from multiflora.methods import METHODS
 
-__all__ = ["best_rate", "loss_of", "propose"]
+if TYPE_CHECKING:
+    from multiflora.compare.plan import Competitor
+    from multiflora.compare.spec import Comparison
 
-Trial = tuple[float, float | None]
-"""A learning rate, and the loss it came to; None where the training diverged."""
+__all__ = ["first_grid", "first_rates", "grown", "trial_of"]
 
 _HAS_NLL = ("acc", "acc_bytes", "nll")
-_WORST = 1e9  # optuna has no word for a diverged training that keeps it from coming back there
+_FEWEST = 3  # one rate with a neighbour on either side
 
 
-def propose(trials: Sequence[Trial], low: float, high: float, *, first: float, number: int, seed: int) -> float:
-    """Return the learning rate of the next trial.
+def first_rates(comparison: Comparison, planned: Sequence[Competitor]) -> tuple[float, ...]:
+    """The first grid of a comparison.
 
-    The proposal is a function of the trials so far, so an interrupted search goes on as if it had not stopped: half of
-    the trials at random, then a tree of Parzen estimators (optuna's default sampler), on a logarithmic scale.
+    It holds the recipe's rate, each method's own or usual one, and the ends asked for.
+    """
+    search, train = comparison.compare.learning_rate, comparison.recipe.train
+    assert search is not None
+    given = {train.learning_rate} if "learning_rate" in train.model_fields_set else set()
+    own = {float(item.train["learning_rate"]) for item in planned if "learning_rate" in item.train}
+    usual = {METHODS[item.name].learning_rate for item in planned}
+    ends = {rate for rate in (search.low, search.high) if rate is not None}
+    return first_grid(given | own | usual | ends, trials=search.trials, factor=search.factor)
+
+
+def first_grid(required: Iterable[float], *, trials: int, factor: float) -> tuple[float, ...]:
+    """Lay out the rates that every method is tried with at first.
 
     Args:
-        trials: The finished ones, in order.
-        low: Smallest learning rate.
-        high: Largest.
-        first: Tried first: what the method is usually trained with.
-        number: Trials in all.
-        seed: Of the draws.
+        required: Rates that must be in it, at least one.
+        trials: Rates in all; more where the required ones need more, and at least three.
+        factor: Largest ratio of two neighbours.
 
-    Raises:
-        EnvironmentProblem: optuna is not installed.
+    Returns:
+        The rates, smallest first.
+
+    Example:
+        >>> first_grid([2e-4], trials=3, factor=3)
+        (6.667e-05, 0.0002, 0.0006)
+        >>> first_grid([2e-4, 5e-3], trials=3, factor=3)
+        (0.0002, 0.0005848, 0.00171, 0.005)
     """
-    if not trials:
-        return min(max(first, low), high)
-    optuna = _optuna()
-    sampler = optuna.samplers.TPESampler(seed=seed + len(trials), n_startup_trials=max(2, number // 2))
-    study = optuna.create_study(sampler=sampler, direction="minimize")
-    range_ = optuna.distributions.FloatDistribution(low, high, log=True)
-    for rate, loss in trials:
-        value = _WORST if loss is None else loss
-        study.add_trial(
-            optuna.trial.create_trial(
-                params={"learning_rate": rate}, distributions={"learning_rate": range_}, value=value
-            )
-        )
-    proposed: float = study.ask({"learning_rate": range_}).params["learning_rate"]
-    # four digits say all there is to say, and read well
-    return min(max(float(f"{proposed:.4g}"), low), high)
+    fixed = sorted(set(required))
+    grid = fixed[:1]
+    for low, high in pairwise(fixed):
+        # the small number forgives 9 / 3 > 3 in floating point
+        parts = max(1, math.ceil(math.log(high / low) / math.log(factor) - 1e-9))
+        grid += [_rounded(low * (high / low) ** (k / parts)) for k in range(1, parts)] + [high]
+    while len(grid) < max(trials, _FEWEST):
+        # up first: trainings that are too short for their rate are more common than ones that diverge
+        upwards = math.log(grid[-1] / fixed[-1]) <= math.log(fixed[0] / grid[0]) + 1e-9
+        grid = list(grown(grid, ["above" if upwards else "below"], factor))
+    return tuple(grid)
 
 
-def best_rate(trials: Sequence[Trial]) -> float:
-    """The learning rate with the lowest loss; the smallest one where none came to a number."""
-    return min(trials, key=lambda trial: (math.inf if trial[1] is None else trial[1], trial[0]))[0]
+def grown(grid: Sequence[float], sides: Collection[Side], factor: float) -> tuple[float, ...]:
+    """Add a rate on each of the sides.
 
-
-def loss_of(cell: Mapping[str, Any]) -> float | None:
-    """What a trial is judged by: nats per token of the right completions, mean over tasks; None if it diverged.
-
-    Where no task has them (all answers are generated), one minus the macro score.
+    Example:
+        >>> grown((1e-3, 3e-3), ["above"], 3)
+        (0.001, 0.003, 0.009)
     """
-    scores = cell["scores"]["tasks"]
-    nats = [rows["nll"] for name, rows in cell["rows"].items() if scores[name]["metric"] in _HAS_NLL]
+    below = (_rounded(grid[0] / factor),) if "below" in sides else ()
+    above = (_rounded(grid[-1] * factor),) if "above" in sides else ()
+    return (*below, *grid, *above)
+
+
+def trial_of(cell: Mapping[str, Any]) -> Trial:
+    """Read what a trial's training came to on the validation rows; neither score nor loss if it diverged."""
+    tasks = cell["scores"]["tasks"]
+    nats = [rows["nll"] for name, rows in cell["rows"].items() if tasks[name]["metric"] in _HAS_NLL]
+    score, loss, error = cell["scores"]["macro"], None, None
+    if score is not None:
+        counted = [task.get("stderr") or 0.0 for task in tasks.values() if task["metric"] not in LOWER_IS_BETTER]
+        error = math.hypot(*counted) / len(counted)
     if any(None in values for values in nats):
-        return None
-    if nats:
-        return float(sum(sum(values) / len(values) for values in nats) / len(nats))
-    macro: float | None = cell["scores"]["macro"]
-    return None if macro is None else 1 - macro
+        score = error = None
+    elif nats:
+        loss = sum(sum(values) / len(values) for values in nats) / len(nats)
+    return Trial(rate=cell["learning_rate"], seed=cell["seed"], score=score, loss=loss, error=error)
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "compare.learning_rate needs optuna to propose learning rates, and it is not installed: "
-            "pip install 'multiflora[compare]'. Or remove the section and set train.learning_rate."
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+def _rounded(rate: float) -> float:
+    """Four digits say all there is to say, and read well."""
+    return float(f"{rate:.4g}")

@@ -16,6 +16,7 @@ from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, override, recipe_from
 from multiflora.schema import Strict, build
 from multiflora.suggest import did_you_mean
+from multiflora.tasks.spec import TaskSpec
 from multiflora.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 __all__ = ["BudgetSpec", "CompareSpec", "Comparison", "Entry", "Published", "SearchSpec", "load_comparison"]
@@ -62,33 +63,62 @@ class Entry(Strict):
 class BudgetSpec(Strict):
     """What is equal among the methods."""
 
-    equal: Literal["parameters", "flops", "nothing"] = "parameters"
-    """Trainable parameters, operations of a training token, or nothing (every rank as it is given)."""
+    equal: Literal["parameters", "flops", "time", "nothing"] = "parameters"
+    """Trainable parameters, operations of a training token, training time (with equal parameters), or nothing."""
     of: str | None = None
     """Label of the method that sets the budget by its own settings; None: the baseline."""
     target: int | None = Field(default=None, gt=0)
     """The budget as a number, instead of ``of``: parameters, or operations that an adapter adds to a training token."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """Read ``flops`` and ``{equal: flops}`` alike."""
+        return {"equal": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _one_source(self) -> BudgetSpec:
         if self.of is not None and self.target is not None:
             raise ValueError(f"both of ({self.of}) and target ({self.target}) set the budget; keep one.")
+        if self.equal == "time" and self.target is not None:
+            raise ValueError(
+                "target is set, but equal is 'time', which is measured; name the method that sets the time as 'of'."
+            )
         return self
 
 
 class SearchSpec(Strict):
-    """A search for each method's learning rate, with the same number of trials for all."""
+    """A search for the learning rate: one grid and the same number of trainings for all methods.
 
-    trials: int = Field(default=6, gt=0)
-    """Trainings per method; each is scored on the validation split."""
+    The grid is even on a logarithmic scale and holds the recipe's own rate and each method's usual one. While the best
+    rate of a method lies on an edge, the grid grows there. The best is chosen on the validation rows by the macro
+    score, and by the loss where scores are within one standard error.
+    """
+
+    trials: int = Field(default=5, gt=0)
+    """Rates of the first grid; at least three, and more where the rates that must be in it lie far apart."""
+    factor: float = Field(default=3.0, gt=1)
+    """Largest ratio of neighbouring rates."""
+    grow: int = Field(default=6, ge=0)
+    """Most rates by which the grid grows, for all methods alike."""
     low: float | None = Field(default=None, gt=0)
-    """Smallest learning rate; None: a sixteenth of what the method's paper uses, see ``multiflora methods``."""
+    """A rate that the first grid must reach down to; None: as ``trials`` and the rates that must be in it say."""
     high: float | None = Field(default=None, gt=0)
-    """Largest; None: sixteen times that."""
+    """A rate that it must reach up to."""
+    seeds: int = Field(default=1, gt=0)
+    """Trainings with each rate: with the first so many of the comparison's seeds."""
     max_steps: int | None = Field(default=None, gt=0)
-    """Optimiser steps of a trial; None: those of the recipe."""
-    seed: int = Field(default=1000, ge=0)
-    """Seed of the trials' trainings and of the search; none of the comparison's own seeds."""
+    """Optimiser steps of a trial; None: as many as a training has, and then the trial at the best rate is one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_is_gone(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "seed" in value:
+            raise ValueError(
+                "seed is no longer a key: trials are trained with the comparison's own seeds, so that the one at the "
+                "best rate is not trained again. Remove it; 'seeds: 2' tries every rate with the first two of them."
+            )
+        return value
 
     @model_validator(mode="after")
     def _in_order(self) -> SearchSpec:
@@ -131,7 +161,8 @@ class CompareSpec(Strict):
     budget: BudgetSpec = BudgetSpec()
     """What is equal among the methods."""
     learning_rate: SearchSpec | None = None
-    """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one."""
+    """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one; then
+    no method is called better than another."""
     single_task: bool = False
     """Train one LoRA per task, too, of the whole budget each and of a share of it: does training together pay?"""
     transfer: bool = False
@@ -173,6 +204,15 @@ class CompareSpec(Strict):
     def _transfer_of_single_tasks(self) -> CompareSpec:
         if self.transfer and not self.single_task:
             raise ValueError("transfer is true, but single_task is not, whose LoRAs it scores; set both or neither.")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_suffice(self) -> CompareSpec:
+        if self.learning_rate is not None and self.learning_rate.seeds > len(self.seeds):
+            raise ValueError(
+                f"learning_rate.seeds is {self.learning_rate.seeds}, but there are {len(self.seeds)} seeds; trials are "
+                "trained with the comparison's own. Give more seeds, or a smaller number."
+            )
         return self
 
     @model_validator(mode="after")
@@ -246,4 +286,19 @@ def load_comparison(source: Comparison | Mapping[str, Any] | str | Path, overrid
         raise ConfigError(f"{where} has both 'method' and 'compare'; the methods of a comparison are compare.methods.")
     # a recipe has one method; in a comparison it stands for none
     recipe = recipe_from({**rest, "method": spec.methods[0].name}, where=where, base=base)
+    if spec.budget.equal == "time" and recipe.train.max_steps is None:
+        raise ConfigError(
+            f"{where}: compare.budget is time, so the steps of every method follow from those of "
+            f"{spec.budget.of or spec.reference()}; set train.max_steps."
+        )
+    if spec.learning_rate is not None:
+        recipe = recipe.model_copy(update={"tasks": tuple(_with_validation(task) for task in recipe.tasks)})
     return Comparison(recipe=recipe, compare=spec)
+
+
+def _with_validation(task: TaskSpec) -> TaskSpec:
+    """The task with validation rows to search on: those of its source, or some cut as other splits are."""
+    if "validation" in task.split_sizes:
+        return task
+    size = TaskSpec.model_fields["split_sizes"].default["validation"]
+    return task.model_copy(update={"split_sizes": {"validation": size, **task.split_sizes}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from multiflora.compare.forgetting import forgetting, forgetting_words
 from multiflora.compare.plan import Competitor
 from multiflora.compare.results import Measure, Row, Summary
+from multiflora.compare.saved import COMPARISON
 from multiflora.compare.spec import Comparison
 from multiflora.compare.statistics import (
     Array,
@@ -25,6 +27,7 @@ from multiflora.compare.statistics import (
     resample,
     t_interval,
 )
+from multiflora.compare.tuning import Tuning, missing, not_tuned
 from multiflora.compare.words import Claim, answer, sentence
 from multiflora.errors import DataError
 from multiflora.evaluate.results import LOWER_IS_BETTER
@@ -72,7 +75,7 @@ def summarise(
     comparison: Comparison,
     planned: Sequence[Competitor],
     cells: Sequence[Cell],
-    trials: Mapping[str, Sequence[tuple[float, float | None]]] | None = None,
+    tunings: Mapping[str, Tuning],
 ) -> Summary:
     """Sum up finished cells.
 
@@ -83,7 +86,8 @@ def summarise(
         comparison: The comparison.
         planned: Its competitors.
         cells: One of the untrained model, and one for each method and seed, as far as they are finished.
-        trials: The search for learning rates.
+        tunings: Label -> whether its learning rate is tuned; a label that is not there is not. A verdict is given on
+            two tuned methods only.
 
     Raises:
         DataError: Cells were scored on different rows, so they cannot be paired.
@@ -104,11 +108,15 @@ def summarise(
         for task in found.trained
         if reference in fit
     }
-    rows = tuple(_row(item, baseline, found, measures, by_task) for item in planned)
+    command = f"multiflora compare {_here(comparison.recipe.output / COMPARISON)}"
+    waits = {item.label: missing(item.label, reference, tunings, command) for item in planned}
+    rows = tuple(
+        _row(item, baseline, found, measures, by_task, tunings.get(item.label), waits[item.label]) for item in planned
+    )
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
     forgot = forgetting(found.base, {label: found.by_label[label] for label in fit}, reference, found.extra)
-    claims = {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows}
+    claims = {row.label: _claims({"score": row.score, "nll": row.nll}, row.missing) for row in rows}
     return Summary(
         answer=" ".join(filter(None, (answer(reference, claims), forgetting_words(forgot, reference))))
         if reference in found.by_label
@@ -122,7 +130,6 @@ def summarise(
         extra=tuple(found.extra),
         base={task: scores[task]["score"] for task in every},
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
-        trials=trials or {},
         device=found.base["device"],
         forgetting=forgot,
         cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
@@ -158,12 +165,19 @@ def _row(
     found: _Cells,
     measures: Mapping[str, Mapping[str, Measure]],
     by_task: Mapping[str, Mapping[str, Difference]],
+    tuning: Tuning | None,
+    wait: str,
 ) -> Row:
     """One method's row of the table."""
     own, diverged = found.by_label[item.label], found.diverged(item.label)
     measured = {key: measures.get(key, {}).get(item.label) for key in ("score", "nll")}
     said = sentence(
-        item.label, baseline.label, _claims(measured), item.parameters / baseline.parameters, len(found.seeds)
+        item.label,
+        baseline.label,
+        _claims(measured, wait),
+        item.parameters / baseline.parameters,
+        len(found.seeds),
+        wait,
     )
     if diverged:
         said = f"{item.label} diverged in {diverged} of {len(own)} trainings; lower its learning rate."
@@ -185,6 +199,9 @@ def _row(
         memory=_mean([cell["peak_memory_bytes"] for cell in own]),
         latency=_mean([cell["latency"]["extra"] for cell in own if cell["latency"]]),
         sentence=said,
+        tuning=tuning or not_tuned(own[0]["learning_rate"]),
+        course=() if diverged else _course(own),
+        missing=wait,
     )
 
 
@@ -221,10 +238,10 @@ def _measures(
     return found
 
 
-def _claims(found: Mapping[str, Measure | None]) -> dict[str, Claim]:
-    """What the sentences are made of."""
+def _claims(found: Mapping[str, Measure | None], wait: str) -> dict[str, Claim]:
+    """What the sentences are made of; ``wait`` says what a verdict waits for, if anything."""
     return {
-        key: Claim(measure.difference.interval, measure.p, lower_is_better=key == "nll")
+        key: Claim(measure.difference.interval, measure.p, lower_is_better=key == "nll", tuned=not wait)
         for key, measure in found.items()
         if measure is not None and measure.difference is not None
     }
@@ -257,6 +274,16 @@ def _kept(cells: Sequence[Cell], base: Cell, tasks: Sequence[str]) -> Interval |
     return t_interval([float(value - before) for value in after])
 
 
+def _course(cells: Sequence[Cell]) -> tuple[tuple[float, Interval], ...]:
+    """Macro score over seeds at the shares of the steps where all were scored, and at the end."""
+    by_seed = [{point["share"]: point["scores"]["macro"] for point in cell.get("course", ())} for cell in cells]
+    shares = sorted(set.intersection(*map(set, by_seed)))
+    if not shares or any(points[share] is None for points in by_seed for share in shares):
+        return ()
+    found = [(share, t_interval([points[share] for points in by_seed])) for share in shares]
+    return (*found, (1.0, t_interval([cell["scores"]["macro"] for cell in cells])))
+
+
 def _curves(cell: Cell, tasks: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
     """(step, loss) of each task."""
     return {
@@ -267,6 +294,11 @@ def _curves(cell: Cell, tasks: Sequence[str]) -> dict[str, list[tuple[float, flo
         ]
         for task in tasks
     }
+
+
+def _here(path: Path) -> str:
+    """A path as one would type it in the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _budget(comparison: Comparison, planned: Sequence[Competitor]) -> str:

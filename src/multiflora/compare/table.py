@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from multiflora.compare.search import first_rates
 from multiflora.compare.statistics import Interval
 
 if TYPE_CHECKING:
@@ -51,10 +52,16 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
             f"{item.parameters / reference.parameters:.3f}",
             "–" if item.flops is None else f"{item.flops.training:,}",
         )
-    trials = spec.learning_rate.trials if spec.learning_rate else 0
-    table.caption = (
-        f"{len(planned) * (len(spec.seeds) + trials)} trainings: {len(spec.seeds)} seeds, {trials} trials each"
-    )
+    search = spec.learning_rate
+    rates = first_rates(comparison, planned) if search else ()
+    # a trial of full length at the best rate is a seed
+    shared = search.seeds if search and search.max_steps is None else 0
+    each = len(spec.seeds) + len(rates) * (search.seeds if search else 0) - shared
+    table.caption = f"{len(planned) * each} trainings: {each} each, with {len(spec.seeds)} seeds"
+    if rates:
+        table.caption += (
+            f"; learning rates {', '.join(f'{rate:.3g}' for rate in rates)}, and more if the best is an end"
+        )
     if spec.single_task:
         singles = 2 * len(spec.seeds) * len(comparison.recipe.tasks)
         table.caption += f"; and {singles} of single tasks, each a share of the steps"

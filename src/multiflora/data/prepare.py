@@ -12,6 +12,7 @@ from multiflora.data.batches import group_by_length
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.data.weights import task_weights
+from multiflora.once import once
 from multiflora.tasks import load_split
 
 if TYPE_CHECKING:
@@ -96,6 +97,23 @@ def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
         DataError: A task's data cannot be read, or it has no example that fits.
         ConfigError: The mixture's settings do not go together.
     """
+    rows, encoded, store = once(_key(recipe), lambda: _encoded(recipe, tokenizer))
+    return Examples(
+        store=store,
+        mixture=mix(recipe, encoded),
+        rows=rows,
+        notes=tuple(note for task in encoded if (note := task.note())),
+    )
+
+
+def _key(recipe: Recipe) -> tuple[str, ...]:
+    """All that a recipe's encoded examples depend on."""
+    tasks = (task.model_dump_json() for task in recipe.tasks)
+    return ("encoded", recipe.model.model_dump_json(), str(recipe.train.max_length), *tasks)
+
+
+def _encoded(recipe: Recipe, tokenizer: Any) -> tuple[dict[str, Dataset], list[EncodedTask], Dataset]:
+    """Every task's rows, rendered; the tasks, encoded; and all their examples in one data set."""
     rows = {task.name: load_split(task, "train") for task in recipe.tasks}
     encoded = [
         encode(
@@ -109,12 +127,7 @@ def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
         for number, task in enumerate(recipe.tasks)
     ]
     store = concatenate_datasets([task.dataset for task in encoded])
-    return Examples(
-        store=store.add_column("example", np.arange(len(store))),
-        mixture=mix(recipe, encoded),
-        rows=rows,
-        notes=tuple(note for task in encoded if (note := task.note())),
-    )
+    return rows, encoded, store.add_column("example", np.arange(len(store)))
 
 
 def mix(recipe: Recipe, encoded: list[EncodedTask]) -> Mixture:

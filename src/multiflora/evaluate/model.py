@@ -23,6 +23,7 @@ from multiflora.data.encode import encode_text
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
+from multiflora.once import once
 from multiflora.tasks.score import before_stop
 
 __all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
@@ -129,13 +130,19 @@ class HarnessModel(HFLM):
         texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         return texts
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Cut a prompt and a completion into tokens, in a comparison once for all its models."""
+        key = ("pair", self.tokenizer.name_or_path, self.templated, context, continuation)
+        pair: tuple[list[int], list[int]] = once(key, lambda: self._cut(context, continuation))
+        return pair
+
     def count_tokens(self, prompt: str, completion: str) -> int:
         """Count the tokens of a completion after a prompt, as the harness will cut them."""
         if not prompt:
             return len(self.tok_encode(completion, add_special_tokens=False))
         return len(self._encode_pair(prompt, completion)[1])
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def _cut(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the ids of a prompt and of its completion as in training, so a line end before it is the prompt's.
 
         The end of text belongs to the completion where it is written there.

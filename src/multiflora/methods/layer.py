@@ -206,8 +206,8 @@ class BranchLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' branches, in the base output's dtype and x's shape."""
-        if not (args or kwargs or torch.is_grad_enabled()) and (y := self._infer(x)) is not None:
-            return y
+        if not (args or kwargs or torch.is_grad_enabled()) and (inferred := self._infer(x)) is not None:
+            return inferred
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)

@@ -5,7 +5,7 @@ r"""The sum without gradients: what a prepared adapter adds to its layer, with t
 
 It is the equation of :mod:`multiflora.ops.packed`, with everything that does not depend on the token done before: the
 stems, router and offset are stacked, scaled and cast into S, the heads and the mean head into C. A processor does the
-two small products of a few tokens in loops of its own (``inference.h``): there a call of a library takes longer than its
+two small products of a few tokens in loops of its own (``inference.h``): a call of a library takes longer than their
 numbers do.
 """
 
@@ -69,7 +69,8 @@ def infer(
         return out
     read = F.linear(x.reshape(-1, x.shape[-1]), rows)
     offset = len(columns) - num_heads * rank
-    stems, logits, frozen = read.split([len(rows) - offset - num_heads * routed, num_heads * routed, offset], 1)
+    sizes = [len(rows) - offset - num_heads * routed, num_heads * routed, offset]
+    stems, logits, frozen = torch.split_with_sizes(read, sizes, 1)
     if routed:
         gate = top_softmax(logits, top_k)
     z = stems

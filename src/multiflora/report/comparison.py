@@ -15,6 +15,7 @@ from multiflora.report.inside import Inside
 from multiflora.report.page import Code, Fold, Page, Section
 from multiflora.report.recipes import length_of, shown_recipe
 from multiflora.report.transfer import forgetting_table, transfer_tables
+from multiflora.report.tuning import tuning_section
 
 __all__ = ["comparison_page"]
 
@@ -47,6 +48,7 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
             figures=list(figures.scores(summary)),
             folds=[second] if len(summary.rows) > 1 else [],
         ),
+        tuning_section(summary),
         Section(
             name="tasks",
             title="Task by task",
@@ -60,7 +62,11 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
             tables=[tables.cost(summary), *forgetting_table(summary)],
             figures=list(figures.forgetting(summary)),
         ),
-        Section(name="learning", title="Learning curves", figures=list(figures.learning_curves(summary))),
+        Section(
+            name="learning",
+            title="Learning curves",
+            figures=[*figures.course(summary), *figures.learning_curves(summary)],
+        ),
         inside.section(),
         Section(
             name="published",
@@ -136,8 +142,6 @@ def _how(saved: Saved, versions: Mapping[str, str]) -> Section:
         )
         if lines
     ]
-    if summary.trials:
-        folds.append(Fold(title="The search for learning rates", tables=[tables.trials(summary)]))
     commands = (
         f"multiflora compare {COMPARISON} --output again   # without --output it goes on where it stopped\n"
         f"multiflora analyze {folder}\n"

@@ -22,7 +22,6 @@ __all__ = [
     "second_opinions",
     "task_differences",
     "tasks",
-    "trials",
 ]
 
 _METHOD = Column("Method", ("method",), numeric=False)
@@ -237,27 +236,14 @@ def tasks(recipe: Recipe, summary: Summary) -> Table:
     )
 
 
-def trials(summary: Summary) -> Table:
-    """The search for learning rates."""
-    return Table(
-        name="table-trials",
-        title="Learning rates that were tried",
-        reading="Each method got the same number of trials; the lowest loss on the validation split decided.",
-        columns=[_METHOD, Column("Learning rate", ("learning_rate",)), Column("Loss", ("loss",))],
-        rows=[
-            [word(label), Cell(f"{rate:.3g}", (rate,)), number(loss, 4)]
-            for label, tried in summary.trials.items()
-            for rate, loss in tried
-        ],
-    )
-
-
 def _measured(row: Row, words: MeasureWords, key: str) -> list[Cell]:
     """A measure's five cells."""
     measure = words.of(row)
     assert measure is not None
     found, rank = measure.difference, measure.rank
-    sign = Claim(found.interval, measure.p, lower_is_better=key == "nll").shown if found else 0
+    sign = 0
+    if found:
+        sign = Claim(found.interval, measure.p, lower_is_better=key == "nll", tuned=not row.missing).shown
     return [
         interval(measure.mean, words.digits, factor=words.factor),
         difference(found.interval, sign, words.digits, factor=words.factor) if found else NOTHING,

@@ -11,7 +11,16 @@ from multiflora.compare.results import Measure, Row, Summary
 from multiflora.compare.statistics import Interval
 from multiflora.evaluate.results import LOWER_IS_BETTER
 
-__all__ = ["MEASURES", "forgetting", "learning_curves", "run_curves", "run_scores", "scores", "task_differences"]
+__all__ = [
+    "MEASURES",
+    "course",
+    "forgetting",
+    "learning_curves",
+    "run_curves",
+    "run_scores",
+    "scores",
+    "task_differences",
+]
 
 _POINTS = 120  # of a learning curve: more than a page can show
 
@@ -150,6 +159,32 @@ def task_differences(summary: Summary) -> Iterator[Drawing]:
         )
         + ".",
     )
+
+
+def course(summary: Summary) -> Iterator[Drawing]:
+    """Macro scores on the way through the training, where they were asked for."""
+    series = {
+        row.label: ([100 * share for share, _ in row.course], [100 * score.mean for _, score in row.course])
+        for row in summary.rows
+        if len(row.course) > 1
+    }
+    if series:
+        yield curves(
+            "course",
+            "Macro score over the training",
+            "Points of 100, mean over seeds, on the rows of the table above. Lines that cross tell which method is "
+            "faster and which one gets further.",
+            series,
+            x="per cent of the steps",
+            y="points of 100",
+            alt="Macro score over the training. "
+            + "; ".join(
+                f"{row.label} " + ", ".join(f"{100 * m.mean:.1f} after {100 * s:.3g} %" for s, m in row.course)
+                for row in summary.rows
+                if row.label in series
+            )
+            + ".",
+        )
 
 
 def learning_curves(summary: Summary) -> Iterator[Drawing]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import DataError
+from multiflora.once import once
 from multiflora.tasks.example import Example
 from multiflora.tasks.jinja import ahead
 from multiflora.tasks.render import evaluated, keeps, render
@@ -61,6 +62,10 @@ def load_split(spec: TaskSpec, split: Split, limit: int | None = None) -> Datase
 
 def examples_of(spec: TaskSpec, split: Split, limit: int | None = None) -> list[Example]:
     """Render one split as a list of Examples; see ``load_split``."""
+    return list(once(("examples", spec.model_dump_json(), split, limit), lambda: _examples_of(spec, split, limit)))
+
+
+def _examples_of(spec: TaskSpec, split: Split, limit: int | None) -> list[Example]:
     higher = SPLITS[SPLITS.index(split) + 1 :]
     rows = rows_of(spec, (split, *higher))
     if split not in rows:

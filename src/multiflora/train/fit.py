@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from multiflora.recipe import Recipe
 from multiflora.train.arguments import steps_of, training_arguments
 from multiflora.train.baselines import schedules, training_settings
 from multiflora.train.checkpoint import CHECKPOINTS
+from multiflora.train.course import Course
 from multiflora.train.guard import Guard
 from multiflora.train.hooks import training_callbacks
 from multiflora.train.interrupt import stop_on_sigterm
@@ -62,6 +63,8 @@ def fit(
     checkpoint: Path | None = None,
     fingerprints: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    score: Callable[[Any], Mapping[str, Any]] | None = None,
+    paused: Callable[[float], None] = lambda seconds: None,
 ) -> tuple[TrainingData, list[dict[str, Any]]]:
     """Train the adapter.
 
@@ -73,6 +76,8 @@ def fit(
         checkpoint: Go on from here.
         fingerprints: Those of the tasks' rows; laid beside checkpoints.
         quiet: Show no progress.
+        score: Scores the model, for ``evaluate.during``.
+        paused: Told how many seconds every such scoring took.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
     Raises:
@@ -105,6 +110,13 @@ def fit(
             callbacks=[*bars, *schedule, *training_callbacks(model)],
             loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
         )
+        if score is not None and recipe.evaluate.during:
+
+            def told(seconds: float) -> None:
+                trainer.stand_still(seconds)
+                paused(seconds)
+
+            trainer.add_callback(Course(recipe.evaluate.during, score, told))
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if uses_zero3():
             gather_containers(model)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
 from multiflora.base_model import load_model, load_tokenizer
-from multiflora.data.prepare import encode_tasks
+from multiflora.data.prepare import Examples, encode_tasks
 from multiflora.evaluate import Results, evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.evaluate.table import results_table
 from multiflora.files import write_json, write_text
 from multiflora.methods import METHODS
+from multiflora.once import once
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
 from multiflora.train.adapter import (
@@ -34,6 +36,7 @@ from multiflora.train.adapter import (
     save_adapter,
     start_of,
 )
+from multiflora.train.course import course_of, require_one_process
 from multiflora.train.engines import require_engine
 from multiflora.train.fit import fit
 from multiflora.train.lorahub import fit_and_compose
@@ -94,13 +97,14 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
     adapter_config(recipe)
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
+    require_one_process(recipe)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
     with disk_guard(recipe.output), quiet_libraries():
         tokenizer = load_tokenizer(recipe.model)
         examples = encode_tasks(recipe, tokenizer)
-        fingerprints = {name: fingerprint(rows) for name, rows in examples.rows.items()}
+        fingerprints = _fingerprints(examples)
         if checkpoint is not None:
             check_data(recipe.output, fingerprints)
         for note in examples.notes:
@@ -129,15 +133,28 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             100 * trainable / total,
         )
         figures: dict[str, Any] = {}
+        pauses: list[float] = []
         with _timed(seconds, "train"):
             if recipe.method.name == "lorahub":
                 report, history, made = fit_and_compose(model, tokenizer, recipe, examples, quiet=quiet)
                 figures = {"composition": made.to_dict()}
             else:
                 data, history = fit(
-                    model, tokenizer, recipe, examples, checkpoint=checkpoint, fingerprints=fingerprints, quiet=quiet
+                    model,
+                    tokenizer,
+                    recipe,
+                    examples,
+                    checkpoint=checkpoint,
+                    fingerprints=fingerprints,
+                    quiet=quiet,
+                    score=lambda model: _score(model, tokenizer, recipe, quiet=True),
+                    paused=pauses.append,
                 )
                 report = data.report
+        if pauses:
+            seconds["train"] -= sum(pauses)
+            seconds["evaluate_during"] = sum(pauses)
+        course = course_of(history)
         save_adapter(model, recipe.output, start=start)
         if is_first_process():
             write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
@@ -172,12 +189,17 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             adapted=after,
             mixture=report,
             parameters=parameters,
-            training={"log": _without_times(history), **figures},
+            training={"log": _without_times(history), **({"course": course} if course else {}), **figures},
             fingerprints=fingerprints,
             seconds=seconds,
             notes=examples.notes,
         )
     return RunResult(output=recipe.output, results=results, log=history)
+
+
+def _fingerprints(examples: Examples) -> dict[str, dict[str, Any]]:
+    """Of every task's rows; rows that a comparison has kept are the same object, and have theirs already."""
+    return {name: once(("fingerprint", id(rows)), partial(fingerprint, rows)) for name, rows in examples.rows.items()}
 
 
 @contextmanager

@@ -208,6 +208,11 @@ class MultitaskTrainer(SFTTrainer):
         self._loss = loss if self._loss is None else self._loss + loss
         return loss
 
+    def stand_still(self, seconds: float) -> None:
+        """Leave seconds that were no training out of the log's speed."""
+        if self._window_start is not None:
+            self._window_start += seconds
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each task's mean loss and the tokens per second of the window that ends here."""
         if self.model.training:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from multiflora.compare.plan import base_cell, competitors, learning_rates, seed_cell, trial_cell
-from multiflora.compare.spec import load_comparison
+from multiflora.compare.clock import clock_cells, in_time
+from multiflora.compare.plan import base_cell, competitors, seed_cell, trial_cell
+from multiflora.compare.search import first_rates
+from multiflora.compare.spec import BudgetSpec, load_comparison
 from multiflora.errors import ConfigError
 from multiflora.methods import build_config
 from multiflora.yaml_file import parse_yaml
@@ -115,12 +117,34 @@ def test_a_changed_recipe_is_another_cell_and_the_folder_is_not():
     assert len({name({"max_steps": 3}), name({"max_steps": 4}), name({"max_steps": 3}, seed=1)}) == 3
 
 
-def test_a_trial_is_scored_on_the_validation_split_with_a_seed_of_its_own():
-    plan = comparison(["lora"], learning_rate={"trials": 2, "max_steps": 4, "seed": 77})
-    cell = trial_cell(plan, competitors(plan, CONFIG)[0], 1, 0.01)
-    assert cell.recipe.evaluate.split == "validation"
-    assert cell.recipe.evaluate.extra_tasks == ()
-    assert (cell.recipe.seed, cell.recipe.train.max_steps, cell.recipe.train.learning_rate) == (77, 4, 0.01)
+def test_a_trial_of_full_length_is_the_training_of_a_seed_scored_on_the_validation_split():
+    plan = comparison(["lora"], learning_rate={})
+    item = competitors(plan, CONFIG)[0]
+    trial, seed = trial_cell(plan, item, 2, 0.01), seed_cell(plan, item, 2, 0.01)
+    assert (trial.recipe.output, trial.name) != (seed.recipe.output, seed.name)
+    assert trial.recipe.output == seed.recipe.output
+    assert (trial.recipe.evaluate.split, trial.recipe.evaluate.extra_tasks) == ("validation", ())
+    same = {"evaluate": None}
+    assert trial.training.model_copy(update=same) == seed.training.model_copy(update=same)
+    assert len({trial_cell(plan, item, 2, 0.02).name, trial_cell(plan, item, 1, 0.01).name, trial.name}) == 3
+
+
+def test_scores_during_training_are_of_the_rows_that_are_told_of():
+    plan = comparison(["lora"], learning_rate={})
+    during = plan.recipe.evaluate.model_copy(update={"during": (0.5,)})
+    plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"evaluate": during})})
+    item = competitors(plan, CONFIG)[0]
+    trial = trial_cell(plan, item, 0, 0.01)
+    assert trial.training == seed_cell(plan, item, 0, 0.01).recipe
+    assert trial.training.evaluate.split == "test"
+
+
+def test_a_short_trial_is_a_training_of_its_own():
+    plan = comparison(["lora"], learning_rate={"max_steps": 4})
+    item = competitors(plan, CONFIG)[0]
+    trial = trial_cell(plan, item, 0, 0.01)
+    assert trial.recipe.output != seed_cell(plan, item, 0, 0.01).recipe.output
+    assert (trial.recipe.train.max_steps, trial.training) == (4, trial.recipe)
 
 
 def test_the_base_model_is_scored_on_the_same_rows():
@@ -129,9 +153,32 @@ def test_the_base_model_is_scored_on_the_same_rows():
     assert base_cell(plan).recipe.evaluate == trained.evaluate
 
 
-def test_the_search_s_range_is_round_the_usual_rate():
-    plan = comparison(["lora"], learning_rate={"high": 1e-2})
-    assert learning_rates(plan, competitors(plan, CONFIG)[0]) == (2e-4 / 16, 1e-2)
+def test_the_search_tries_the_recipe_s_rate_and_the_usual_ones():
+    methods = ["lora", "ia3", {"name": "dora", "train": {"learning_rate": 0.5}}]
+    plan = comparison(methods, learning_rate={})
+    assert {2e-4, 3e-3, 0.5} <= set(first_rates(plan, competitors(plan, CONFIG)))
+    given = comparison(methods, learning_rate={"low": 1e-6}, train={"learning_rate": 5e-3})
+    rates = first_rates(given, competitors(given, CONFIG))
+    assert {2e-4, 3e-3, 0.5, 5e-3} <= set(rates)
+    assert (rates[0], rates[-1]) == (1e-6, 0.5)
+
+
+def test_equal_time_is_equal_parameters_and_steps_by_speed():
+    plan = comparison(["lora", "rlora"], budget="time", train={"max_steps": 100})
+    items = competitors(plan, CONFIG)
+    same = competitors(comparison(["lora", "rlora"]), CONFIG)
+    assert [item.rank for item in items] == [item.rank for item in same]
+    cells = clock_cells(plan, items)
+    assert len({cell.name for cell in cells}) == 6
+    speeds = {"lora": [900.0, 1000.0, 1100.0], "rlora": [100.0, 800.0, 810.0]}
+    found = [{"label": cell.label, "speeds": [speeds[cell.label][cell.number]]} for cell in cells]
+    steps = [seed_cell(plan, item, 0).recipe.train.max_steps for item in in_time(plan, items, found)]
+    assert steps == [100, 80]
+    other = plan.model_copy(
+        update={"compare": plan.compare.model_copy(update={"budget": BudgetSpec(equal="time", of="rlora")})}
+    )
+    steps = [seed_cell(other, item, 0).recipe.train.max_steps for item in in_time(other, items, found)]
+    assert steps == [125, 100]
 
 
 def test_without_a_learning_rate_each_method_has_its_own():

@@ -1,62 +1,54 @@
-"""The search for a learning rate: resumable, within its range, and it finds the bottom of a bowl."""
+"""The grid of learning rates: what must be in it is, it is even, and it grows where it is asked to."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
-from multiflora.compare.search import best_rate, loss_of, propose
-
-RANGE = {"low": 1e-5, "high": 1e-1, "first": 2e-4, "number": 14, "seed": 3}
-
-
-def bowl(rate: float) -> float:
-    """Lowest at 3e-3."""
-    return (math.log10(rate) - math.log10(3e-3)) ** 2
+from multiflora.compare.search import first_grid, grown, trial_of
+from multiflora.compare.tuning import Trial
 
 
-def search(trials: int) -> list[tuple[float, float | None]]:
-    found: list[tuple[float, float | None]] = []
-    for _ in range(trials):
-        rate = propose(found, **RANGE)
-        found.append((rate, bowl(rate)))
-    return found
+@pytest.mark.parametrize(
+    ("required", "trials", "factor", "size"),
+    [
+        ([2e-4], 5, 3.0, 5),
+        ([2e-4], 1, 3.0, 3),  # fewer could not have a worse rate on both sides
+        ([2e-4, 5e-3], 2, 3.0, 4),
+        ([2e-4, 5e-3], 6, 3.0, 6),
+        ([1e-3, 9e-3], 2, 3.0, 3),  # 9 is 3 times 3, whatever floating point makes of it
+        ([2e-5, 2e-4, 9e-5, 3e-2], 2, 3.0, 9),
+        ([1e-3, 1.1e-3], 3, 2.0, 3),
+    ],
+)
+def test_the_grid_holds_what_it_must_without_a_wide_gap(required, trials, factor, size):
+    grid = first_grid(required, trials=trials, factor=factor)
+    assert set(required) <= set(grid)
+    assert len(grid) == size
+    assert list(grid) == sorted(set(grid))
+    assert all(high / low <= factor * 1.001 for low, high in pairwise(grid))
 
 
-def test_an_interrupted_search_goes_on_as_if_it_had_not_stopped():
-    whole = search(8)
-    assert propose(whole[:5], **RANGE) == whole[5][0]
+def test_without_much_to_hold_the_grid_lies_round_it():
+    grid = first_grid([2e-4], trials=5, factor=3)
+    assert math.log(grid[-1] / 2e-4) == pytest.approx(math.log(2e-4 / grid[0]), rel=1e-3)
 
 
-def test_it_starts_with_the_usual_rate_and_stays_in_range():
-    found = search(14)
-    assert found[0][0] == 2e-4
-    assert all(1e-5 <= rate <= 1e-1 for rate, _ in found)
-    assert len({rate for rate, _ in found}) == 14
-
-
-def test_it_finds_the_bottom():
-    assert 1e-3 < best_rate(search(14)) < 1e-2
-
-
-def test_a_usual_rate_outside_the_range_is_moved_into_it():
-    assert propose([], **{**RANGE, "high": 1e-4}) == 1e-4
-
-
-def test_a_diverged_trial_is_the_worst():
-    trials = [(1e-3, 0.5), (1e-1, None), (1e-2, 0.4)]
-    assert best_rate(trials) == 1e-2
-    assert 1e-5 <= propose(trials, **RANGE) <= 1e-1
-    assert best_rate([(1e-2, None), (1e-3, None)]) == 1e-3
+def test_the_grid_grows_on_the_sides_that_are_open():
+    assert grown((1e-3, 3e-3), ["above"], 3) == (1e-3, 3e-3, 9e-3)
+    assert grown((1e-3, 3e-3), ["below", "above"], 10) == (1e-4, 1e-3, 3e-3, 3e-2)
+    assert grown((1e-3,), [], 3) == (1e-3,)
 
 
 def cell(nll: list[float | None], metric: str = "acc", macro: float | None = 0.25) -> dict:
-    return {"rows": {"a": {"nll": nll}}, "scores": {"tasks": {"a": {"metric": metric}}, "macro": macro}}
+    scores = {"tasks": {"a": {"metric": metric, "stderr": 0.1}}, "macro": macro}
+    return {"rows": {"a": {"nll": nll}}, "scores": scores, "learning_rate": 1e-3, "seed": 4}
 
 
-def test_a_trial_is_judged_by_nats_or_else_by_score():
-    assert loss_of(cell([1.0, 2.0])) == 1.5
-    assert loss_of(cell([None, None], "verifier")) == pytest.approx(0.75)
-    assert loss_of(cell([1.0, None])) is None  # diverged
-    assert loss_of(cell([None], "verifier", None)) is None
+def test_a_trial_has_the_headline_s_score_and_the_loss_where_there_are_any():
+    assert trial_of(cell([1.0, 2.0])) == Trial(1e-3, 4, 0.25, 1.5, 0.1)
+    assert trial_of(cell([None, None], "verifier")) == Trial(1e-3, 4, 0.25, None, 0.1)
+    assert trial_of(cell([1.0, None])) == Trial(1e-3, 4, None, None)  # diverged
+    assert trial_of({**cell([]), "rows": {}, "scores": {"tasks": {}, "macro": None}}) == Trial(1e-3, 4, None, None)

@@ -50,7 +50,11 @@ def test_seeds_may_be_a_number():
         ({"baseline": "lor"}, "baseline is 'lor', which is no label of methods; did you mean lora"),
         ({"budget": {"of": "rlor"}}, "budget.of is 'rlor', which is no label of methods; did you mean rlora"),
         ({"budget": {"of": "lora", "target": 5}}, "both of .lora. and target .5. set the budget"),
-        ({"budget": {"equal": "time"}}, "budget.equal is 'time'"),
+        ({"budget": "tokens"}, "budget.equal is 'tokens'"),
+        ({"budget": {"equal": "time", "target": 5}}, "target is set, but equal is 'time'"),
+        ({"budget": "time"}, r"compare.budget is time, .* those of lora; set train.max_steps"),
+        ({"learning_rate": {"seed": 7}}, "seed is no longer a key: trials are trained with the comparison's own seeds"),
+        ({"learning_rate": {"seeds": 4}}, "learning_rate.seeds is 4, but there are 3 seeds"),
         ({"learning_rate": {"low": 1e-2, "high": 1e-3}}, "low must be the smaller one"),
         ({"seed": 3}, "seed is not a known key; did you mean seeds"),
         (
@@ -100,6 +104,20 @@ def test_what_is_written_reads_back_equal(tmp_path: Path):
     )
     (tmp_path / "again.yaml").write_text(found.to_yaml(tmp_path))
     assert load_comparison(tmp_path / "again.yaml") == found
+
+
+def test_a_budget_may_be_one_word():
+    assert load_comparison(plain(budget="flops")).compare == load_comparison(plain(budget={"equal": "flops"})).compare
+
+
+def test_a_search_has_validation_rows_of_every_task(tmp_path: Path):
+    """Cut from the training rows where the source has none, and where the task sizes other splits only."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    task = {"name": "mine", "source": {"train": str(tmp_path / "mine.jsonl")}, "split_sizes": {"test": 0.5}}
+    without = load_comparison(plain() | {"tasks": [task]})
+    searched = load_comparison(plain(learning_rate={}) | {"tasks": [task]})
+    assert without.recipe.tasks[0].split_sizes == {"test": 0.5}
+    assert searched.recipe.tasks[0].split_sizes == {"test": 0.5, "validation": 0.1}
 
 
 def test_a_comparison_is_taken_as_it_is():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from multiflora.analysis import plots
+from multiflora.compare.statistics import Interval
 from multiflora.compare.summary import summarise
+from multiflora.compare.tuning import not_tuned
 from multiflora.report import figures
 from multiflora.report.recipes import shown_recipe
 from multiflora.report.tables import interval, number, p_value, size
-from tests.unit.compare.made_cells import made_cells, made_comparison, made_competitors
+from multiflora.report.tuning import tuning_section
+from tests.unit.compare.made_cells import made_cells, made_comparison, made_competitors, made_tunings
 
 LABELS = ["lora", "one", "two"]
 
@@ -20,7 +24,7 @@ LABELS = ["lora", "one", "two"]
 @pytest.fixture(scope="module")
 def summary():
     cells = made_cells(np.random.default_rng(1), LABELS, rows=60)
-    return summarise(made_comparison(LABELS), made_competitors(LABELS), cells)
+    return summarise(made_comparison(LABELS), made_competitors(LABELS), cells, made_tunings(LABELS))
 
 
 def by_name(drawings):
@@ -35,6 +39,33 @@ def test_every_measure_has_its_means_differences_and_places(summary):
     assert f"one {100 * one.difference.interval.mean:.1f} ({low:.1f} to {high:.1f})" in found["differences-score"].alt
     assert "lora" not in found["differences-score"].alt.partition(":")[2].partition(":")[2]
     assert f"one {one.rank.rank} ({one.rank.low} to {one.rank.high})" in found["places-score"].alt
+
+
+def test_score_and_loss_are_drawn_against_the_learning_rate(summary):
+    section = tuning_section(summary)
+    assert [drawing.name for drawing in section.figures] == ["rates-score", "rates-loss"]
+    assert "lora: 40 at 0.000333, 50 at 0.001, 40 at 0.003" in section.figures[0].alt
+    assert "one: 2 at 0.000333, 1 at 0.001" in section.figures[1].alt
+    [table] = section.tables
+    assert [row[-1].text for row in table.rows] == ["", "tuned", ""] * 3
+    ET.fromstring(section.figures[0].svg)
+    assert not any("shorter" in text for text in section.text)
+
+
+def test_a_search_by_short_trials_is_told_of(summary):
+    short = [replace(row, tuning=replace(row.tuning, max_steps=20)) for row in summary.rows]
+    text = tuning_section(replace(summary, rows=tuple(short))).text
+    assert "shorter than the comparison's trainings: 20 steps" in text[1]
+    untuned = replace(summary, rows=tuple(replace(row, tuning=not_tuned(1e-3)) for row in summary.rows))
+    assert not tuning_section(untuned).figures
+
+
+def test_the_course_is_drawn_where_it_was_scored(summary):
+    assert not list(figures.course(summary))
+    course = ((0.5, Interval(0.3, 0.2, 0.4)), (1.0, Interval(0.4, 0.3, 0.5)))
+    rows = tuple(replace(row, course=course) for row in summary.rows)
+    [drawing] = figures.course(replace(summary, rows=rows))
+    assert "one 30.0 after 50 %, 40.0 after 100 %" in drawing.alt
 
 
 def test_differences_by_task_are_told_in_points(summary):
