@@ -113,7 +113,7 @@ class Pass:
         if id(config) not in self._one:
             ids = self.ids_for(config)
             first = None if ids is None or not ids.numel() else int(ids.reshape(-1)[0])
-            self._one[id(config)] = first if first is not None and bool(torch.all(ids == first)) else None
+            self._one[id(config)] = first if first is not None and bool(torch.eq(ids, first).all()) else None
         return self._one[id(config)]
 
     def _resolve(self, config: Any, rows: Sequence[int] | None) -> Tensor | None:
