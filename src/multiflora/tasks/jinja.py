@@ -29,9 +29,11 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from multiflora.tasks.bounds import bounded, budget, checked_format, made, operated, spend, turns
+from multiflora.tasks.values import is_text
 
 __all__ = [
     "Failure",
+    "NotTextError",
     "NullPrintedError",
     "check_expression",
     "check_template",
@@ -51,6 +53,14 @@ class NullPrintedError(ValueError):
     """A template would have printed a null as the word None."""
 
 
+class NotTextError(ValueError):
+    """A template would have printed Python's own writing of a value that is no text."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("a value to print is no text and no whole number")
+        self.value = value
+
+
 # all that a template can raise on a row it was not written for; anything else is a bug of ours
 Failure = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -62,12 +72,14 @@ def _not_null(value: Any) -> Any:
 
 
 def _printed(value: Any) -> Any:
-    return made(_not_null(value))
+    if not is_text(_not_null(value)) and not isinstance(value, Undefined):
+        raise NotTextError(value)
+    return made(value)
 
 
 def _prefix(items: Iterable[Any], start: str) -> list[str]:
     """Jinja filter: put ``start`` before every item; makes completions of a column of choices."""
-    return [made(f"{start}{_not_null(item)}") for item in items]
+    return [made(f"{start}{_printed(item)}") for item in items]
 
 
 def _without(text: str, pattern: str) -> str:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
-from multiflora.base_model import load_model, load_tokenizer
+from multiflora.base_model import load_config, load_model, load_tokenizer
 from multiflora.data.prepare import encode_tasks
 from multiflora.evaluate import Results, evaluate
 from multiflora.evaluate.load import load_target
@@ -82,7 +82,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     recipe = recipe_from(recipe)
     refuse_secrets([recipe.to_yaml()], "The recipe")
     checkpoint = open_output(recipe, resume=resume)
-    adapter_config(recipe)
+    planned = adapter_config(recipe)
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
     set_seed(recipe.seed)
@@ -90,7 +90,8 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     seconds: dict[str, float] = {}
     with disk_guard(recipe.output), quiet_libraries():
         tokenizer = load_tokenizer(recipe.model)
-        examples = encode_tasks(recipe, tokenizer)
+        taken = getattr(planned, "num_virtual_tokens", None) or 0
+        examples = encode_tasks(recipe, tokenizer, load_config(recipe.model), taken=taken)
         for note in examples.notes:
             log.warning(note)
         base = load_model(recipe.model, weights_of(recipe))
