@@ -95,8 +95,8 @@ TEMPLATES = {
     "chatml": CHATML + END + "<|im_start|>assistant\n{% endif %}",
     "with-bos": "<s>{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} </s>"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
-    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n"
-    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + END + "<|im_start|>assistant\n{% endif %}",
+    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + END + "<|im_start|>assistant\n{% endif %}",
     "strips": "<s>{% for m in messages %}<|{{ m.role }}|>\n\n{{ m.content | trim }}</s>{% endfor %}"
     + END
     + "<|assistant|>\n\n{% endif %}",

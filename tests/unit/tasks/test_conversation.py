@@ -1,4 +1,4 @@
-"""Conversations as fine-tuning files have them: each becomes the text that is meant, or a refusal that names its turn."""
+"""Conversations as fine-tuning files have them: each becomes the text that is meant, or is refused by its turn."""
 
 import json
 
