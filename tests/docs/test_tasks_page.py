@@ -10,9 +10,7 @@ from pages import blocks_of
 from multiflora.tasks import load_task
 from multiflora.tasks.load import examples_of
 
-ROWS = [
-    line for block in blocks_of("docs/tasks.md") if block.language == "text" for line in block.text.splitlines() if line
-]
+ROWS = [line for block in blocks_of("tasks.md") if block.language == "text" for line in block.text.splitlines() if line]
 
 
 def test_there_are_rows() -> None:

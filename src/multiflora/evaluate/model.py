@@ -115,10 +115,11 @@ class HarnessModel(HFLM):
 
         Raises:
             DataError: The tokenizer makes an id that the model has no embedding for.
+            ConfigError: ``new_tokens`` alone fill the context.
         """
         if new_tokens is not None:
             ids = self.tok_encode(row["prompt"])
-            lengths = [len(ids) + new_tokens]
+            lengths = [len(ids) + self.max_length - self._room(new_tokens)]
         else:
             pairs = [self._encode_pair(row["prompt"], text) for text in row.get("choices", [row["completion"]])]
             ids = [i for first, rest in pairs for i in first + rest]
@@ -170,15 +171,19 @@ class HarnessModel(HFLM):
         """Generate text; see the harness."""
         self._ticker.expect(len(requests))
         longest = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
-        room = self.max_length - longest
-        if room <= 0:
-            raise ConfigError(
-                f"evaluate.max_new_tokens (or a task's own max_new_tokens) is {longest}, but the model reads "
-                f"{self.max_length} tokens, prompt included. Set it well below that."
-            )
-        self._tell_of_cuts([len(self.tok_encode(request.args[0])) for request in requests], room)
+        self._tell_of_cuts([len(self.tok_encode(request.args[0])) for request in requests], self._room(longest))
         texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         return texts
+
+    def _room(self, new_tokens: int) -> int:
+        """Tokens of a prompt that leave room for an answer of ``new_tokens``."""
+        room = self.max_length - new_tokens
+        if room <= 0:
+            raise ConfigError(
+                f"evaluate.max_new_tokens (or a task's own max_new_tokens) is {new_tokens}, but the model reads "
+                f"{self.max_length} tokens, prompt included. Set it well below that."
+            )
+        return room
 
     def count_tokens(self, prompt: str, completion: str) -> int:
         """Count the tokens of a completion after a prompt."""
