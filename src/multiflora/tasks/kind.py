@@ -35,8 +35,8 @@ class Facts:
     """Column -> the place of the first row that has none."""
     not_a_number: str | None = None
     """The first answer that is no number, with its place."""
-    several_lines: bool = False
-    """Whether an answer has more than one line."""
+    stop_inside: frozenset[Score] = frozenset()
+    """Scores whose usual stop would cut a right text: a line in ``exact``'s answer, a blank line before a number."""
 
     def everywhere(self, column: str) -> bool:
         """Whether all rows have a value in a column.
@@ -103,10 +103,13 @@ def _look_at(facts: Facts, row: Mapping[str, Any], where: str) -> None:
     for column in _DECIDING:
         places = facts.without_column if row.get(column) in (None, "") else facts.with_column
         places.setdefault(column, where)
-    answer = row.get("answer")
+    answer, completion = row.get("answer"), row.get("completion")
+    if isinstance(completion, str) and "\n\n" in completion.strip():
+        facts.stop_inside |= {"number"}
     if answer is not None:
         text = str(answer).strip()
-        facts.several_lines = facts.several_lines or "\n" in text
+        if "\n" in text:
+            facts.stop_inside |= {"exact"}
         if facts.not_a_number is None and not (is_text(answer) and whole_number(text) is not None):
             facts.not_a_number = f"{shown(answer)} in {where}"
 

@@ -261,7 +261,8 @@ def _check_reference(spec: TaskSpec, answer: int | str | None, where: str) -> No
             f"{where}: the answer of task {spec.name} is {shown(answer)}, but its score is number; expected a number "
             "and nothing else. Set score: exact, or take the number out with a template."
         )
-    stop = next((stop for stop in spec.stop if stop in answer.strip()), None)
+    # a line end is the usual stop, and may be nobody's wish; any other one was written for this task
+    stop = next((stop for stop in spec.stop if stop.isspace() and stop in answer.strip()), None)
     if spec.score == "exact" and stop is not None:
         raise DataError(
             f"{where}: the answer of task {spec.name} is {shown(answer)}, which holds the stop {stop!r}, so that even "

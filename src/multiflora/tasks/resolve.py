@@ -134,8 +134,8 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         task.setdefault("id", "id")
     if task.get("score") is None and task.get("choices") is None and task.get("answer") == "answer":
         task["score"] = facts.score()[0]
-        if task["score"] == "exact" and facts.several_lines:
-            task.setdefault("stop", [])  # the usual stop, a line end, would cut a right answer
+        if task["score"] in facts.stop_inside:
+            task.setdefault("stop", [])  # the usual one would cut a right answer
     return task
 
 

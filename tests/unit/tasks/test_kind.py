@@ -55,6 +55,12 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path):
     assert explain([load_task("gsm8k")])["gsm8k"].endswith("as the task says.")
 
 
+def test_a_blank_line_before_the_number_does_not_end_the_answer(tmp_path):
+    spec = task(tmp_path, [{"prompt": "q", "completion": " First 5.\n\nThen 7.\n#### 7", "answer": "7"}])
+    assert (spec.score, spec.stop) == ("number", ())
+    assert [verify(spec, e, e.completion) for e in examples_of(spec, "test")] == [1.0]
+
+
 def test_rows_that_are_left_out_have_no_say(tmp_path):
     rows = [{"prompt": f"q{i}", "completion": " x", "answer": a} for i, a in enumerate(["1", "two"])]
     assert task(tmp_path, rows, keep="answer != 'two'").score == "number"
