@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from multiflora.errors import DataError
+from multiflora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_ids", "context_length", "largest_id"]
+    from multiflora.recipe import Recipe
+
+__all__ = ["check_answers", "check_ids", "context_length", "largest_id"]
 
 
 def context_length(config: Any) -> int | None:
@@ -26,6 +28,25 @@ def context_length(config: Any) -> int | None:
     """
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length and int(length) > 0 else None
+
+
+def check_answers(recipe: Recipe, room: int) -> None:
+    """Refuse generated answers that alone would fill the model's context.
+
+    Args:
+        recipe: Its tasks and ``evaluate`` are read.
+        room: Tokens that the model reads.
+
+    Raises:
+        ConfigError: The longest answer of a task leaves no room for a prompt.
+    """
+    for task in (*recipe.tasks, *recipe.evaluate.extra_tasks):
+        longest = task.max_new_tokens or recipe.evaluate.max_new_tokens
+        if task.score not in ("choices", "nll") and longest >= room:
+            raise ConfigError(
+                f"task {task.name} may answer with {longest} tokens (its max_new_tokens, or evaluate.max_new_tokens), "
+                f"but the model reads {room} tokens, prompt included. Set it well below that."
+            )
 
 
 def check_ids(ids: Iterable[int], size: int, where: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from multiflora.data.batches import group_by_length
-from multiflora.data.check import check_ids, context_length, largest_id
+from multiflora.data.check import check_answers, check_ids, context_length, largest_id
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.tasks import load_split
@@ -88,11 +88,13 @@ def encode_tasks(recipe: Recipe, tokenizer: Any, config: Any = None, *, taken: i
         taken: Tokens of the model's context that a learned prompt takes.
     Raises:
         DataError: A task's data cannot be read, it has no example that fits, or an id has no embedding.
-        ConfigError: The mixture's settings do not go together.
+        ConfigError: The mixture's settings do not go together, or answers would fill the model's context.
     """
     rows = {task.name: load_split(task, "train") for task in recipe.tasks}
     room = None if config is None else context_length(config)
     longest, limit = recipe.train.max_length, "train.max_length"
+    if room is not None:
+        check_answers(recipe, room - taken)
     if room is not None and room - taken < longest:
         longest, limit = room - taken, "the model's context"
     encoded = [

@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from multiflora.data.check import check_ids, context_length
 from multiflora.data.prepare import encode_tasks
-from multiflora.errors import DataError
+from multiflora.errors import ConfigError, DataError
 from multiflora.recipe import Recipe
 from tests.unit.data.test_encode import make_tokenizer
 
@@ -47,6 +47,14 @@ def test_an_id_without_an_embedding_is_refused(tmp_path: Path) -> None:
         encode_tasks(recipe(tmp_path, [" up"]), make_tokenizer(), config)
     check_ids([0, 4], 5, "t")
     check_ids([], 5, "t")
+
+
+def test_answers_that_fill_the_context_are_refused_before_training(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, [" up"])
+    exact = asked.tasks[0].model_copy(update={"score": "exact"})
+    asked = asked.model_copy(update={"tasks": (exact,)})
+    with pytest.raises(ConfigError, match=r"task t may answer with 256 tokens .* but the model reads 200 tokens"):
+        encode_tasks(asked, make_tokenizer(), LlamaConfig(max_position_embeddings=200, vocab_size=11))
 
 
 def test_a_config_that_says_nothing_of_positions() -> None:
