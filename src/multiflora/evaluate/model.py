@@ -125,7 +125,7 @@ class HarnessModel(HFLM):
             ids = [i for first, rest in pairs for i in first + rest]
             lengths = [len(first) + len(rest) - 1 for first, rest in pairs]  # the last token is predicted, never read
         check_ids(ids, self._size, row["id"])
-        return max(lengths) > self.max_length
+        return bool(max(lengths) > self.max_length)
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """Return the ids of a text that something follows; see the harness."""
@@ -177,7 +177,7 @@ class HarnessModel(HFLM):
 
     def _room(self, new_tokens: int) -> int:
         """Tokens of a prompt that leave room for an answer of ``new_tokens``."""
-        room = self.max_length - new_tokens
+        room = int(self.max_length) - new_tokens
         if room <= 0:
             raise ConfigError(
                 f"evaluate.max_new_tokens (or a task's own max_new_tokens) is {new_tokens}, but the model reads "
