@@ -113,7 +113,8 @@ class Pass:
         if id(config) not in self._one:
             ids = self.ids_for(config)
             first = None if ids is None or not ids.numel() else int(ids.reshape(-1)[0])
-            self._one[id(config)] = first if first is not None and bool(torch.eq(ids, first).all()) else None
+            same = ids is not None and first is not None and bool(torch.eq(ids, first).all())
+            self._one[id(config)] = first if same else None
         return self._one[id(config)]
 
     def _resolve(self, config: Any, rows: Sequence[int] | None) -> Tensor | None:

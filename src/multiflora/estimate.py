@@ -95,6 +95,8 @@ class Estimate:
     """What each task gives to the run, see `multiflora.data.mixture.Mixture.report`."""
     notes: tuple[str, ...]
     """What is left out, a sentence each."""
+    scores: dict[str, str]
+    """Task -> how it is scored and why, a sentence each."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
@@ -117,7 +119,8 @@ class Estimate:
         facts.add_row("tokens per step", f"{self.tokens_per_step:,.0f}, {self.loss_tokens_per_step:,.0f} with loss")
         parts = ", ".join(f"{name} {size_words(count)}" for name, count in asdict(self.memory).items())
         facts.add_row("memory", f"about {size_words(self.memory.total)}: {parts}")
-        return Group(facts, *(Text(note) for note in self.notes), mixture_table(self.mixture))
+        told = (*self.notes, *self.scores.values())
+        return Group(facts, *(Text(note) for note in told), mixture_table(self.mixture))
 
 
 def estimate(recipe: Recipe) -> Estimate:
@@ -136,6 +139,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.base_model import load_tokenizer
     from multiflora.data.prepare import encode_tasks
     from multiflora.files import check_writable
+    from multiflora.tasks.kind import explain
     from multiflora.train.adapter import adapter_config
     from multiflora.train.baselines import adalora_steps
     from multiflora.train.fit import order_examples
@@ -144,7 +148,7 @@ def estimate(recipe: Recipe) -> Estimate:
     adapter_config(recipe)  # the cheapest of the checks go first
     check_writable(recipe.output)
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
-    examples = encode_tasks(recipe, tokenizer)
+    examples = encode_tasks(recipe, tokenizer, _base_of(model).config, taken=virtual_tokens(model))
     data, steps = order_examples(recipe, examples)
     if recipe.method.name == "adalora":
         adalora_steps(recipe.method.settings, steps)  # the run would be refused where it is too short for them
@@ -168,6 +172,7 @@ def estimate(recipe: Recipe) -> Estimate:
         memory=memory_of(model, activations=activations),
         mixture=data.report,
         notes=examples.notes,
+        scores=explain((*recipe.tasks, *recipe.evaluate.extra_tasks)),
     )
 
 

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import multiflora
-from multiflora.data.encode import encode
-from multiflora.errors import AdapterError, ConfigError, EnvironmentProblem
+from multiflora.data.encode import encode, encode_text
+from multiflora.errors import AdapterError, ConfigError, DataError, EnvironmentProblem
 from multiflora.evaluate import evaluate
+from multiflora.evaluate.harness import score_text, to_harness
 from multiflora.evaluate.model import HarnessModel
 from multiflora.tasks import load_task
 
@@ -335,18 +336,67 @@ def test_the_chat_template_is_in_what_the_model_reads(
     assert row["completion"] == "red"
 
 
-def test_inputs_that_are_cut_are_counted(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_longer_than_the_context_is_left_out_and_counted(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [{"prompt": "one two " * n, "completion": " three"} for n in (2, 40)]
+    choices = [{**row, "choices": [" three", " two" * 40], "answer": 0} for row in rows]
     small = tiny_model(len(tokenizer), context=32)
-    task = {"name": "long", "source": {"test": lines(tmp_path / "long.jsonl", rows)}}
+    tasks = [{"name": "long", "source": {"test": lines(tmp_path / "long.jsonl", rows)}}]
     with caplog.at_level(logging.WARNING, logger="multiflora"):
-        evaluate(small, tokenizer, [task])
-    assert "1 of 2 inputs are longer than the 32 tokens" in caplog.text
+        found = evaluate(small, tokenizer, tasks)["tasks"]["long"]
+    assert (found["n"], found["left_out"]) == (1, 1)
+    assert "long: 1 of 2 test examples are longer than the model's context of 32 tokens" in caplog.text
+    tasks = [{"name": "none", "source": {"test": lines(tmp_path / "none.jsonl", choices)}}]
+    with pytest.raises(DataError, match=r"task none: none of its 2 test examples fits .* context of 32 tokens"):
+        evaluate(small, tokenizer, tasks)
+
+
+def test_ids_without_an_embedding_are_refused_before_the_work(tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match=r"the tokenizer makes the id \d+, but the model has embeddings for 60 only"):
+        evaluate(tiny_model(60), tokenizer, tasks[:1])
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"])
+def test_the_tokenizer_of_the_caller_stays_as_it_is(
+    model: Any, tokenizer: Any, tasks: list[dict[str, Any]], pad: str | None
+) -> None:
+    tokenizer.pad_token = pad
+    before = (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer), tokenizer.backend_tokenizer.to_str())
+    try:
+        evaluate(model, tokenizer, tasks[2:3], max_new_tokens=2)
+        after = (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer), tokenizer.backend_tokenizer.to_str())
+    finally:
+        tokenizer.pad_token = "<pad>"
+    assert after == before
+
+
+def test_an_answer_behind_a_think_block_counts(tokenizer: Any, tmp_path: Path) -> None:
+    around = ("<think>\n\n</think>\n\n", "[end]\n")
+    doc = {"id": "t-0", "prompt": "p", "completion": f"{around[0]}7{around[1]}", "around": list(around)}
+    spec = load_task({"name": "t", "source": {"path": "o/d"}, "prompt": "p", "completion": " 7", "score": "exact"})
+    for text in (doc["completion"], "<think>\n3 + 4\n</think>\n\n7[end]\n8", "7"):
+        assert score_text(spec, doc, text) == {"exact_match": 1.0}
+    row = {"task": "t", "tokens": 1, **doc}
+    to_harness(spec, [row], tmp_path, max_new_tokens=8)
+    assert "until:\n  - '[end]'\n" in (tmp_path / "t.yaml").read_text()
 
 
 def test_an_answer_longer_than_the_context_is_refused(tokenizer: Any, tasks: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens\) is 256, but the model reads 32 tokens"):
         evaluate(tiny_model(len(tokenizer), context=32), tokenizer, tasks[2:3])
+
+
+def test_a_completion_that_begins_within_a_token_is_scored_as_it_was_trained(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "is the sk", "completion": "y"}]
+    task = {"name": "melted", "source": {"test": lines(tmp_path / "melted.jsonl", rows)}}
+    first, rest = encode_text("is the sk", "y", tokenizer)
+    with torch.no_grad():
+        logits = model(torch.tensor([first + rest[:-1]])).logits[0].log_softmax(-1)
+    wanted = -logits[len(first) - 1, rest[0]].item()
+    assert evaluate(model, tokenizer, [task])["tasks"]["melted"]["score"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_what_is_missing_is_said(model: Any, tokenizer: Any, tasks: list[dict[str, Any]]) -> None:

@@ -59,9 +59,10 @@ def show(
 ) -> None:
     """Render a task's examples exactly as the model will see them; what carries loss stands in ⟦brackets⟧."""
     from multiflora.recipe import ModelSpec, load_recipe
+    from multiflora.tasks.kind import explain
     from multiflora.tasks.preview import preview, sample_examples
     from multiflora.tasks.resolve import load_task
-    from multiflora.tasks.shipped import shipped_tasks
+    from multiflora.tasks.shipped import ShippedTask, shipped_tasks
 
     plan = None if recipe is None else load_recipe(recipe)
     task = plan.task(name) if plan else shipped_tasks().get(name) or load_task(name)
@@ -69,9 +70,12 @@ def show(
     with log_on_stderr():
         examples = sample_examples(task, count)
         pieces = [None] * len(examples) if spec is None else _tokens(examples, spec)
+        scored = explain([task.spec if isinstance(task, ShippedTask) else task])
     if as_json:
-        print_json({"task": name, "examples": [asdict(example) for example in examples]})
+        words = {"scored": next(iter(scored.values()))}
+        print_json({"task": name, **words, "examples": [asdict(example) for example in examples]})
         return
+    stdout.print(*scored.values(), "", sep="\n", markup=False, soft_wrap=True)
     for example, tokens in zip(examples, pieces, strict=True):
         stdout.print(preview(example, tokens), "", sep="\n", soft_wrap=True)
     if spec is None:
@@ -81,10 +85,9 @@ def show(
 def _tokens(examples: Sequence[Example], spec: ModelSpec) -> list[list[Piece]]:
     """The tokens of each example and whether they carry loss, from the code that encodes for training."""
     from multiflora.base_model import load_tokenizer
-    from multiflora.data.encode import encode_text
-    from multiflora.tasks.chat import as_text
+    from multiflora.data.encode import encode_example
     from multiflora.tasks.preview import pieces_of
 
     tokenizer, chat = load_tokenizer(spec), spec.chat_template
-    encoded = [encode_text(*as_text(example, tokenizer, chat), tokenizer, chat_template=chat) for example in examples]
-    return [pieces_of(tokenizer, prompt, completion) for prompt, completion in encoded]
+    encoded = [encode_example(example, tokenizer, chat_template=chat) for example in examples]
+    return [pieces_of(tokenizer, each.ids, each.loss) for each in encoded]

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from multiflora.data.batches import group_by_length
+from multiflora.data.check import check_answers, check_ids, context_length, largest_id
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.data.weights import task_weights
@@ -87,17 +88,21 @@ def fill_up(dataset: Dataset, multiple: int) -> Dataset:
     return concatenate_datasets([dataset, Dataset.from_list([row] * missing, features=dataset.features)])
 
 
-def encode_tasks(recipe: Recipe, tokenizer: Any) -> Examples:
+def encode_tasks(recipe: Recipe, tokenizer: Any, config: Any = None, *, taken: int = 0) -> Examples:
     """Load the training split of every task of a recipe, encode it and set up the mixture.
 
     Args:
         recipe: Its ``tasks``, ``mixture``, ``seed``, ``train.max_length`` and ``model.chat_template`` are read.
         tokenizer: The model's tokenizer.
+        config: The model's, for what it has room and embeddings for; None: that is not checked.
+        taken: Tokens of the model's context that a learned prompt takes.
     Raises:
-        DataError: A task's data cannot be read, or it has no example that fits.
-        ConfigError: The mixture's settings do not go together.
+        DataError: A task's data cannot be read, it has no example that fits, or an id has no embedding.
+        ConfigError: The mixture's settings do not go together, or answers would fill the model's context.
     """
-    rows, encoded, store = once(_key(recipe), lambda: _encoded(recipe, tokenizer))
+    rows, encoded, store = once(
+        (*_key(recipe), str(taken), str(config is None)), lambda: _encoded(recipe, tokenizer, config, taken)
+    )
     return Examples(
         store=store,
         mixture=mix(recipe, encoded),
@@ -112,20 +117,32 @@ def _key(recipe: Recipe) -> tuple[str, ...]:
     return ("encoded", recipe.model.model_dump_json(), str(recipe.train.max_length), *tasks)
 
 
-def _encoded(recipe: Recipe, tokenizer: Any) -> tuple[dict[str, Dataset], list[EncodedTask], Dataset]:
+def _encoded(
+    recipe: Recipe, tokenizer: Any, config: Any, taken: int
+) -> tuple[dict[str, Dataset], list[EncodedTask], Dataset]:
     """Every task's rows, rendered; the tasks, encoded; and all their examples in one data set."""
     rows = {task.name: load_split(task, "train") for task in recipe.tasks}
+    room = None if config is None else context_length(config)
+    longest, limit = recipe.train.max_length, "train.max_length"
+    if room is not None:
+        check_answers(recipe, room - taken)
+    if room is not None and room - taken < longest:
+        longest, limit = room - taken, "the model's context"
     encoded = [
         encode(
             rows[task.name],
             tokenizer,
             task=task.name,
             task_id=number,
-            max_length=recipe.train.max_length,
+            max_length=longest,
             chat_template=recipe.model.chat_template,
+            limit=limit,
         )
         for number, task in enumerate(recipe.tasks)
     ]
+    if config is not None:
+        for task in encoded:
+            check_ids(largest_id(task.dataset), config.get_text_config().vocab_size, f"task {task.task}")
     store = concatenate_datasets([task.dataset for task in encoded])
     return rows, encoded, store.add_column("example", np.arange(len(store)))
 

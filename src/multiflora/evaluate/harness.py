@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,8 @@ import yaml
 
 from multiflora.evaluate.metrics import rouge_l
 from multiflora.files import write_text
-from multiflora.tasks.example import Example, Message
+from multiflora.tasks.chat import answer_in
+from multiflora.tasks.example import Example, answered
 from multiflora.tasks.score import before_stop, reference_of, verify
 from multiflora.tasks.spec import GeneratorSource, TaskSpec
 
@@ -70,7 +70,10 @@ def metric_of(spec: TaskSpec) -> str:
 
 
 def row_of(
-    example: Example, texts: Callable[[Example], tuple[str, str]], tokens: Callable[[str, str], int]
+    example: Example,
+    texts: Callable[[Example], tuple[str, str]],
+    tokens: Callable[[str, str], int],
+    around: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Return the JSONL row of an example.
 
@@ -78,20 +81,17 @@ def row_of(
         example: The rendered example.
         texts: Gives the prompt and completion as the model reads them (through its chat template, perhaps).
         tokens: Counts the tokens of a completion after a prompt.
+        around: What a chat template writes before and behind an answer that is generated.
     """
     prompt, completion = texts(example)
     row: dict[str, Any] = {"task": example.task, "id": example.id, "prompt": prompt, "completion": completion}
     if example.choices:
-        row["choices"] = [texts(_answered(example, choice))[1] for choice in example.choices]
+        row["choices"] = [texts(answered(example, choice))[1] for choice in example.choices]
     if example.answer is not None:
         row["answer"] = example.answer
+    if any(around):
+        row["around"] = list(around)
     return {**row, "tokens": tokens(prompt, completion)}
-
-
-def _answered(example: Example, completion: str) -> Example:
-    """The same example with another completion."""
-    turns = example.messages and (*example.messages[:-1], Message("assistant", completion.strip()))
-    return replace(example, completion=completion, messages=turns)
 
 
 def to_harness(spec: TaskSpec, rows: Sequence[Mapping[str, Any]], folder: Path, *, max_new_tokens: int) -> Path:
@@ -115,11 +115,20 @@ def to_harness(spec: TaskSpec, rows: Sequence[Mapping[str, Any]], folder: Path, 
     specs[spec.name] = _what_scoring_needs(spec)
     write_text(specs_file, json.dumps(specs, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     path = folder / f"{spec.name}.yaml"
-    write_text(path, _yaml(spec, max_new_tokens))
+    write_text(path, _yaml(spec, max_new_tokens, _until(spec, rows)))
     return path
 
 
-def _yaml(spec: TaskSpec, max_new_tokens: int) -> str:
+def _until(spec: TaskSpec, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where generation ends: at the task's stops, but not in a think block before the answer, and with the turn."""
+    around = [row["around"] for row in rows if "around" in row]
+    closing = dict.fromkeys(behind.strip() for _, behind in around if behind.strip())
+    # a stop of white space ends an answer, not the white space before one, which the harness cannot tell apart
+    own = [stop for stop in spec.stop if stop.strip()]
+    return [*(() if any(before.strip() for before, _ in around) else own), *closing]
+
+
+def _yaml(spec: TaskSpec, max_new_tokens: int, until: Sequence[str]) -> str:
     """Write the harness's config of a task."""
     # columns are named, not templated: the harness would render a Jinja text anew, and read digits as a number
     config: dict[str, Any] = {
@@ -142,9 +151,7 @@ def _yaml(spec: TaskSpec, max_new_tokens: int) -> str:
     else:
         limit = spec.max_new_tokens or max_new_tokens
         config |= {"output_type": "generate_until", "doc_to_target": "completion"}
-        # a stop of white space ends an answer, not the white space before one, which the harness cannot tell apart
-        until = [stop for stop in spec.stop if stop.strip()]
-        config["generation_kwargs"] = {"until": until, "max_gen_toks": limit, "do_sample": False}
+        config["generation_kwargs"] = {"until": list(until), "max_gen_toks": limit, "do_sample": False}
         functions["process_results"] = "utils.text"
     config["metric_list"] = [
         {"metric": name, "aggregation": "mean", "higher_is_better": name != "nll"} for name in names
@@ -184,7 +191,10 @@ def score_text(spec: TaskSpec, doc: Mapping[str, Any], text: str) -> dict[str, f
         doc: The row that was answered.
         text: What the model wrote, up to the first stop.
     """
-    example = Example(spec.name, doc["id"], doc["prompt"], doc["completion"], answer=doc.get("answer"))
+    around = tuple(doc.get("around") or ("", ""))
+    text = answer_in(text, (around[0], around[1]))
+    reference = answer_in(doc["completion"], (around[0], around[1]))
+    example = Example(spec.name, doc["id"], doc["prompt"], reference, answer=doc.get("answer"))
     if spec.score == "rouge":
         score = rouge_l(reference_of(example), before_stop(text, spec.stop).strip())
     else:

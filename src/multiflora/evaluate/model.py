@@ -1,14 +1,17 @@
 """The harness's own Hugging Face model class, told to do no more work than the scores need.
 
-Three departures, none of which changes a score: logits only at the end of a batch where the completions are; a row that
-has met its stop is finished, instead of running on until all have; and our progress instead of the harness's bars.
+Three departures that change no score: logits only at the end of a batch where the completions are; a row that has met
+its stop is finished, instead of running on until all have; and our progress instead of the harness's bars. And one that
+does: our tasks' texts become tokens as in training (`multiflora.data.encode`), while the harness would put a BOS before
+a chat template's text, an EOS between prompt and choice, and cut a token in two where a prompt ends within one.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +22,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from multiflora.data.encode import encode_text
+from multiflora.data.check import check_ids
+from multiflora.data.encode import encode_text, prompt_ids, text_ids
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluate.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
@@ -86,8 +90,11 @@ class HarnessModel(HFLM):
         batch_size: int,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        # float32: summed over a completion, log-probabilities rounded to bfloat16 are off by whole nats
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        with _pad_token(tokenizer, model):
+            # float32: summed over a completion, log-probabilities rounded to bfloat16 are off by whole nats
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+            self._pad = int(tokenizer.pad_token_id)
+        self.templated: bool | None = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._can_slice = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._front = tokens_in_front(model)
@@ -95,6 +102,7 @@ class HarnessModel(HFLM):
         self.stops: tuple[str, ...] = ()
         self.templated: bool | None = None
         self._tail: int | None = None
+        self._size = int(model.get_input_embeddings().num_embeddings)
         # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
         self._together = {"synced_gpus": True} if _is_spread(model) else {}
         self._ticker = self.cache_hook = _Ticker(on_progress)
@@ -103,6 +111,46 @@ class HarnessModel(HFLM):
     """Whether the texts to come have been through a chat template; None: they are of a task of the harness itself."""
     stops: tuple[str, ...]
     """Stops of white space; the harness is not told of them, as it would end an answer at them before it begins."""
+
+    def left_out(self, row: Mapping[str, Any], new_tokens: int | None) -> bool:
+        """Whether a row does not fit into the model's context; it is then left out, never cut.
+
+        Args:
+            row: Our row, as `multiflora.evaluate.harness.row_of` gives it.
+            new_tokens: Tokens that may be generated; None where completions are scored.
+
+        Raises:
+            DataError: The tokenizer makes an id that the model has no embedding for.
+            ConfigError: ``new_tokens`` alone fill the context.
+        """
+        if new_tokens is not None:
+            ids = self.tok_encode(row["prompt"])
+            lengths = [len(ids) + self.max_length - self._room(new_tokens)]
+        else:
+            pairs = [self._encode_pair(row["prompt"], text) for text in row.get("choices", [row["completion"]])]
+            ids = [i for first, rest in pairs for i in first + rest]
+            lengths = [len(first) + len(rest) - 1 for first, rest in pairs]  # the last token is predicted, never read
+        check_ids(ids, self._size, row["id"])
+        return bool(max(lengths) > self.max_length)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Return the ids of a text that something follows; see the harness."""
+        if args or kwargs:
+            theirs: list[int] = super().tok_encode(string, *args, **kwargs)
+            return theirs
+        if self.templated is None:
+            return text_ids(string, self.tokenizer)
+        return prompt_ids(string, self.tokenizer, chat_template=self.templated)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the ids of prompts, padded on the left, and their mask; see the harness."""
+        rows = [self.tok_encode(string) for string in strings]
+        if (most := kwargs.get("left_truncate_len")) is not None:
+            rows = [row[-most:] for row in rows]  # only a task of the harness itself has longer ones
+        width = max(map(len, rows))
+        ids = [[self._pad] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids), torch.tensor(mask)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score continuations; see the harness."""
@@ -120,15 +168,19 @@ class HarnessModel(HFLM):
         """Generate text; see the harness."""
         self._ticker.expect(len(requests))
         longest = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
-        room = self.max_length - longest
-        if room <= 0:
-            raise ConfigError(
-                f"evaluate.max_new_tokens (or a task's own max_new_tokens) is {longest}, but the model reads "
-                f"{self.max_length} tokens, prompt included. Set it well below that."
-            )
-        self._tell_of_cuts([len(self.tok_encode(request.args[0])) for request in requests], room)
+        self._tell_of_cuts([len(self.tok_encode(request.args[0])) for request in requests], self._room(longest))
         texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         return texts
+
+    def _room(self, new_tokens: int) -> int:
+        """Tokens of a prompt that leave room for an answer of ``new_tokens``."""
+        room = int(self.max_length) - new_tokens
+        if room <= 0:
+            raise ConfigError(
+                f"evaluate.max_new_tokens (or a task's own max_new_tokens) is {new_tokens}, but the model reads "
+                f"{self.max_length} tokens, prompt included. Set it well below that."
+            )
+        return room
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Cut a prompt and a completion into tokens, in a comparison once for all its models."""
@@ -137,23 +189,22 @@ class HarnessModel(HFLM):
         return pair
 
     def count_tokens(self, prompt: str, completion: str) -> int:
-        """Count the tokens of a completion after a prompt, as the harness will cut them."""
-        if not prompt:
-            return len(self.tok_encode(completion, add_special_tokens=False))
+        """Count the tokens of a completion after a prompt."""
         return len(self._encode_pair(prompt, completion)[1])
 
     def _cut(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt and of its completion as in training, so a line end before it is the prompt's.
+        """Return the ids of a prompt and of its completion as in training; see the harness.
 
         The end of text belongs to the completion where it is written there.
         """
         if self.templated is None:
             theirs: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return theirs
-        end = self.tokenizer.eos_token
-        written = continuation.removesuffix(end)
+        written = continuation.removesuffix(self.tokenizer.eos_token or "")
         first, rest = encode_text(context, written, self.tokenizer, chat_template=self.templated)
-        return first, rest if written != continuation else rest[:-1]
+        wanted = rest if written != continuation else rest[:-1]
+        # the very first token is never predicted, nor is it in training
+        return (first, wanted) if first else (wanted[:1], wanted[1:])
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -201,7 +252,7 @@ class HarnessModel(HFLM):
         begin = 0 if self._front else context.shape[1]
         settings |= {
             "stopping_criteria": StoppingCriteriaList([RowStops([*stop, *self.stops], self.tokenizer, begin)]),
-            "pad_token_id": self.tokenizer.pad_token_id,
+            "pad_token_id": self._pad,
             "use_cache": True,
             "do_sample": False,
             **self._together,
@@ -231,6 +282,21 @@ def _is_spread(model: Any) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters()) or any(
         isinstance(module, FullyShardedDataParallel) for module in model.modules()
     )
+
+
+@contextmanager
+def _pad_token(tokenizer: Any, model: Any) -> Iterator[None]:
+    """Lend a tokenizer a pad token where it has none; the harness would give it one for good, perhaps a new one."""
+    had = tokenizer.pad_token
+    usable = had is not None and tokenizer.pad_token_id < model.get_input_embeddings().num_embeddings
+    if not usable:
+        # any id will do, as padding is neither attended to nor predicted
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    try:
+        yield
+    finally:
+        if not usable:
+            tokenizer.pad_token = had
 
 
 class RowStops(StoppingCriteria):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from typing_extensions import NotRequired
+
 __all__ = [
     "LOWER_IS_BETTER",
     "Group",
@@ -42,6 +44,8 @@ class TaskScore(TypedDict):
     """Further metrics of the same answers, e.g. ``acc_norm``."""
     group: Group
     """tasks: asked for; extra: scored but not trained on; harness: a task of lm-evaluation-harness itself."""
+    left_out: NotRequired[int]
+    """Examples that were not scored, as they are longer than the model's context; absent where there are none."""
 
 
 class Results(TypedDict):

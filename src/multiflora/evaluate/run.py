@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from multiflora.errors import ConfigError, EnvironmentProblem
+from multiflora.errors import ConfigError, DataError, EnvironmentProblem
 from multiflora.evaluate.harness import metric_of, row_of, to_harness
 from multiflora.evaluate.results import (
     Group,
@@ -33,6 +33,7 @@ from multiflora.files import write_text
 from multiflora.recipe import EvaluateSpec
 from multiflora.suggest import nearest
 from multiflora.tasks import Example, TaskSpec, as_text, load_task
+from multiflora.tasks.chat import around_answer
 from multiflora.tasks.load import examples_of
 from multiflora.tasks.shots import with_shots
 
@@ -166,19 +167,21 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
     if plan.chat_template and plan.harness_tasks:
         as_text(Example("", "", "a question", "an answer"), tokenizer, True)  # refuses a tokenizer without a template
     theirs = {name: _their_task(name) for name in plan.harness_tasks}
-    lm.templated = plan.chat_template
     groups: list[tuple[Group, Sequence[TaskSpec]]] = [("tasks", plan.tasks), ("extra", plan.extra_tasks)]
-    ours = [(group, spec, _written(spec, plan, lm, folder)) for group, specs in groups for spec in specs]
+    lm.templated = plan.chat_template
+    ours = [(group, spec, *_written(spec, plan, lm, folder)) for group, specs in groups for spec in specs]
     scores: dict[str, TaskScore] = {}
     folder.mkdir(parents=True, exist_ok=True)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for group, spec, count in ours:
+    for group, spec, count, too_long in ours:
         lm.stops = tuple(stop for stop in spec.stop if not stop.strip())  # the others are in the task's own file
         found = _run(lm, manager.load([spec.name]), spec.name, bar)
         samples = found["samples"][spec.name]
         nll = mean_nll(samples) if spec.score == "choices" else None
         _write_rows(folder.parent / "scores" / f"{spec.name}.jsonl", example_scores(samples, metric_of(spec)))
         scores[spec.name] = task_score(found["results"][spec.name], metric_of(spec), n=count, nll=nll, group=group)
+        if too_long:
+            scores[spec.name]["left_out"] = too_long
     lm.stops, lm.templated = (), None
     for name, loaded in theirs.items():
         found = _run(lm, loaded, name, bar, limit=plan.limit, chat_template=plan.chat_template)
@@ -202,19 +205,49 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, allow_nan=True) + "\n" for row in rows))
 
 
-def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> int:
-    """Write a task's examples for the harness, and return how many there are."""
+def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> tuple[int, int]:
+    """Write a task's examples for the harness; return how many there are, and how many were left out as too long."""
+    chat, tokenizer = plan.chat_template, lm.tokenizer
     examples = with_shots(spec, examples_of(spec, plan.split, plan.limit))
     # where nats are the score, the end of text counts as it does in training
-    end = (lm.tokenizer.eos_token or "") if spec.score == "nll" else ""
+    end = (tokenizer.eos_token or "") if spec.score == "nll" else ""
 
     def texts(example: Example) -> tuple[str, str]:
-        prompt, completion = as_text(example, lm.tokenizer, plan.chat_template)
+        prompt, completion = as_text(example, tokenizer, chat)
         return prompt, completion + end
 
-    rows = [row_of(example, texts, lm.count_tokens) for example in examples]
-    to_harness(spec, rows, folder, max_new_tokens=plan.max_new_tokens)
-    return len(rows)
+    is_generated = spec.score not in ("choices", "nll")
+    new_tokens = (spec.max_new_tokens or plan.max_new_tokens) if is_generated else None
+    rows = [
+        row_of(
+            example,
+            texts,
+            lm.count_tokens,
+            around_answer(example, tokenizer, chat) if is_generated else ("", ""),
+        )
+        for example in examples
+    ]
+    kept = [row for row in rows if not lm.left_out(row, new_tokens)]
+    too_long = len(rows) - len(kept)
+    told = f" with the {new_tokens:,} tokens of an answer" if new_tokens else ""
+    if not kept:
+        raise DataError(
+            f"task {spec.name}: none of its {len(rows):,} {plan.split} examples{told} fits into the model's context of "
+            f"{lm.max_length:,} tokens. Take a model with a longer one, shorter texts"
+            f"{', or a smaller evaluate.max_new_tokens' if new_tokens else ''}."
+        )
+    if too_long:
+        log.warning(
+            "%s: %d of %d %s examples%s are longer than the model's context of %d tokens; its score is without them.",
+            spec.name,
+            too_long,
+            len(rows),
+            plan.split,
+            told,
+            lm.max_length,
+        )
+    to_harness(spec, kept, folder, max_new_tokens=plan.max_new_tokens)
+    return len(kept), too_long
 
 
 def _run(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multiflora.data.encode import IGNORED, encode_text
+from multiflora.data.encode import IGNORED, encode_example, encode_text
 from multiflora.errors import DataError
 
 __all__ = ["Tokens", "read_examples"]
@@ -77,13 +77,14 @@ def _from_recipe(path: Path, limit: int | None) -> tuple[list[tuple[str, Any]], 
 
 
 def _tokens(row: Any, where: str, tokenizer: Any, chat: bool, max_length: int) -> Tokens:
-    from multiflora.tasks import Example, as_text
+    from multiflora.tasks import Example
 
     if isinstance(row, str):
         row = {"text": row}
     if isinstance(row, Example):
-        prompt, completion = as_text(row, tokenizer, chat)
-        return _pair(prompt, completion, row.task, tokenizer, chat, max_length)
+        encoded = encode_example(row, tokenizer, chat_template=chat)
+        labels = [i if loss else IGNORED for i, loss in zip(encoded.ids, encoded.loss, strict=True)]
+        return Tokens(encoded.ids[:max_length], labels[:max_length], row.task)
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; expected a text or a mapping with text or prompt.")
     task = row.get("task")
@@ -91,13 +92,13 @@ def _tokens(row: Any, where: str, tokenizer: Any, chat: bool, max_length: int) -
         ids = [int(i) for i in row["input_ids"]][:max_length]
         return Tokens(ids, list(row.get("labels", ids))[:max_length], task)
     if "prompt" in row:
-        return _pair(str(row["prompt"]), str(row.get("completion", "")), task, tokenizer, False, max_length)
+        return _pair(str(row["prompt"]), str(row.get("completion", "")), task, tokenizer, max_length)
     if "text" in row:
-        return _pair("", str(row["text"]), task, tokenizer, False, max_length)
+        return _pair("", str(row["text"]), task, tokenizer, max_length)
     raise DataError(f"{where} has the columns {', '.join(map(str, row))}; expected text, or prompt and completion.")
 
 
-def _pair(prompt: str, completion: str, task: str | None, tokenizer: Any, chat: bool, max_length: int) -> Tokens:
-    first, rest = encode_text(prompt, completion, tokenizer, chat_template=chat)
+def _pair(prompt: str, completion: str, task: str | None, tokenizer: Any, max_length: int) -> Tokens:
+    first, rest = encode_text(prompt, completion, tokenizer)
     ids = (first + rest)[:max_length]
     return Tokens(ids, ([IGNORED] * len(first) + rest)[:max_length], task)

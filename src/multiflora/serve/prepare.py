@@ -8,13 +8,16 @@ from typing import Any
 
 import jinja2
 
+from multiflora.data.check import context_length
+from multiflora.data.encode import prompt_ids
 from multiflora.errors import AdapterError
 from multiflora.serve.job import Job
 from multiflora.serve.limits import Limits
 from multiflora.serve.models import Served
 from multiflora.serve.schema import ChatRequest, CompletionRequest, Request
+from multiflora.tasks.chat import opened
 
-__all__ = ["RefusedError", "context_length", "prepare", "unknown_model"]
+__all__ = ["RefusedError", "prepare", "unknown_model"]
 
 
 class RefusedError(ValueError):
@@ -23,12 +26,6 @@ class RefusedError(ValueError):
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-
-
-def context_length(model: Any) -> int | None:
-    """How many tokens a model reads and writes together, or None where its config does not say."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def prepare(
@@ -60,7 +57,7 @@ def prepare(
     chosen = _task(served, request, task)
     prompts = _chat(request, tokenizer) if isinstance(request, ChatRequest) else _texts(request, tokenizer, limits)
     asked = getattr(request, "max_completion_tokens", None) or request.max_tokens
-    room = context_length(served.model)
+    room = context_length(served.model.config)
     return [
         Job(
             model=served.name,
@@ -101,17 +98,17 @@ def _chat(request: ChatRequest, tokenizer: Any) -> list[list[int]]:
         raise RefusedError("This model has no chat template; use /v1/completions with a prompt.", 400, "messages")
     turns = [{"role": message.role, "content": message.text()} for message in request.messages]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = opened(turns, tokenizer)
     except jinja2.TemplateError as error:
         raise RefusedError(f"The model's chat template refuses these messages: {error}", 400, "messages") from error
-    return [tokenizer(text, add_special_tokens=False).input_ids]
+    return [prompt_ids(text, tokenizer, chat_template=True)]
 
 
 def _texts(request: CompletionRequest, tokenizer: Any, limits: Limits) -> list[list[int]]:
     prompts = request.prompts()
     if not prompts or len(prompts) > limits.max_prompts:
         raise RefusedError(f"There are {len(prompts)} prompts; expected 1 to {limits.max_prompts}.", 400, "prompt")
-    ids = [tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in prompts]
     for found in ids:
         strange = [token for token in found if not 0 <= token < len(tokenizer)]
         if strange:

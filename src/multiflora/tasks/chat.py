@@ -1,23 +1,43 @@
-"""From an Example to the two texts that are tokenised, with or without the model's chat template."""
+"""From an Example to the texts that are tokenised, with or without the model's chat template.
+
+The template renders the whole conversation once, and what carries loss is cut out of that one text. The cut before an
+answer is where the template's own generation prompt ends, which is what a server sends to the model: a think block that
+the template opens after it is part of the answer. So
+
+    text before the answer = what is served;    text before + answer = what the template writes.
+
+Where a turn's text ends is found by writing a stand-in in its place. A template for which this does not hold, or that
+leaves out what a turn says, is refused: there is no loss on its answers that would be right.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from multiflora.errors import ConfigError
+import jinja2
+
+from multiflora.errors import ConfigError, DataError
 from multiflora.tasks.example import Example, Message
 
-__all__ = ["as_text"]
+__all__ = ["Span", "answer_in", "around_answer", "as_text", "opened", "spans_of"]
+
+Span = tuple[str, bool]
+"""A stretch of text, and whether it carries loss."""
 
 _STAND_IN = "the-answer-stands-here"
+_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^<>\[\]\s]+")
 
 
 def as_text(example: Example, tokenizer: Any, chat_template: bool) -> tuple[str, str]:
-    """Return the prompt and the completion as they are tokenised, apart.
+    """Return the prompt and the completion as they are tokenised: what is read before the last answer, and that.
 
     Without a chat template they are the example's own. With one, the conversation goes through it (a plain prompt is
-    one user turn); the prompt ends where the assistant begins and the completion is the rest of its turn, up to the
-    end-of-text token, which is appended when the completion is tokenised.
+    one user turn); the prompt ends where the template lets the assistant begin and the completion is the rest of its
+    turn, up to the end-of-text token, which is appended when the completion is tokenised.
 
     Args:
         example: The rendered row.
@@ -25,32 +45,220 @@ def as_text(example: Example, tokenizer: Any, chat_template: bool) -> tuple[str,
         chat_template: Whether to use the tokenizer's template.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or its template changes what came before an answer.
+        ConfigError: The tokenizer has no chat template, or one that allows no loss on the answer alone.
+        DataError: The template refuses the conversation, or leaves out a part of it.
+    """
+    *before, (completion, _) = spans_of(example, tokenizer, chat_template)
+    return "".join(text for text, _ in before), completion
+
+
+def spans_of(example: Example, tokenizer: Any, chat_template: bool) -> list[Span]:
+    """Return the whole text of an example in stretches with and without loss; the last one is the completion.
+
+    Args:
+        example: The rendered row.
+        tokenizer: A transformers tokenizer.
+        chat_template: Whether to use the tokenizer's template.
+
+    Raises:
+        ConfigError, DataError: See `as_text`.
     """
     if not chat_template:
-        return example.prompt, example.completion
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or "this model"
-        raise ConfigError(
-            f"model.chat_template is true, but the tokenizer of {name} has no chat template. "
-            "Set it to false, or use the instruction-tuned model of that family."
-        )
-    turns = example.messages or (
+        return _plain_spans(example)
+    turns = _turns(example)
+    tools = json.loads(example.tools) if example.tools else None
+    whole = _rendered(turns, tokenizer, tools, example)
+    if _STAND_IN in whole:
+        raise DataError(f"{example.id}: the conversation holds {_STAND_IN!r}, which stands for answers here.")
+    _check_nothing_lost(turns, tools, whole, example, tokenizer)
+    spans: list[Span] = []
+    done = 0
+    for i, turn in enumerate(turns[:-1]):
+        if turn.loss:
+            start, end = _place(turns, i, whole, tokenizer, tools, example)
+            spans += [(whole[done:start], False), (whole[start:end], True)]
+            done = end
+    prompt = _rendered(turns[:-1], tokenizer, tools, example, add_generation_prompt=True)
+    if not whole.startswith(prompt):
+        raise _other_prefix(prompt, whole, example, tokenizer)
+    _, closing = _around(turns, len(turns) - 1, tokenizer, tools, example)
+    return [*spans, (whole[done : len(prompt)], False), (_up_to_eos(whole[len(prompt) :], closing, tokenizer), True)]
+
+
+def _plain_spans(example: Example) -> list[Span]:
+    """Without a template; earlier answers are found by their place in the text that the task wrote."""
+    if not any(turn.loss for turn in example.messages):
+        return [(example.prompt, False), (example.completion, True)]
+    from multiflora.tasks.conversation import plain_text, said
+
+    spans: list[Span] = []
+    done = 0
+    for i, turn in enumerate(example.messages[:-1]):
+        if turn.loss:
+            start = len(plain_text(example.messages[:i]))
+            end = start + len(f" {said(turn)}\n")  # the line end closes a turn
+            spans += [(example.prompt[done:start], False), (example.prompt[start:end], True)]
+            done = end
+    return [*spans, (example.prompt[done:], False), (example.completion, True)]
+
+
+def opened(turns: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Any = None) -> str:
+    """Return a conversation as a server sends it to the model: rendered, up to where the assistant begins.
+
+    Args:
+        turns: Its turns, as the template reads them.
+        tokenizer: A transformers tokenizer with a chat template.
+        tools: The tools that may be called.
+
+    Raises:
+        jinja2.TemplateError: The template refuses the turns.
+    """
+    return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=True))
+
+
+def around_answer(example: Example, tokenizer: Any, chat_template: bool) -> tuple[str, str]:
+    """Return what the template writes around an answer, in the completion: before it and behind it.
+
+    Both are empty without a template. A model that was trained on completions writes both, and neither is its answer:
+    see `answer_in`. Special tokens behind the answer are left out where the tokenizer leaves them out of text.
+    """
+    if not chat_template:
+        return "", ""
+    turns = _turns(example)
+    plain = (*turns[:-1], Message("assistant", _STAND_IN))
+    tools = json.loads(example.tools) if example.tools else None
+    prompt = _rendered(turns[:-1], tokenizer, tools, example, add_generation_prompt=True)
+    before, behind = _around(plain, len(plain) - 1, tokenizer, tools, example)
+    return before[len(prompt) :] if before.startswith(prompt) else "", _up_to_eos(behind, behind, tokenizer)
+
+
+def answer_in(text: str, around: tuple[str, str]) -> str:
+    r"""Take out of a generated text what stands around the answer, see `around_answer`.
+
+    Example:
+        >>> answer_in("<think>\n2 and 2\n</think>\n\n4[end]\n", ("<think>\n\n</think>\n\n", "[end]\n"))
+        '4'
+    """
+    before, behind = (part.strip() for part in around)
+    marks = _MARK.findall(before)
+    if marks:
+        text = text.rpartition(marks[-1])[2].lstrip()
+    return text.partition(behind)[0] if behind else text
+
+
+def _turns(example: Example) -> tuple[Message, ...]:
+    return example.messages or (
         Message("user", example.prompt.strip()),
         Message("assistant", example.completion.strip()),
     )
-    asked = [turn._asdict() for turn in turns[:-1]]
-    answer = example.completion.strip()
-    prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    # a stand-in, as a short answer could also be part of what the template writes around it
-    answered = [*asked, {"role": "assistant", "content": _STAND_IN}]
-    whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
-    start, found, end = whole[len(prompt) :].partition(_STAND_IN)
-    if not whole.startswith(prompt) or not found:
+
+
+def _rendered(
+    turns: Sequence[Message], tokenizer: Any, tools: Any, example: Example, *, add_generation_prompt: bool = False
+) -> str:
+    if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"the chat template of {getattr(tokenizer, 'name_or_path', 'this model')} writes an answered conversation "
-            "in another way than an open one, so no loss on the answer alone is possible. "
-            "Set model.chat_template to false."
+            f"model.chat_template is true, but the tokenizer of {_name(tokenizer)} has no chat template. "
+            "Set it to false, or use the instruction-tuned model of that family."
         )
+    asked = [turn.for_template() for turn in turns]
+    try:
+        if add_generation_prompt:
+            return opened(asked, tokenizer, tools)
+        return str(tokenizer.apply_chat_template(asked, tools=tools, tokenize=False))
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{example.id}: the chat template of {_name(tokenizer)} refuses this conversation "
+            f"({', '.join(turn.role for turn in turns)}): {told} Leave such rows out with 'keep', or set "
+            "model.chat_template to false."
+        ) from error
+
+
+def _around(turns: Sequence[Message], i: int, tokenizer: Any, tools: Any, example: Example) -> tuple[str, str]:
+    """The text before and behind what a turn says, found by a stand-in: a short answer may stand elsewhere, too."""
+    stood = [*turns[:i], turns[i]._replace(content=_STAND_IN), *turns[i + 1 :]]
+    before, found, behind = _rendered(stood, tokenizer, tools, example).partition(_STAND_IN)
+    if not found:
+        raise ConfigError(
+            f"the chat template of {_name(tokenizer)} does not write what the assistant says, so there is nothing to "
+            "learn. Set model.chat_template to false."
+        )
+    return before, behind
+
+
+def _place(
+    turns: Sequence[Message], i: int, whole: str, tokenizer: Any, tools: Any, example: Example
+) -> tuple[int, int]:
+    """Where an answer before the last one begins and ends in the whole text, the mark that closes it included."""
+    before, behind = _around(turns, i, tokenizer, tools, example)
+    closing = _around(turns[: i + 1], i, tokenizer, tools, example)[1]
+    prompt = _rendered(turns[:i], tokenizer, tools, example, add_generation_prompt=True)
+    start = len(prompt) if whole.startswith(prompt) else len(before)
+    if not (whole.startswith(before) and whole.endswith(behind)) or start > len(before):
+        raise ConfigError(
+            f"{example.id}: the chat template of {_name(tokenizer)} writes an earlier answer in a way that cannot be "
+            "told from the rest, so no loss on it is possible. Leave 'train_on: all' out of the task."
+        )
+    mark = closing[: _equal_beginning(closing, behind)]
+    return start, len(whole) - len(behind) + len(_with_eos(mark, tokenizer))
+
+
+def _with_eos(closing: str, tokenizer: Any) -> str:
+    """The end of a turn up to and with the end-of-text token, or all of it where there is none."""
     eos = tokenizer.eos_token
-    return prompt + start, answer + (end.partition(eos)[0] if eos else end)
+    head, found, _ = closing.partition(eos) if eos else (closing, "", "")
+    return head + found
+
+
+def _up_to_eos(completion: str, closing: str, tokenizer: Any) -> str:
+    """The completion without the end-of-text token and what is behind it."""
+    eos = tokenizer.eos_token
+    if not eos or eos not in closing or not completion.endswith(closing):
+        return completion.rpartition(eos)[0] if eos and completion.rstrip().endswith(eos) else completion
+    return completion[: len(completion) - len(closing)] + closing.partition(eos)[0]
+
+
+def _check_nothing_lost(turns: Sequence[Message], tools: Any, whole: str, example: Example, tokenizer: Any) -> None:
+    """Refuse a conversation of which the template writes only a part; old reasoning may go, as templates mean it to."""
+    for number, turn in enumerate(turns, start=1):
+        more = turn.for_template()
+        texts = {"what it says": _THOUGHT.sub("", turn.content).strip()}
+        called = [call["function"]["name"] for call in more.get("tool_calls", ())]
+        texts |= {f"its call of {name}": name for name in called}
+        if number == len(turns):
+            thoughts = [more.get("reasoning_content", ""), *_THOUGHT.findall(turn.content)]
+            texts["its reasoning"] = next((text.strip() for text in thoughts if text.strip() not in whole), "")
+        lost = next((what for what, text in texts.items() if text not in whole), None)
+        if lost:
+            raise DataError(
+                f"{example.id}: the chat template of {_name(tokenizer)} leaves out of turn {number} ({turn.role}) "
+                f"{lost}, so the model would never see it. Leave such rows out with 'keep', or use a model whose "
+                "template writes it."
+            )
+    for tool in tools or ():
+        name = (tool.get("function") or tool).get("name")
+        if isinstance(name, str) and name not in whole:
+            raise DataError(
+                f"{example.id}: the chat template of {_name(tokenizer)} leaves out the tool {name!r}. Use a model "
+                "whose template writes tools, or leave the column out of the file."
+            )
+
+
+def _equal_beginning(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _other_prefix(prompt: str, whole: str, example: Example, tokenizer: Any) -> ConfigError:
+    same = _equal_beginning(prompt, whole)
+    return ConfigError(
+        f"the chat template of {_name(tokenizer)} writes an answered conversation in another way than an open one, so "
+        f"what is trained could not be what is served: after {whole[max(same - 40, 0) : same]!r} comes "
+        f"{whole[same : same + 40]!r} where there is an answer and {prompt[same : same + 40]!r} where one is to be "
+        f"written ({example.id}). Set model.chat_template to false, or give the tokenizer another template."
+    )
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or "this model")

@@ -30,9 +30,11 @@ from jinja2.utils import Namespace
 
 from multiflora.stoppable import restart_clock, run
 from multiflora.suggest import shown
+from multiflora.tasks.values import is_text
 
 __all__ = [
     "Failure",
+    "NotTextError",
     "NullPrintedError",
     "ahead",
     "check_expression",
@@ -59,6 +61,14 @@ class NullPrintedError(ValueError):
     """A template would have printed a null as the word None."""
 
 
+class NotTextError(ValueError):
+    """A template would have printed Python's own writing of a value that is no text."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("a value to print is no text and no whole number")
+        self.value = value
+
+
 Failure = (ValueError,)
 """What `template` and `expression` raise where they do not fit a row."""
 
@@ -72,9 +82,15 @@ def _not_null(value: Any) -> Any:
     return value
 
 
+def _text_of(value: Any) -> Any:
+    if not is_text(_not_null(value)) and not isinstance(value, Undefined):
+        raise NotTextError(value)
+    return value
+
+
 def _prefix(items: Iterable[Any], start: str) -> list[str]:
     """Jinja filter: put ``start`` before every item; makes completions of a column of choices."""
-    return [f"{start}{_not_null(item)}" for item in items]
+    return [f"{start}{_text_of(item)}" for item in items]
 
 
 def _without(text: str, pattern: str) -> str:
@@ -184,7 +200,7 @@ _TAGS = {
 
 @pass_context  # so that nothing that is printed is worked out while a template is compiled
 def _printed(_: Any, value: Any) -> Any:
-    return _not_null(value)
+    return _text_of(value)
 
 
 def _sandbox() -> _Sandbox:
@@ -231,6 +247,8 @@ def _result(source: str, row: Mapping[str, Any], is_expression: bool) -> Any:
     kind, value = found
     if kind == "null":
         raise NullPrintedError(value)
+    if kind == "no text":
+        raise NotTextError(value)
     if kind == "failed":
         raise ValueError(value)
     return Undefined() if kind == "undefined" else value
@@ -289,6 +307,8 @@ def rendered(row: Mapping[str, Any], source: str, is_expression: bool) -> tuple[
         return ("undefined", None) if isinstance(value, Undefined) else ("value", value)
     except NullPrintedError as error:
         return "null", str(error)
+    except NotTextError as error:
+        return "no text", error.value
     except _FAULTS as error:
         raise ValueError(str(error)) from error
 

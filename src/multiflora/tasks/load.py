@@ -38,7 +38,8 @@ def load_split(spec: TaskSpec, split: Split, limit: int | None = None) -> Datase
 
     Returns:
         A data set with the columns ``id``, ``prompt``, ``completion``, ``choices`` (list of text), ``answer`` (text;
-        with choices the index as digits) and ``messages`` (list of role and content); what a task lacks is empty.
+        with choices the index as digits), ``messages`` (see `Message`) and ``tools`` (JSON); what a task lacks is
+        empty.
 
     Raises:
         DataError: A file is missing or malformed, the split is missing and cannot be cut, a template does not fit the
@@ -54,7 +55,15 @@ def load_split(spec: TaskSpec, split: Split, limit: int | None = None) -> Datase
             "completion": Value("string"),
             "choices": List(Value("string")),
             "answer": Value("string"),
-            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "messages": List(
+                {
+                    "role": Value("string"),
+                    "content": Value("string"),
+                    "more": Value("string"),
+                    "loss": Value("bool"),
+                }
+            ),
+            "tools": Value("string"),
         }
     )
     return Dataset.from_list([_columns(e) for e in examples_of(spec, split, limit)], features=features)
@@ -155,6 +164,7 @@ def _columns(example: Example) -> dict[str, Any]:
         "choices": list(example.choices),
         "answer": "" if example.answer is None else str(example.answer),
         "messages": [turn._asdict() for turn in example.messages],
+        "tools": example.tools,
     }
 
 

@@ -40,22 +40,23 @@ def sample_examples(
     return examples_of(spec, split, limit=count)
 
 
-def pieces_of(tokenizer: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[Piece]:
+def pieces_of(tokenizer: Any, ids: Sequence[int], loss: Sequence[bool]) -> list[Piece]:
     """Return the text of every token and whether it carries loss.
 
     A token that ends within a character shows nothing; the one that completes the character shows it.
 
     Args:
         tokenizer: A transformers tokenizer.
-        prompt_ids: Tokens of the prompt.
-        completion_ids: Tokens of the completion, the end of text included.
+        ids: Tokens of an example, the end of text included.
+        loss: Whether each carries loss.
     """
-    ids, pieces, shown = [*prompt_ids, *completion_ids], [], ""
+    pieces: list[Piece] = []
+    shown = ""
     for i in range(len(ids)):
         whole = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
         piece = "" if whole.endswith("\ufffd") and i + 1 < len(ids) else whole[len(shown) :]
         shown += piece
-        pieces.append((piece, i >= len(prompt_ids)))
+        pieces.append((piece, loss[i]))
     return pieces
 
 

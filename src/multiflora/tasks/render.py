@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jinja2 import Undefined
 
 from multiflora.errors import DataError
 from multiflora.suggest import nearest
+from multiflora.tasks.conversation import plain_text, read_tools, read_turns, said, trained_part
+from multiflora.tasks.decimals import whole_number
 from multiflora.tasks.example import Example, Message
-from multiflora.tasks.jinja import Failure, NullPrintedError, columns_of, expression, template
+from multiflora.tasks.jinja import (
+    Failure,
+    NotTextError,
+    NullPrintedError,
+    columns_of,
+    expression,
+    template,
+)
+from multiflora.tasks.label import index_of
 from multiflora.tasks.spec import TaskSpec
+from multiflora.tasks.values import as_list, is_text, kind_of, shown, text_of
 
 __all__ = ["evaluated", "keeps", "render"]
-
-_ROLES = ("system", "user", "assistant")
 
 
 def keeps(spec: TaskSpec, row: Mapping[str, Any], where: str) -> bool:
@@ -39,18 +48,18 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
     Example:
         >>> from multiflora.tasks import load_task
         >>> spec = load_task({"name": "sums", "source": "sums/", "prompt": "{{ q }} =", "completion": " {{ a }}"})
-        >>> render(spec, {"q": "1 + 2", "a": 3}, "row 0")
-        Example(task='sums', id='row 0', prompt='1 + 2 =', completion=' 3', choices=(), answer=None, messages=())
+        >>> example = render(spec, {"q": "1 + 2", "a": 3}, "row 0")
+        >>> example.prompt, example.completion
+        ('1 + 2 =', ' 3')
     """
-    row_id = str(evaluated(spec.id, row, f"id of task {spec.name}", where)) if spec.id else (id or where)
-    choices = _choices(spec, row, where)
-    answer = _answer(spec, row, choices, where)
+    row_id = _row_id(spec, row, where) if spec.id else (id or where)
+    choices, labels = _choices(spec, row, where)
+    answer = _answer(spec, row, choices, labels, where)
     messages = _messages(spec, row, where) if spec.messages is not None else ()
+    last = None
     if messages and messages[-1].role == "assistant":
-        messages, last = messages[:-1], " " + messages[-1].content.strip()
-    else:
-        last = None
-    prompt = _plain(messages) if messages else _text(spec.prompt or "", row, f"prompt of task {spec.name}", where)
+        messages, last = messages[:-1], messages[-1]
+    prompt = plain_text(messages) if messages else _text(spec.prompt or "", row, f"prompt of task {spec.name}", where)
     completion = _completion(spec, row, choices, answer, last, where)
     if not prompt.strip():
         raise DataError(f"{where}: the prompt of task {spec.name} is empty. Leave such rows out with 'keep'.")
@@ -59,9 +68,15 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
             f"{where}: the completion of task {spec.name} is empty; there is nothing to learn from it. "
             "Leave such rows out with 'keep', e.g. keep: output | trim."
         )
-    turns = (*messages, Message("assistant", completion.strip())) if messages else ()
-    _check_text((row_id, prompt, completion, *choices, str(answer), *(turn.content for turn in turns)), spec, where)
-    return Example(spec.name, row_id, prompt, completion, choices, answer, turns)
+    # the file's own last turn, whole, where it is the completion; else a turn that says the completion
+    end = last if last is not None and completion == f" {said(last)}" else Message("assistant", completion.strip())
+    turns = (*messages, end) if messages else ()
+    what = f"tools of task {spec.name}"
+    tools = read_tools(evaluated(spec.tools, row, what, where), what, where) if spec.tools else ""
+    texts = [row_id, prompt, completion, *choices, str(answer), tools]
+    _check_text((*texts, *(text for turn in turns for text in (turn.content, turn.more))), spec, where)
+    _check_reference(spec, answer, where)
+    return Example(spec.name, row_id, prompt, completion, choices, answer, turns, tools)
 
 
 def evaluated(source: str, row: Mapping[str, Any], what: str, where: str) -> Any:
@@ -87,6 +102,13 @@ def _guarded(
 ) -> Any:
     try:
         return call()
+    except NotTextError as error:
+        raise DataError(
+            f"{where}: the {what}{_column_of(error.value, source, row)} prints {shown(error.value)}, "
+            f"{kind_of(error.value)}; expected a text or a whole number: {source!r}. Make a text of it in the "
+            "template, e.g. {{ column | string }}, or leave such rows out with 'keep'."
+            f"{_as_messages(error.value, source)}"
+        ) from error
     except NullPrintedError as error:
         raise DataError(
             f"{where}: the {what} prints a null: {source!r}. Leave such rows out with 'keep', "
@@ -107,44 +129,82 @@ def _missing(source: str, row: Mapping[str, Any], what: str, where: str, why: st
     return f"{where}: the {what} names the column {named}, which is not there; the columns are {columns}.{meant}"
 
 
-def _choices(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _as_messages(value: Any, source: str) -> str:
+    """Say which setting reads what a template of text cannot print: a list of turns."""
+    names = sorted(columns_of(source, is_expression=False))
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value) or not names:
+        return ""
+    return f" A conversation is a task's messages: {'prompt + completion' if names == ['prompt'] else names[0]}."
+
+
+def _column_of(value: Any, source: str, row: Mapping[str, Any]) -> str:
+    """Name the column that a template prints, where the value is one's."""
+    names = [name for name in sorted(columns_of(source, is_expression=False)) if name in row and row[name] is value]
+    return f" (column {names[0]})" if names else ""
+
+
+def _row_id(spec: TaskSpec, row: Mapping[str, Any], where: str) -> str:
+    what = f"id of task {spec.name}"
+    return text_of(evaluated(spec.id or "", row, what, where), what, where)
+
+
+def _choices(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The candidate completions, and the names that the data set gives them."""
     what = f"choices of task {spec.name}"
     if spec.choices is None:
-        return ()
+        return (), ()
+    labels: Any = spec.labels
     if isinstance(spec.choices, str):
         value = evaluated(spec.choices, row, what, where)
-        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(c, str) for c in value):
+        if isinstance(value, Mapping) and "text" in value:  # as ARC and others have it: {text: [...], label: [...]}
+            labels = value.get("label") if labels is None else labels
+            value = value["text"]
+        texts = as_list(value)
+        if texts is None or not all(isinstance(c, str) for c in texts):
             raise DataError(
-                f"{where}: the {what} give {value!r}; expected a list of texts. The expression is {spec.choices!r}."
+                f"{where}: the {what} give {shown(value)}; expected a list of texts. The expression is "
+                f"{spec.choices!r}; {spec.choices} | prefix(' ') makes texts of whole numbers."
             )
-        choices = tuple(value)
+        choices = tuple(texts)
     else:
         choices = tuple(_text(choice, row, what, where) for choice in spec.choices)
-    # two equal choices are a blemish of several published sets, not an error; an empty one would always win
     if len(choices) < 2 or not all(choice.strip() for choice in choices):
         raise DataError(
-            f"{where}: the {what} are {list(choices)!r}; expected two or more, none of them empty. "
+            f"{where}: the {what} are {shown(list(choices))}; expected two or more, none of them empty. "
             "Mend the row or leave it out with 'keep'."
         )
-    return choices
+    bare = [choice.strip() for choice in choices]
+    twice = next((choice for i, choice in enumerate(bare) if choice in bare[:i]), None)
+    if twice is not None:
+        raise DataError(
+            f"{where}: the {what} hold {shown(twice)} twice, so no score can tell the right one. Mend the row or leave "
+            "it out with 'keep'."
+        )
+    return choices, _labels(labels, len(choices), spec, row, where)
 
 
-def _answer(spec: TaskSpec, row: Mapping[str, Any], choices: tuple[str, ...], where: str) -> int | str | None:
+def _labels(labels: Any, number: int, spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    if labels is None:
+        return ()
+    what = f"labels of task {spec.name}"
+    given = as_list(evaluated(labels, row, what, where) if isinstance(labels, str) else labels)
+    if given is None or len(given) != number or not all(is_text(label) for label in given):
+        raise DataError(f"{where}: the {what} are {shown(given)}; expected a name for each of the {number} choices.")
+    return tuple(str(label).strip() for label in given)
+
+
+def _answer(
+    spec: TaskSpec, row: Mapping[str, Any], choices: tuple[str, ...], labels: tuple[str, ...], where: str
+) -> int | str | None:
     if spec.answer is None:
         return None
-    value = evaluated(spec.answer, row, f"answer of task {spec.name}", where)
-    if not choices:
-        if value is None:
-            raise DataError(f"{where}: the answer of task {spec.name} is null. Leave such rows out with 'keep'.")
-        return str(value)
-    whole = isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
-    text = str(int(value)) if whole else str(value)
-    if not text.lstrip("-").isdigit() or not 0 <= int(text) < len(choices):
-        raise DataError(
-            f"{where}: the answer of task {spec.name} is {value!r}; expected the index of one of its choices, "
-            f"0 to {len(choices) - 1}. An unlabelled row (often -1) is left out with 'keep', e.g. keep: label >= 0."
-        )
-    return int(text)
+    what = f"answer of task {spec.name}"
+    value = evaluated(spec.answer, row, what, where)
+    if choices:
+        return index_of(value, choices, labels, what, where)
+    if value is None:
+        raise DataError(f"{where}: the {what} is null. Leave such rows out with 'keep'.")
+    return text_of(value, what, where)
 
 
 def _completion(
@@ -152,61 +212,76 @@ def _completion(
     row: Mapping[str, Any],
     choices: tuple[str, ...],
     answer: int | str | None,
-    last: str | None,
+    last: Message | None,
     where: str,
 ) -> str:
     right = choices[answer] if choices and isinstance(answer, int) else None
     if spec.completion is None:
-        completion = last if right is None else right
-        if completion is None:
+        if right is None and last is None:
             raise DataError(
                 f"{where}: the conversation of task {spec.name} does not end with a turn of the assistant, "
                 "and the task has no 'completion'; there is nothing to learn. End it with one, or write the template."
             )
-        return completion
+        if right is None:
+            return f" {said(last)}" if last is not None and said(last) else ""
+        # a file that has both columns says the same thing twice, or two things
+        told = row.get("completion") if spec.choices == "choices" else None
+        if isinstance(told, str) and told.strip() != right.strip():
+            raise DataError(_contradiction(spec, told, answer, right, where, "Correct the one or the other."))
+        return right
     completion = _text(spec.completion, row, f"completion of task {spec.name}", where)
     if right is not None and completion != right:
-        raise DataError(
-            f"{where}: the completion of task {spec.name} is {completion!r} but choice {answer} is {right!r}; "
-            "they must be the same text. Remove the 'completion' template: the right choice is the completion."
-        )
+        advice = "Remove the 'completion' template: the right choice is the completion."
+        raise DataError(_contradiction(spec, completion, answer, right, where, advice))
     return completion
+
+
+def _contradiction(spec: TaskSpec, told: str, answer: int | str | None, right: str, where: str, advice: str) -> str:
+    return (
+        f"{where}: the completion of task {spec.name} is {shown(told)} but choice {answer} is {shown(right)}; "
+        f"they must be the same text. {advice}"
+    )
 
 
 def _messages(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     what = f"messages of task {spec.name}"
     if isinstance(spec.messages, str):
-        turns = evaluated(spec.messages, row, what, where)
-        if not isinstance(turns, Sequence) or isinstance(turns, str):
-            raise DataError(f"{where}: the {what} give {turns!r}; expected a list of turns with 'role' and 'content'.")
-        found = []
-        for turn in turns:
-            if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-                raise DataError(f"{where}: the {what} hold the turn {turn!r}; expected 'role' and 'content'.")
-            found.append(Message(str(turn["role"]), str(turn["content"] or "")))
+        turns: Any = evaluated(spec.messages, row, what, where)
     else:
-        found = [Message(m.role, _text(m.content, row, what, where)) for m in spec.messages or ()]
-    for role, _ in found:
-        if role not in _ROLES:
-            raise DataError(f"{where}: the {what} have the role {role!r}; expected one of {', '.join(_ROLES)}.")
-    if not found or found[0].role == "assistant":
+        turns = [{"role": m.role, "content": _text(m.content, row, what, where)} for m in spec.messages or ()]
+    return trained_part(read_turns(turns, what, where), spec.train_on, what, where)
+
+
+def _check_reference(spec: TaskSpec, answer: int | str | None, where: str) -> None:
+    """Refuse a reference that no answer could equal."""
+    if not isinstance(answer, str):
+        return
+    if spec.score == "number" and whole_number(answer) is None:
         raise DataError(
-            f"{where}: the {what} are {'empty' if not found else 'opened by the assistant'}; expected a user first."
+            f"{where}: the answer of task {spec.name} is {shown(answer)}, but its score is number; expected a number "
+            "and nothing else. Set score: exact, or take the number out with a template."
         )
-    return tuple(found)
+    # a line end is the usual stop, and may be nobody's wish; any other one was written for this task
+    stop = next((stop for stop in spec.stop if stop.isspace() and stop in answer.strip()), None)
+    if spec.score == "exact" and stop is not None:
+        raise DataError(
+            f"{where}: the answer of task {spec.name} is {shown(answer)}, which holds the stop {stop!r}, so that even "
+            "a right one would be cut before its end. Set another 'stop', or stop: []."
+        )
 
 
 def _check_text(texts: Iterable[str], spec: TaskSpec, where: str) -> None:
-    """Refuse halves of characters (``\\ud800``), which JSON can spell and no tokenizer can read."""
+    """Refuse NUL, and halves of characters (``\\ud800``), which JSON can spell and no tokenizer can read."""
+    whole = "".join(texts)
+    if "\0" in whole:
+        raise DataError(
+            f"{where}: a text of task {spec.name} holds a NUL character, which is no text. Write the row again from "
+            "its source, or leave it out with 'keep'."
+        )
     try:
-        "".join(texts).encode("utf-8")
+        whole.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: a text of task {spec.name} holds {error.object[error.start]!r}, half of a character, which is "
             "no Unicode text. Write the row again from its source, or leave it out with 'keep'."
         ) from error
-
-
-def _plain(messages: Sequence[Message]) -> str:
-    """Write a conversation without a chat template, for models that have none."""
-    return "\n".join(f"{role.capitalize()}: {content.strip()}" for role, content in messages) + "\nAssistant:"

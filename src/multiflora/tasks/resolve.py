@@ -10,8 +10,8 @@ from typing import Any
 from multiflora.errors import ConfigError, DataError
 from multiflora.schema import Strict, build, expanded
 from multiflora.suggest import did_you_mean, listed, shown
-from multiflora.tasks.files import SUFFIXES, read_rows, split_files
-from multiflora.tasks.score import as_number
+from multiflora.tasks.files import SUFFIXES, split_files
+from multiflora.tasks.kind import facts_of, is_conversation
 from multiflora.tasks.shipped import shipped_tasks
 from multiflora.tasks.spec import FilesSource, Source, TaskSpec
 from multiflora.yaml_file import read_yaml
@@ -99,7 +99,7 @@ def _unknown(name: str, shipped: Mapping[str, Any]) -> str:
 
 
 def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Read off the first row what a task over files left open: its choices, answer, id and score.
+    """Read off the rows what a task over files left open: its conversation, choices, answer, id and score.
 
     Files whose columns are prompt, completion and perhaps choices, answer and id need nothing but a source.
     """
@@ -111,27 +111,36 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         return task  # the whole task is validated next, and all its problems are told together
     if not isinstance(source, FilesSource):
         return task
-    files = next(iter(split_files(source).values()))
-    row = next((row for path in files for _, row in read_rows(path)), None)
-    if row is None:
-        raise DataError(f"{files[0]} has no rows.")
-    has_messages = "messages" in row and "prompt" not in row
-    if has_messages:
+    facts = facts_of(source, task.get("keep"))
+    row = facts.first
+    if is_conversation(row.get("prompt")):
+        task["messages"] = "prompt + completion"  # trl's form
+    elif "messages" in facts.with_column and "prompt" not in row:
         task["messages"] = "messages"
-    elif not {"prompt", "completion"} <= set(row) and task.get("completion") is None:
+    elif "conversations" in row and "prompt" not in row:
+        task["messages"] = "conversations"  # ShareGPT's name
+    elif not {"prompt", "completion"} <= set(row) and task.get("completion") is None and "choices" not in row:
         raise DataError(
-            f"{files[0]} has the columns {listed(row)}; without a 'prompt' template, the columns "
-            'prompt and completion are expected. Write the templates, e.g. prompt: "{{ question }}\\nAnswer:".'
+            f"{_first_file(source)} has the columns {listed(row)}; without a 'prompt' template, the "
+            'columns prompt and completion are expected. Write the templates, e.g. prompt: "{{ question }}\\nAnswer:".'
         )
-    if "choices" in row and not isinstance(row["choices"], str):
-        task.setdefault("choices", "choices")
-    if "answer" in row:
+    if task.get("messages") is not None and "tools" in facts.with_column:
+        task.setdefault("tools", "row.get('tools')")
+    if task.get("choices") is None and facts.everywhere("choices"):
+        task["choices"] = "choices"
+    if "answer" in facts.with_column:
         task.setdefault("answer", "answer")
-    if "id" in row:
+    if "id" in facts.with_column:
         task.setdefault("id", "id")
-    if task.get("score") is None and task.get("choices") is None and task.get("answer") is not None:
-        task["score"] = "exact" if as_number(str(row["answer"])) is None else "number"
+    if task.get("score") is None and task.get("choices") is None and task.get("answer") == "answer":
+        task["score"] = facts.score()[0]
+        if task["score"] in facts.stop_inside:
+            task.setdefault("stop", [])  # the usual one would cut a right answer
     return task
+
+
+def _first_file(source: FilesSource) -> Path:
+    return next(iter(split_files(source).values()))[0]
 
 
 class _Source(Strict):

@@ -5,25 +5,16 @@ Multiple choice is scored by log-likelihood and rouge by its library, both in ``
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from multiflora.errors import DataError
 from multiflora.tasks.answers import is_plain
+from multiflora.tasks.decimals import as_number
 from multiflora.tasks.example import Example
 from multiflora.tasks.generator import generator_rows
 from multiflora.tasks.spec import GeneratorSource, TaskSpec
 
-__all__ = ["as_number", "before_stop", "exact", "number", "reference_of", "verifier", "verify"]
-
-_NUMBER = re.compile(
-    r"""(?: (?<!\d) [-−] )?                            # a minus, but not the one of 5-2
-        (?: \$ \s? )?
-        (?: \d{1,3} (?: , \d{3} )+ (?!\d) | \d+ )?    # 1,234 or 1234, but not the comma of a list
-        (?: \.\d+ | (?<=\d) )                         # .5, but not the full stop of a sentence
-    """,
-    re.VERBOSE,
-)
+__all__ = ["before_stop", "exact", "number", "reference_of", "verifier", "verify"]
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
@@ -54,9 +45,8 @@ def exact(reference: str, text: str) -> float:
 
 
 def number(reference: str, text: str) -> float:
-    """1.0 where the number that ``text`` answers with equals the reference.
+    """1.0 where the number that ``text`` answers with equals the reference, as decimals; see `as_number`.
 
-    The answer is the number after the first ``####`` where there is one (GSM8K's mark), else the last number.
     Thousands commas, a dollar sign and a trailing full stop do not matter, and 7 equals 7.0.
 
     Example:
@@ -65,21 +55,6 @@ def number(reference: str, text: str) -> float:
     """
     wanted, got = as_number(reference), as_number(text)
     return float(wanted is not None and wanted == got)
-
-
-def as_number(text: str) -> float | None:
-    """Read the number a text answers with, or None where it has none.
-
-    Example:
-        >>> as_number("3 + 4 = 7."), as_number("#### 12 eggs, of 30"), as_number("none")
-        (7.0, 12.0, None)
-    """
-    _, mark, after = text.partition("####")
-    found = [m.group() for m in _NUMBER.finditer(after if mark else text) if any(c.isdigit() for c in m.group())]
-    if not found:
-        return None
-    chosen = found[0] if mark else found[-1]
-    return float(re.sub(r"[$,\s]", "", chosen).replace("−", "-"))
 
 
 def verifier(source: GeneratorSource, index: int, text: str) -> float:
@@ -107,7 +82,7 @@ def verify(spec: TaskSpec, example: Example, text: str) -> float:
     """Score one generated answer by the task's own rule; only ``text`` before the first stop counts.
 
     Args:
-        spec: The task; its score must be exact, number or verifier.
+        spec: The task; its score must be exact, number, verifier or choices (where the text must be the right one).
         example: The row that was answered.
         text: What the model wrote after the prompt.
 
@@ -124,4 +99,6 @@ def verify(spec: TaskSpec, example: Example, text: str) -> float:
         return number(reference_of(example), answer)
     if spec.score == "exact":
         return exact(reference_of(example), answer)
+    if spec.score == "choices":
+        return exact(example.completion, answer)
     raise DataError(f"task {spec.name} has score {spec.score!r}; expected exact, number or verifier to verify a text.")

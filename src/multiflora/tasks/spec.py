@@ -191,7 +191,7 @@ class MessageSpec(Strict):
     """One turn of a conversation, as templates."""
 
     role: str
-    """Who speaks: system, user or assistant."""
+    """Who speaks: system, developer, user, assistant or tool."""
     content: str
     """Jinja template of what is said."""
 
@@ -223,7 +223,13 @@ class TaskSpec(Strict):
     choices: str | tuple[str, ...] | None = None
     """All candidate completions: a list of templates, or a Jinja expression that gives a list."""
     answer: str | None = None
-    """Jinja expression: index of the right choice; without choices, the reference answer."""
+    """Jinja expression: index, text or label of the right choice; without choices, the reference answer."""
+    labels: str | tuple[str, ...] | None = None
+    """Names of the choices that ``answer`` may use, e.g. ``[A, B, C, D]``, or a Jinja expression that gives them."""
+    tools: str | None = None
+    """Jinja expression: the tools that the assistant of a conversation may call, for the model's chat template."""
+    train_on: Literal["last", "all"] = "last"
+    """Which of a conversation's turns of the assistant carry loss; one of ``weight: 0`` never does."""
     id: str | None = None
     """Jinja expression of a row's name; None: task, split and row number."""
     score: Score
@@ -273,10 +279,15 @@ class TaskSpec(Strict):
     def _template(cls, value: str | None) -> str | None:
         return value if value is None else check_template(value)
 
-    @field_validator("keep", "answer", "id", "group")
+    @field_validator("keep", "answer", "id", "group", "tools")
     @classmethod
     def _expression(cls, value: str | None) -> str | None:
         return value if value is None else check_expression(value)
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_or_expression(cls, value: Any) -> Any:
+        return check_expression(value) if isinstance(value, str) else value
 
     @field_validator("choices", "messages")
     @classmethod

@@ -130,7 +130,7 @@ def fit_and_compose(
         own = recipe.model_copy(update={"tasks": (task,), "train": train})
         put_factors(model, start)
         try:
-            data, lines = fit(model, tokenizer, own, encode_tasks(own, tokenizer), quiet=quiet)
+            data, lines = fit(model, tokenizer, own, encode_tasks(own, tokenizer, model.config), quiet=quiet)
         except Interrupted as stopped:
             shutil.rmtree(recipe.output / CHECKPOINTS, ignore_errors=True)
             raise Interrupted(

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from multiflora.artifact import fingerprint, write_artifact
-from multiflora.base_model import load_model, load_tokenizer
+from multiflora.base_model import load_config, load_model, load_tokenizer
 from multiflora.data.prepare import Examples, encode_tasks
 from multiflora.evaluate import Results, evaluate
 from multiflora.evaluate.load import load_target
@@ -94,7 +94,7 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
 def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
     """Do what `train` says, in an output folder that no other run writes to."""
     checkpoint = open_output(recipe, resume=resume)
-    adapter_config(recipe)
+    planned = adapter_config(recipe)
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
     require_one_process(recipe)
@@ -103,7 +103,8 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
     seconds: dict[str, float] = {}
     with disk_guard(recipe.output), quiet_libraries():
         tokenizer = load_tokenizer(recipe.model)
-        examples = encode_tasks(recipe, tokenizer)
+        taken = getattr(planned, "num_virtual_tokens", None) or 0
+        examples = encode_tasks(recipe, tokenizer, load_config(recipe.model), taken=taken)
         fingerprints = _fingerprints(examples)
         if checkpoint is not None:
             check_data(recipe.output, fingerprints)

@@ -107,8 +107,10 @@ class MultitaskTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         pad = processing_class.pad_token_id
+        # some tokenizers have a pad token that was added behind the model's embeddings
+        usable = pad is not None and pad < model.get_input_embeddings().num_embeddings
         collator = Collator(
-            pad_token_id=processing_class.eos_token_id if pad is None else pad, packing=packing, max_length=max_length
+            pad_token_id=pad if usable else processing_class.eos_token_id, packing=packing, max_length=max_length
         )
         folder = Path(args.output_dir)
         is_new = not folder.exists()

@@ -47,11 +47,12 @@ def test_the_columns_are_the_same_for_every_kind_of_task(tmp_path):
             {"prompt": None, "messages": [{"role": "user", "content": "{{ q }}"}]},
         )
     )
-    assert plain.column_names == ["id", "prompt", "completion", "choices", "answer", "messages"]
+    assert plain.column_names == ["id", "prompt", "completion", "choices", "answer", "messages", "tools"]
     assert concatenate_datasets([plain, choice, chat]).num_rows == 9
     assert (plain[0]["answer"], plain[0]["choices"], plain[0]["messages"]) == ("1", [], [])
     assert (choice[0]["answer"], choice[0]["choices"], choice[0]["completion"]) == ("1", [" 0", " 1"], " 1")
-    assert chat[0]["messages"] == [{"role": "user", "content": "0 + 1"}, {"role": "assistant", "content": "1"}]
+    turns = [("user", "0 + 1"), ("assistant", "1")]
+    assert chat[0]["messages"] == [{"role": r, "content": c, "more": "", "loss": False} for r, c in turns]
 
 
 def test_ids_are_the_place_in_the_split(tmp_path):

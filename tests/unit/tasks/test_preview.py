@@ -28,7 +28,8 @@ def test_choices_stand_in_the_title():
 def test_with_a_tokenizer_every_token_that_carries_loss_is_marked():
     tokenizer = byte_tokenizer()
     ids = [tokenizer(text).input_ids for text in (EXAMPLE.prompt, EXAMPLE.completion)]
-    pieces = pieces_of(tokenizer, ids[0], [*ids[1], tokenizer.eos_token_id])
+    loss = [False] * len(ids[0]) + [True] * (len(ids[1]) + 1)
+    pieces = pieces_of(tokenizer, [*ids[0], *ids[1], tokenizer.eos_token_id], loss)
     assert "".join(text for text, loss in pieces if not loss) == EXAMPLE.prompt
     assert "".join(text for text, loss in pieces if loss) == EXAMPLE.completion + "<eos>"
     text = preview(EXAMPLE, pieces).plain
@@ -44,7 +45,8 @@ def test_loss_is_in_the_same_style_everywhere_and_nothing_else_is():
 
 def test_a_character_of_several_tokens_shows_once():
     tokenizer = byte_tokenizer()
-    pieces = pieces_of(tokenizer, tokenizer("é ✓").input_ids, tokenizer(" ü").input_ids)
+    ids = tokenizer("é ✓ ü").input_ids
+    pieces = pieces_of(tokenizer, ids, [False] * len(ids))
     assert "".join(text for text, _ in pieces) == "é ✓ ü"
     assert not any("\ufffd" in text for text, _ in pieces)
     assert len(pieces) > len("é ✓ ü")

@@ -140,7 +140,9 @@ def test_a_conversation_from_templates_with_choices():
     [
         ([("user", "a")], "does not end with a turn of the assistant"),
         ([("assistant", "a"), ("user", "b")], "opened by the assistant"),
-        ([("human", "a"), ("assistant", "b")], "the role 'human'; expected one of system, user, assistant"),
+        ([("User", "a"), ("assistant", "b")], "the role 'User'; expected one of system, developer, user, assistant"),
+        ([("function", "a"), ("assistant", "b")], "the role 'function'; expected one of system"),
+        ([("tool", "a"), ("assistant", "b")], "opened by the tool"),
         ([], "are empty"),
         ([("user", "a"), ("assistant", " ")], "the completion of task t is empty"),
     ],
@@ -152,5 +154,6 @@ def test_a_conversation_that_cannot_be_learned_is_refused(turns, told):
 
 def test_turns_need_role_and_content():
     spec = {"prompt": None, "completion": None, "messages": "turns"}
-    assert "expected 'role' and 'content'" in refused({"turns": [{"from": "user", "value": "a"}]}, **spec)
+    for turn in ({"role": "user"}, {"content": "a"}, {"from": "user"}, "a", ["user", "a"]):
+        assert "expected 'role' and 'content'" in refused({"turns": [turn]}, **spec)
     assert "expected a list of turns" in refused({"turns": "hello"}, **spec)

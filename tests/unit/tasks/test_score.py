@@ -2,9 +2,10 @@ import pytest
 
 from multiflora.errors import DataError
 from multiflora.tasks import Example, GeneratorSource, load_task, verify
+from multiflora.tasks.decimals import as_number
 from multiflora.tasks.generator import generator_rows
 from multiflora.tasks.load import examples_of
-from multiflora.tasks.score import as_number, before_stop, exact, number, verifier
+from multiflora.tasks.score import before_stop, exact, number, verifier
 
 
 @pytest.mark.parametrize(
@@ -22,19 +23,74 @@ from multiflora.tasks.score import as_number, before_stop, exact, number, verifi
         ("12 eggs #### 4 of 30", 4),
         ("####-2\n\nQuestion: 5?", -2),
         ("$ 20", 20),
-        ("1,2,3", 3),
-        ("1234,567", 567),
+        ("(7)", 7),
+        ("**7**", 7),
+        ("\\boxed{7}", 7),
+        ("Answer:7", 7),
+        ("x=7", 7),
+        ("7km", 7),
+        ("1e20", 10**20),
+        ("100000000000000001", 10**17 + 1),
         ("2.50 dollars", 2.5),
         ("10%", 10),
         ("there is none", None),
         ("", None),
         ("####", None),
         ("1 - 2", 2),
-        ("5-2", 2),
+        # no number, but something with numbers in it
+        ("1,2,3", None),
+        ("1234,567", None),
+        ("5-2", None),
+        ("7/2", None),
+        ("(1/2)", None),
+        ("at 10:30", None),
+        ("1.2.3", None),
+        ("1999-03-05", None),
+        ("vitamin B12", None),
+        ("--3", None),
     ],
 )
 def test_the_number_a_text_answers_with(text, value):
     assert as_number(text) == value
+
+
+RIGHT_AND_NEARLY = {
+    "number": {
+        "7": (
+            ["7", " 7.0", "so 7.", "$7", "7 km", "#### 7"],
+            ["7/2", "17", "-7", "7:30", "0.7", "1.7", "B7", "", "no"],
+        ),
+        "-3": (["-3", "−3", "it is -3.00"], ["3", "5-3", "- 3.1"]),
+        "1,234.5": (["1234.5", "$1,234.50"], ["1,234", "234.5", "1.234,5"]),
+        "100000000000000001": (["100000000000000001"], ["100000000000000000", "1e17"]),
+        "0.1": ([".1", "0.10"], ["0.10000000000000001", "1/10"]),
+    },
+    "exact": {
+        "5 March 1999": (["5 March 1999", " 5  March 1999\n"], ["1 March 1999", "1999", "5 march 1999"]),
+        "1.2.3": (["1.2.3"], ["1.2.30", "9.2.3", "1.2"]),
+        "10:30": (["10:30"], ["10:3", "1:030", "30"]),
+        "1/2": (["1/2"], ["2", "1/20", "0.5"]),
+        "50%": (["50%"], ["50", "5%", "50 %"]),
+        "007": (["007"], ["7", "07"]),
+    },
+    "choices": {" yes": ([" yes", "yes"], ["no", "yes it is", "Yes"])},
+}
+
+
+@pytest.mark.parametrize(
+    ("score", "reference", "text", "worth"),
+    [
+        (score, reference, text, float(group == 0))
+        for score, references in RIGHT_AND_NEARLY.items()
+        for reference, groups in references.items()
+        for group in (0, 1)
+        for text in groups[group]
+    ],
+)
+def test_a_right_answer_scores_one_and_a_nearly_right_one_nothing(score, reference, text, worth):
+    keys = {"choices": [" no", " yes"], "answer": "1", "completion": None} if score == "choices" else {}
+    asked = Example("t", "t-0", "p", reference, answer=None if keys else reference)
+    assert verify(spec(score=score, **keys), asked, text) == worth
 
 
 def test_numbers_are_compared_as_numbers():
