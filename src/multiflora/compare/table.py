@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from multiflora.compare.statistics import Interval
+from multiflora.text_table import TextTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,11 +34,11 @@ def plan_dict(planned: Sequence[Competitor]) -> dict[str, Any]:
     }
 
 
-def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
+def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTable:
     """The competitors with what they cost; the share is that of the baseline's parameters."""
     spec = comparison.compare
     reference = next(item for item in planned if item.label == spec.reference())
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = TextTable()
     for header in ("method", "rank", "alpha", "parameters", "share", "flops/token"):
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     for item in planned:
@@ -55,13 +55,12 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
     table.caption = (
         f"{len(planned) * (len(spec.seeds) + trials)} trainings: {len(spec.seeds)} seeds, {trials} trials each"
     )
-    table.caption_justify = "left"
     return table
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary) -> TextTable:
     """The methods, best macro score first where there is one, with intervals over seeds."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = TextTable()
     headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "place", "nats", "train s", "latency")
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
