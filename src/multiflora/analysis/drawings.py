@@ -23,7 +23,7 @@ def run_drawings(measures: Mapping[str, Any]) -> list[Drawing]:
 
 
 def few_drawings(measures: Mapping[str, Any]) -> list[Drawing]:
-    """Draw of one run what means and other runs do not show: its layers, its heads, its routing, the tasks' conflict."""
+    """Draw of one run what means over runs do not show: its layers, heads, routing and the tasks' conflict."""
     modules = {m: own for m, own in _modules(measures["spectra"]).items() if mean_spectrum(own)}
     return [*([_by_layer_and_direction(modules)] if modules else []), *_beyond_spectra(measures)]
 

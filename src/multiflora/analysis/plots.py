@@ -6,6 +6,7 @@ Drawn once for light and dark: ink is a marked colour that becomes the page's ow
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -263,7 +264,7 @@ def heat_maps(
     with _figure(_WIDTH, 3.4) as (figure, axes):
         image = axes.imshow(shades, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         axes.spines[:].set_visible(False)
-        middles = [(left + right) / 2 - 1 for left, right in zip(edges, edges[1:], strict=False)]
+        middles = [(left + right) / 2 - 1 for left, right in itertools.pairwise(edges)]
         axes.set_xticks(middles, [_plain(label) for label in panels], rotation=35, ha="right", rotation_mode="anchor")
         axes.tick_params(axis="x", length=0)
         axes.yaxis.get_major_locator().set_params(integer=True)

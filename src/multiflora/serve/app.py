@@ -58,8 +58,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (list(ends) or [0])[0]
-        engine = app.state.engine = Engine(models, pad, ends, bounds)
+        engine = app.state.engine = Engine(models, ends, bounds)
         work = asyncio.create_task(engine.run())
         yield
         await engine.stop()
@@ -102,6 +101,12 @@ def create_app(
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        engine: Engine = request.app.state.engine
+        text = engine.metrics.text(running=len(engine.running), waiting=engine.waiting)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:

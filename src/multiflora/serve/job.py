@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from multiflora.serve.metrics import Metrics
 from multiflora.serve.text import Decoder
 
 __all__ = ["Finish", "Job", "Piece"]
@@ -65,6 +67,8 @@ class Job:
         self.finish: Finish | None = None
         self.cancelled = False
         self.decoder = Decoder(tokenizer, stops)
+        self.watcher: Metrics | None = None
+        self.started = time.perf_counter()
         self._ends = frozenset(ends)
         self._loop = loop
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
@@ -74,11 +78,20 @@ class Job:
         """How many tokens the answer has so far."""
         return len(self.decoder.ids)
 
-    def feed(self, token: int) -> None:
-        """Take the next token; called by the engine's thread until there is a finish."""
+    @property
+    def room(self) -> int:
+        """How many tokens it may come to, prompt and answer."""
+        return len(self.prompt) + self.max_tokens
+
+    def feed(self, token: int, logits: torch.Tensor) -> None:
+        """Take the next token, and the logits it was drawn from; called by the engine's thread until a finish."""
         if self.cancelled:
             self.close("cancelled")
             return
+        if self.watcher is not None:
+            if not self.tokens:
+                self.watcher.first(time.perf_counter() - self.started, len(self.prompt))
+            self.watcher.token()
         text = self.decoder.add(token)
         if token in self._ends or self.decoder.stopped:
             self.close("stop", text)
@@ -91,6 +104,8 @@ class Job:
         """End the answer, once."""
         if self.finish is None:
             self.finish = finish
+            if self.watcher is not None:
+                self.watcher.finished(finish)
             self._send(Piece(text + self.decoder.end(), finish))
 
     def cancel(self) -> None:

@@ -128,8 +128,7 @@ def _length(prompt: list[int], asked: int | None, room: int | None, limits: Limi
     if asked is not None and asked > limits.max_tokens:
         raise RefusedError(f"max_tokens is {asked}; this server writes at most {limits.max_tokens}.", 400, "max_tokens")
     wanted = asked or limits.max_tokens
-    if room is None:
-        return wanted
+    room = limits.max_cache if room is None else min(room, limits.max_cache)
     left = room - len(prompt)
     if left < 1 or (asked is not None and asked > left):
         raise RefusedError(
