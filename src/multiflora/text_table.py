@@ -1,8 +1,8 @@
 """A table that is never cut: what does not fit side by side stands in blocks below one another.
 
 rich shortens what has no room: ``latency`` to ``lat…``. Here a column is never narrower than its longest word (than
-its whole cells, where they are numbers). Where the columns do not fit, the table is printed in blocks, each of which begins
-with the first column, so that every row keeps its name. A file gets what a terminal of 80 columns shows.
+its whole cells, where they are numbers). Where the columns do not fit, the table is printed in blocks, each of which
+begins with the first column, so that every row keeps its name. A file gets what a terminal of 80 columns shows.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ async def _whole(request: Request, made: Answer, jobs: Sequence[Job]) -> Respons
     if any(piece.finish == "cancelled" for piece in found):
         return JSONResponse(error_body("The server is being stopped.", "server_error"), 503)
     prompt_tokens, tokens = sum(len(job.prompt) for job in jobs), sum(job.tokens for job in jobs)
-    return JSONResponse(made.whole([(piece.text, piece.finish) for piece in found], prompt_tokens, tokens))
+    return JSONResponse(made.whole(found, prompt_tokens, tokens))
 
 
 async def _disconnected(request: Request) -> None:
@@ -212,14 +212,15 @@ async def _stream(made: Answer, jobs: Sequence[Job], usage: bool) -> AsyncIterat
         for index in range(len(jobs)):
             if (opening := made.opening(index)) is not None:
                 yield opening
-        left = len(jobs)
+        left, sent = len(jobs), [0] * len(jobs)
         while left:
             index, piece = await merged.get()
             if piece.finish in ("failed", "cancelled"):
                 yield sse(error_body("The answer could not be finished; see the server's log.", "server_error"))
                 return
             left -= piece.finish is not None
-            yield made.piece(index, piece.text, piece.finish)
+            yield made.piece(index, piece, sent[index])
+            sent[index] += sum(len(token.token) for token in piece.told)
         if usage:
             yield made.usage(sum(len(job.prompt) for job in jobs), sum(job.tokens for job in jobs))
         yield DONE

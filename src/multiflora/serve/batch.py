@@ -112,12 +112,6 @@ class Batch:
         self._tokens = [next_token(job, logits) for job, logits in zip(self.jobs, out.logits[:, -1], strict=True)]
         self._drop()
 
-    def close(self, finish: Any) -> None:
-        """End all rows."""
-        for job in self.jobs:
-            job.close(finish)
-        self.jobs, self._cache, self._lengths, self._tokens = [], None, [], []
-
     def _drop(self) -> None:
         for job in self.jobs:
             if job.cancelled:

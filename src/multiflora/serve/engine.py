@@ -61,6 +61,14 @@ class _Lane:
         """Whether one more may join."""
         return self.joins or not self.jobs()
 
+    def fail(self) -> None:
+        """End all answers and let go of what they hold."""
+        for job in self.jobs():
+            job.close("failed")
+        self.batch = Batch()
+        self.reading.clear()
+
+    @torch.inference_mode()
     def round(self, chunk: int) -> None:
         """Write a token of every row, and read a chunk of the prompt that has waited longest."""
         self.batch.step(self.forward)
@@ -124,16 +132,24 @@ class Engine:
         self._arrived.set()
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until stopped."""
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._stopping:
             await self._arrived.wait()
             self._admit()
             if not self.running:
                 if not self._waiting:
                     self._arrived.clear()
                 continue
-            await asyncio.wait([loop.run_in_executor(self._pool, self._round)])
+            for lane in dict.fromkeys(self._lanes.values()):
+                if self._stopping or not lane.jobs():
+                    continue
+                done = loop.run_in_executor(self._pool, lane.round, self.limits.chunk)
+                await asyncio.wait([done])
+                if (error := done.exception()) is not None:
+                    # whatever went wrong, e.g. no memory for this batch, concerns these answers alone
+                    log.error("A batch of %d answers failed: %s", len(lane.jobs()), error, exc_info=error)
+                    lane.fail()
 
     def _admit(self) -> None:
         """Let those that have waited longest begin, as long as there is room for them."""
@@ -153,21 +169,6 @@ class Engine:
             else:
                 left.append(job)
         self._waiting = left
-
-    def _round(self) -> None:
-        """One round of every lane; runs in the thread."""
-        for lane in dict.fromkeys(self._lanes.values()):
-            if not lane.jobs():
-                continue
-            try:
-                with torch.inference_mode():
-                    lane.round(self.limits.chunk)
-            except Exception as error:  # noqa: BLE001  # whatever went wrong, e.g. no memory, concerns these answers
-                jobs = lane.jobs()
-                log.error("A batch of %d answers failed: %s", len(jobs), error, exc_info=error)
-                lane.batch.close("failed")
-                while lane.reading:
-                    lane.reading.popleft().job.close("failed")
 
     async def stop(self) -> None:
         """Take no more jobs, end those there are, and let the thread finish."""

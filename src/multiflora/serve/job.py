@@ -13,9 +13,17 @@ import torch
 from multiflora.serve.metrics import Metrics
 from multiflora.serve.text import Decoder
 
-__all__ = ["Finish", "Job", "Piece"]
+__all__ = ["Finish", "Job", "Piece", "Told"]
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
+
+
+class Told(NamedTuple):
+    """A token with its logarithmic probability under the model (before temperature), and the likeliest in its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
 
 
 class Piece(NamedTuple):
@@ -23,6 +31,8 @@ class Piece(NamedTuple):
 
     text: str
     finish: Finish | None = None
+    told: tuple[Told, ...] = ()
+    """The tokens since the piece before, where they were asked for."""
 
 
 class Job:
@@ -40,6 +50,7 @@ class Job:
         tokenizer: Turns ids into text.
         ends: Ids that end an answer.
         loop: The event loop its reader runs in.
+        alternatives: How many of the likeliest tokens are told with each token; None: no probabilities at all.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class Job:
         tokenizer: Any,
         ends: Sequence[int],
         loop: asyncio.AbstractEventLoop,
+        alternatives: int | None = None,
     ) -> None:
         self.model = model
         self.prompt = list(prompt)
@@ -67,6 +79,8 @@ class Job:
         self.finish: Finish | None = None
         self.cancelled = False
         self.decoder = Decoder(tokenizer, stops)
+        self.alternatives = alternatives
+        self._told: list[Told] = []
         self.watcher: Metrics | None = None
         self.started = time.perf_counter()
         self._ends = frozenset(ends)
@@ -92,13 +106,15 @@ class Job:
             if not self.tokens:
                 self.watcher.first(time.perf_counter() - self.started, len(self.prompt))
             self.watcher.token()
+        if self.alternatives is not None:
+            self._told.append(self._probability(token, logits, self.alternatives))
         text = self.decoder.add(token)
         if token in self._ends or self.decoder.stopped:
             self.close("stop", text)
         elif self.tokens >= self.max_tokens:
             self.close("length", text)
         elif text:
-            self._send(Piece(text))
+            self._send(Piece(text, None, self._new()))
 
     def close(self, finish: Finish, text: str = "") -> None:
         """End the answer, once."""
@@ -106,7 +122,18 @@ class Job:
             self.finish = finish
             if self.watcher is not None:
                 self.watcher.finished(finish)
-            self._send(Piece(text + self.decoder.end(), finish))
+            self._send(Piece(text + self.decoder.end(), finish, self._new()))
+
+    def _new(self) -> tuple[Told, ...]:
+        told, self._told = tuple(self._told), []
+        return told
+
+    def _probability(self, token: int, logits: torch.Tensor, count: int) -> Told:
+        found = logits.float().log_softmax(-1)
+        values, ids = found.topk(count) if count else (found[:0], [])
+        decode = self.decoder.tokenizer.decode
+        top = tuple((decode([int(i)]), float(value)) for i, value in zip(ids, values, strict=True))
+        return Told(decode([token]), float(found[token]), top)
 
     def cancel(self) -> None:
         """Say that nobody waits for the answer any more."""
@@ -127,7 +154,6 @@ class Job:
 
     async def whole(self) -> Piece:
         """The whole answer at once."""
-        texts = []
-        async for piece in self.pieces():
-            texts.append(piece.text)
-        return Piece("".join(texts), piece.finish)
+        found = [piece async for piece in self.pieces()]
+        told = tuple(token for piece in found for token in piece.told)
+        return Piece("".join(piece.text for piece in found), found[-1].finish, told)

@@ -13,7 +13,7 @@ class Limits:
 
     max_tokens: int = 1024
     """Longest answer, in tokens; what a request gets that does not say."""
-    max_batch: int = 8
+    max_batch: int = 16
     """Most answers written at once."""
     max_cache: int = 1 << 16
     """Most tokens of all answers that are being written, their prompts and longest lengths together; a request that

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.lora.layer import Linear as PlainLora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
