@@ -101,10 +101,11 @@ _SIGNS: Mapping[State, tuple[str, str]] = {
 
 
 def _table(title: str, checks: Sequence[Check]) -> Any:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2), show_header=False)
+    from multiflora.text_table import TextTable
+
+    table = TextTable("", "", "", title=title, title_style="bold", show_header=False)
     for check in checks:
         word, style = _SIGNS[check.state]
         says = Text(check.says)

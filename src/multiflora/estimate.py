@@ -105,12 +105,12 @@ class Estimate:
     def report(self) -> Group:
         """Everything for a person, as a rich renderable."""
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
         from multiflora.data.table import mixture_table
+        from multiflora.text_table import TextTable
 
-        facts = Table.grid(padding=(0, 2))
+        facts = TextTable("", "", show_header=False)
         share = f"{self.trainable / self.parameters:.3%} of {self.parameters:,}"
         modules = "\n".join(f"{count} x {name}" for name, count in self.modules.items())
         facts.add_row("adapted modules", Text(modules or "none"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import multiflora
+from multiflora.analysis.files import has_update
 from multiflora.compare.saved import read_comparison
 from multiflora.errors import ConfigError
 from tests.cli.parts import save_model, write_task
@@ -49,9 +50,28 @@ def test_a_finished_comparison_is_looked_into_and_shown(comparison: Path) -> Non
     assert "is not finished" not in text
     assert str(comparison.parent) not in text  # where things lie on this machine is nobody's business
     assert ".../roses.jsonl" in text
-    measured = (comparison / "analysis" / "analysis.json").stat().st_mtime_ns
-    multiflora.report(comparison)
-    assert (comparison / "analysis" / "analysis.json").stat().st_mtime_ns == measured  # not measured again
+
+
+def test_an_adapter_is_measured_once_in_its_cell(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {path.parents[1].name for path in (comparison / "runs").glob("*/analysis/analysis.json")}
+    assert own == {path.name for path in (comparison / "runs").glob("*-seed*") if not path.name.startswith("ia3")} | {
+        path.name for path in (comparison / "runs").glob("ia3-seed*") if has_update("ia3")
+    }
+    with monkeypatch.context() as patch:  # neither a report nor an analysis loads a model again
+
+        def load(*_: Any) -> None:
+            raise AssertionError("a model was loaded")
+
+        patch.setattr("multiflora.analysis.run.load_target", load)
+        text = multiflora.report(comparison).page.read_text("utf-8")
+        assert "Cumulative energy of the update" in text
+        multiflora.analyze(comparison, draw=False)
+    # a comparison of an earlier version has no measures: then they are made
+    for path in (comparison / "runs").glob("*/analysis/analysis.json"):
+        path.unlink()
+    (comparison / "analysis" / "analysis.json").unlink()
+    assert "have not been measured" in multiflora.report(comparison, measure=False).page.read_text("utf-8")
+    assert "Cumulative energy of the update" in multiflora.report(comparison).page.read_text("utf-8")
 
 
 def test_what_is_saved_reads_back_as_it_was(comparison: Path) -> None:

@@ -268,6 +268,102 @@ def test_two_hundred_mixed_requests_lose_none(server, client, expected):
             assert stripped(answer) == expected[keys[number % len(keys)]], number
 
 
+def test_a_short_request_does_not_wait_for_a_long_answer(server, client, expected):
+    with client.completions.create(
+        model="mtllora", prompt=PROMPTS[0], max_tokens=3000, stream=True, temperature=0, extra_body={"task": TASKS[0]}
+    ) as long:
+        next(iter(long))
+        assert stripped(ask(client, "rlora", None, PROMPTS[1])) == expected["rlora", None, PROMPTS[1]]
+        running = re.search(r"^multiflora:num_requests_running (\d+)$", httpx.get(f"{server}/metrics").text, re.M)
+        assert running[1] == "1"  # the long one goes on
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_probabilities_are_those_of_the_model(stream, client, place, expected):
+    words = {"model": "rlora", "max_tokens": 8, "temperature": 0, "stream": stream}
+    made = client.chat.completions.create(
+        messages=[{"role": "user", "content": PROMPTS[0]}], logprobs=True, top_logprobs=3, **words
+    )
+    choices = [c.choices[0] for c in made] if stream else made.choices
+    told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    served, tokens = load(place)["rlora"].model, _tokenizer(place)
+    ids = tokens(f"{PROMPTS[0]} {expected['rlora', None, PROMPTS[0]]}", return_tensors="pt").input_ids
+    with torch.no_grad():
+        right = served(ids).logits.log_softmax(-1)[0, ids.shape[1] - 9 : -1]
+    assert [token.logprob for token in told] == pytest.approx(right.max(-1).values.tolist(), abs=1e-4)
+    assert all(len(token.top_logprobs) == 3 and token.top_logprobs[0].token == token.token for token in told)
+    made = client.completions.create(prompt=PROMPTS[0], logprobs=2, **words)
+    choices = [c.choices[0] for c in made] if stream else made.choices
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    assert [p for part in parts for p in part.token_logprobs] == pytest.approx([t.logprob for t in told], abs=1e-4)
+    assert all(len(top) == 2 for part in parts for top in part.top_logprobs)
+    offsets = [place for part in parts for place in part.text_offset]
+    assert offsets == sorted(set(offsets))
+
+
+def test_hundreds_that_hang_up_disturb_nobody(server, client, expected):
+    """Every second client goes after the first piece; the others get their answers, and all room is free again."""
+    keys = list(expected)
+
+    def one(number):
+        name, task, prompt = key = keys[number % len(keys)]
+        if number % 2:
+            return stripped(ask(client, *key, stream=number % 3 == 0)) == expected[key]
+        words = {"extra_body": {"task": task}} if task else {}
+        with client.completions.create(
+            model=name, prompt=prompt, max_tokens=3000, stream=True, temperature=0, **words
+        ) as gone:
+            next(iter(gone))
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(one, range(200)))
+    ask(client, *keys[0])  # those that are gone are let go of at the next token
+    text = httpx.get(f"{server}/metrics").text
+    assert "multiflora:num_requests_waiting 0\n" in text
+    assert int(re.search(r'finished_reason="cancelled"} (\d+)', text)[1]) >= 90
+    assert 'finished_reason="failed"} 0' in text
+
+
+def test_a_request_larger_than_the_cache_is_refused_and_one_that_fills_it_waits(place, expected):
+    with running(place, limits=Limits(max_cache=40, max_tokens=30)) as address:
+        client = client_of(address)
+        with pytest.raises(openai.BadRequestError, match=r"20 tokens.*may have 25, but this server holds 40") as found:
+            client.completions.create(model="base", prompt=[3] * 20, max_tokens=25)
+        assert found.value.code == "context_length_exceeded"
+        with ThreadPoolExecutor(4) as pool:
+            made = list(
+                pool.map(
+                    lambda _: client.completions.create(model="base", prompt=[3] * 10, max_tokens=30, temperature=0),
+                    "abcd",
+                )
+            )
+        assert [m.usage.completion_tokens for m in made] == [30] * 4
+
+
+def test_a_server_that_stops_under_load_answers_everybody(place):
+    with ThreadPoolExecutor(12) as pool:
+        with running(place, limits=Limits(max_tokens=3000, max_batch=4)) as address:
+            client = client_of(address)
+            started = client.completions.create(model="base", prompt="w1", max_tokens=3000, stream=True, temperature=0)
+            next(iter(started))
+
+            def one(_):
+                try:
+                    return (
+                        client.completions.create(model="rlora", prompt="w2", max_tokens=3000, temperature=0)
+                        .choices[0]
+                        .finish_reason
+                    )
+                except openai.APIError as error:
+                    return type(error)
+
+            asked = [pool.submit(one, number) for number in range(12)]
+        assert all(future.result() is not None for future in asked)  # an answer or an error, and nobody hangs
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(started)
+
+
 def test_a_key_is_asked_for_and_a_full_queue_says_so(place):
     limits = Limits(max_queue=1, max_batch=1, max_tokens=3000)
     with running(place, limits=limits, api_key="secret") as address:

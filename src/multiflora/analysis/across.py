@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from multiflora.analysis.drawings import mean_energy, run_drawings
+from multiflora.analysis.drawings import few_drawings, mean_energy
 from multiflora.analysis.plots import Drawing, bars, lines
 from multiflora.compare.statistics import Interval, t_interval
 
@@ -109,18 +110,14 @@ def own_drawings(runs: Runs) -> dict[str, list[Drawing]]:
     first: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         first.setdefault(run["label"], run)
-    shown = ("spectrum-layers", "routing", "task", "head")
-    return {
-        label: [_of(label, drawing) for drawing in run_drawings(run) if drawing.name.startswith(shown)]
-        for label, run in first.items()
-    }
+    return {label: [_of(label, drawing) for drawing in few_drawings(run)] for label, run in first.items()}
 
 
 def _of(label: str, drawing: Drawing) -> Drawing:
     """The same figure with the run's label in its name and title, its ids kept apart from those of other runs."""
     name = f"{label}-{drawing.name}"
     svg = drawing.svg.replace(f'id="{drawing.name}-', f'id="{name}-').replace(f"#{drawing.name}-", f"#{name}-")
-    return Drawing(name, f"{label}: {drawing.title}", drawing.reading, f"{label}. {drawing.alt}", svg, drawing.png)
+    return replace(drawing, name=name, title=f"{label}: {drawing.title}", alt=f"{label}. {drawing.alt}", svg=svg)
 
 
 def _energy(runs: Runs) -> Drawing:

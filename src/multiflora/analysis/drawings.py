@@ -8,7 +8,7 @@ from typing import Any
 
 from multiflora.analysis.plots import Drawing, curves, heat_map, heat_maps, lines, points
 
-__all__ = ["mean_energy", "mean_spectrum", "run_drawings"]
+__all__ = ["few_drawings", "mean_energy", "mean_spectrum", "run_drawings"]
 
 Layers = Mapping[str, Mapping[str, Any]]
 
@@ -18,6 +18,18 @@ def run_drawings(measures: Mapping[str, Any]) -> list[Drawing]:
     return [
         *_spectra(measures["spectra"]),
         *_similarity(measures.get("similarity") or {}),
+        *_beyond_spectra(measures),
+    ]
+
+
+def few_drawings(measures: Mapping[str, Any]) -> list[Drawing]:
+    """Draw of one run what means over runs do not show: its layers, heads, routing and the tasks' conflict."""
+    modules = {m: own for m, own in _modules(measures["spectra"]).items() if mean_spectrum(own)}
+    return [*([_by_layer_and_direction(modules)] if modules else []), *_beyond_spectra(measures)]
+
+
+def _beyond_spectra(measures: Mapping[str, Any]) -> list[Drawing]:
+    return [
         *_heads(measures["heads"]),
         *_routing(measures["routing"], measures["tasks"]),
         *_conflict(measures.get("conflict") or {}),
@@ -199,16 +211,20 @@ def _heads(found: Mapping[str, Any]) -> Iterator[Drawing]:
         + ", ".join(f"{m} {max(ys):.3g}" for m, (_, ys) in spread.items())
         + ".",
     )
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for module, own in found["points"].items():
-        groups: dict[str, list[tuple[float, float]]] = {}
         for point in own:
-            groups.setdefault(f"head {point['head']}", []).append((point["x"], point["y"]))
+            panels.setdefault(module, {}).setdefault(f"head {point['head']}", []).append((point["x"], point["y"]))
+    if panels:
         yield points(
-            f"heads-{module}",
-            f"Heads of {module} in the plane (t-SNE)",
-            "Each point is one head of one layer; points that lie close are alike, other distances mean nothing.",
-            groups,
-            alt=f"t-SNE of {len(own)} heads of {module} in {len(groups)} colours.",
+            "heads",
+            "Heads in the plane (t-SNE)",
+            "Each point is one head of one layer, laid out module by module; points that lie close are alike, other "
+            "distances mean nothing.",
+            panels,
+            alt="t-SNE of heads: "
+            + ", ".join(f"{len(own)} of {module}" for module, own in found["points"].items())
+            + ".",
         )
 
 

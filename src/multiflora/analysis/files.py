@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from multiflora.methods import METHODS
 
-__all__ = ["FOLDER", "MEASURES", "has_update"]
+__all__ = ["FOLDER", "MEASURES", "has_update", "of_cell", "read_measures"]
 
 FOLDER = "analysis"
 """Where an analysis is written, within the run or comparison."""
 
 MEASURES = Path(FOLDER) / "analysis.json"
 """All that was measured, within the run or comparison."""
+
+
+def read_measures(folder: Path) -> dict[str, Any]:
+    """What was measured of a run or comparison before; empty where nothing was."""
+    path = folder / MEASURES
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def of_cell(measures: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's measures as those of a comparison's cell, under the label that it has there."""
+    return {**measures, "label": cell["label"], "cell": cell["cell"], "seed": cell["seed"]}
 
 
 def has_update(method: str) -> bool:

@@ -6,10 +6,12 @@ Drawn once for light and dark: ink is a marked colour that becomes the page's ow
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +56,15 @@ class Drawing:
     """What it shows, for those who do not see it."""
     svg: str
     """Scalable, inline in HTML; text in the page's own colour."""
-    png: bytes
+    figure: Any = field(repr=False, compare=False)
+    """matplotlib's, laid out."""
+
+    @cached_property
+    def png(self) -> bytes:
+        """The same as pixels, drawn when it is first asked for."""
+        raster = io.BytesIO()
+        self.figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+        return raster.getvalue()
 
 
 @contextmanager
@@ -84,15 +94,14 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Ite
 def _drawing(figure: Any, name: str, title: str, reading: str, alt: str) -> Drawing:
     import matplotlib as mpl
 
-    vector, raster = io.StringIO(), io.BytesIO()
+    vector = io.StringIO()
     # laid out once for both files: it is most of the work
-    figure.draw_without_rendering()
+    figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     # a salt of its own keeps ids of figures on one page apart, and the same figure the same
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    figure.savefig(raster, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return Drawing(name, title, reading, alt, _inline(vector.getvalue(), name, alt), raster.getvalue())
+    return Drawing(name, title, reading, alt, _inline(vector.getvalue(), name, alt), figure)
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
@@ -102,19 +111,22 @@ def _inline(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r'(?<=url\(#)|(?<=xlink:href="#)', f"{name}-", svg)
     svg = svg.replace(_INK, "currentColor").replace("<metadata>", "<metadata>", 1)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is less than any screen shows
+    svg = re.sub(r">\s+<(?!/?text)", "><", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
     safe = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
 
 
-def save_drawing(drawing: Drawing, folder: Path) -> None:
-    """Write ``NAME.svg`` and ``NAME.png``."""
+def save_drawing(drawing: Drawing, folder: Path, *, raster: bool = True) -> None:
+    """Write ``NAME.svg``, and ``NAME.png`` with ``raster``."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # on its own a file has no page to take its ink from
         write_text(folder / f"{drawing.name}.svg", drawing.svg.replace("<svg", '<svg color="#111"', 1) + "\n")
-        write_bytes(folder / f"{drawing.name}.png", drawing.png)
+        if raster:
+            write_bytes(folder / f"{drawing.name}.png", drawing.png)
 
 
 def curves(
@@ -249,23 +261,26 @@ def heat_maps(
     low: float,
     high: float,
 ) -> Drawing:
-    """Tables of shades beside each other, on one scale: title -> rows of numbers, the first row on top."""
+    """Tables of shades beside each other, on one scale: title -> rows of numbers, the first row on top.
+
+    All are parts of one image, with an empty column between them: axes of their own would take ten times as long.
+    """
     import numpy as np
 
-    across = min(len(panels), 4)
-    down = -(-len(panels) // across)
-    with _figure(_WIDTH, 0.9 + 1.3 * down, down, across) as (figure, axes):
-        every = list(axes.flat) if hasattr(axes, "flat") else [axes]
-        image = None
-        for place, (label, values) in zip(every, panels.items(), strict=False):
-            image = place.imshow(np.array(values), aspect="auto", cmap="viridis", vmin=low, vmax=high)
-            place.set_title(_plain(label), fontsize=9)
-            place.tick_params(labelsize=8)
-            place.set_xticks([0, len(values[0]) - 1], ["1", str(len(values[0]))])
-        for place in every[len(panels) :]:
-            place.set_axis_off()
-        figure.supxlabel(x, fontsize=10)
-        figure.supylabel(y, fontsize=10)
+    height = max(map(len, panels.values()))
+    edges = np.cumsum([0, *(len(values[0]) + 1 for values in panels.values())])
+    shades = np.full((height, edges[-1] - 1), np.nan)
+    for left, values in zip(edges, panels.values(), strict=False):
+        shades[: len(values), left : left + len(values[0])] = values
+    with _figure(_WIDTH, 3.4) as (figure, axes):
+        image = axes.imshow(shades, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+        axes.spines[:].set_visible(False)
+        middles = [(left + right) / 2 - 1 for left, right in itertools.pairwise(edges)]
+        axes.set_xticks(middles, [_plain(label) for label in panels], rotation=35, ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", length=0)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
         figure.colorbar(image, ax=axes, shrink=0.8)
         return _drawing(figure, name, title, reading, alt)
 
@@ -300,23 +315,32 @@ def over_rates(
 
 
 def points(
-    name: str, title: str, reading: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, alt: str
+    name: str,
+    title: str,
+    reading: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    alt: str,
 ) -> Drawing:
-    """Points in the plane, coloured by group; the axes mean nothing."""
-    with _figure(_WIDTH, 3.3) as (figure, axes):
-        axes.spines[:].set_visible(False)
-        for k, (label, own) in enumerate(groups.items()):
-            axes.scatter(
-                [p[0] for p in own],
-                [p[1] for p in own],
-                s=16,
-                color=COLOURS[k % 8],
-                marker="osD^v<>"[k // 8 % 7],
-                label=_plain(label),
-            )
-        axes.set_xticks([])
-        axes.set_yticks([])
-        _legend(figure, list(groups))
+    """Points in planes beside each other, title -> group -> points, coloured by group; the axes mean nothing."""
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    groups = list(dict.fromkeys(label for own in panels.values() for label in own))
+    with _figure(_WIDTH, 0.5 + 1.3 * down, down, across) as (figure, axes):
+        every = list(axes.flat) if hasattr(axes, "flat") else [axes]
+        for place in every:
+            place.spines[:].set(visible=True, color="#888888", linewidth=0.4)
+            place.set_xticks([])
+            place.set_yticks([])
+        for place in every[len(panels) :]:
+            place.set_axis_off()
+        for place, (label, own) in zip(every, panels.items(), strict=False):
+            place.set_title(_plain(label), fontsize=9)
+            for group, dots in own.items():
+                k = groups.index(group)
+                xs, ys = zip(*dots, strict=True)
+                place.scatter(xs, ys, s=9, color=COLOURS[k % 8], marker="osD^v<>"[k // 8 % 7], label=_plain(group))
+        _legend(figure, groups, every[0])
         return _drawing(figure, name, title, reading, alt)
 
 
@@ -326,11 +350,13 @@ def _plain(name: str) -> str:
     return ("\N{ZERO WIDTH SPACE}" if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
-def _legend(figure: Any, labels: Sequence[str]) -> None:
-    """Name what has been drawn, below the axes, in as many columns as fit."""
+def _legend(figure: Any, labels: Sequence[str], of: Any = None) -> None:
+    """Name what has been drawn, in all axes or those of one, below them, in as many columns as fit."""
     if len(labels) > 1:
         columns = max(1, min(len(labels), 5, 52 // (max(map(len, labels)) + 6)))
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, columnspacing=1.2)
+        handles = {} if of is None else {"handles": of.get_legend_handles_labels()[0]}
+        place = {"loc": "outside lower center", "ncols": columns, "columnspacing": 1.2}
+        figure.legend(**handles, **place, frameon=False, fontsize=9)
 
 
 def _ticks(axes: Any, rows: Sequence[str], columns: Sequence[str]) -> None:

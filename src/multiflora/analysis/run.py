@@ -12,7 +12,7 @@ import torch
 
 from multiflora.analysis.across import findings, own_drawings, shared_drawings
 from multiflora.analysis.drawings import run_drawings
-from multiflora.analysis.files import FOLDER, has_update
+from multiflora.analysis.files import FOLDER, MEASURES, has_update, of_cell, read_measures
 from multiflora.analysis.measures import batches_of, conflict, heads, routing, similarity, spectra
 from multiflora.analysis.plots import Drawing, save_drawing
 from multiflora.analysis.routing import LayerRouting
@@ -25,9 +25,12 @@ from multiflora.files import check_inside, saving, write_json
 from multiflora.methods import METHODS, merges
 from multiflora.train.precision import weights_of
 
-__all__ = ["Analysis", "analyze", "measure_run"]
+__all__ = ["EXAMPLES", "Analysis", "analyze", "keep_measures", "measure_run"]
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = 16
+"""Of each task, for routing and task conflict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ def analyze(
     target: str | Path,
     *,
     against: str | Path | None = None,
-    examples: int = 16,
+    examples: int = EXAMPLES,
     folder: str | Path | None = None,
     draw: bool = True,
 ) -> Analysis:
@@ -92,7 +95,7 @@ def analyze(
 
 
 def measure_run(
-    run: Path, *, examples: int = 16, against: Path | None = None, label: str | None = None, with_conflict: bool = True
+    run: Path, *, examples: int = EXAMPLES, against: Path | None = None, loaded: Loaded | None = None
 ) -> dict[str, Any]:
     """Measure one run.
 
@@ -100,10 +103,9 @@ def measure_run(
         run: Its output folder.
         examples: Of each task, for routing and task conflict; 0: neither.
         against: Another run.
-        label: What to call it; None: its method.
-        with_conflict: Take the tasks' gradients too, which costs more than all else.
+        loaded: The run, where it has been loaded already.
     """
-    loaded = load_target(run)
+    loaded = loaded or load_target(run)
     if loaded.recipe is None:
         raise ConfigError(f"{run} is no run of multiflora: recipe.yaml is missing. Give a run's output folder.")
     recipe, model = loaded.recipe, loaded.model
@@ -115,7 +117,8 @@ def measure_run(
     routed = routing(model, batches) if batches else {}
     updates = _updates(loaded, routed)
     measures: dict[str, Any] = {
-        "label": label or recipe.method.name,
+        "label": recipe.method.name,
+        "examples": examples,
         "method": recipe.method.name,
         "title": METHODS[recipe.method.name].title,
         "tasks": tasks,
@@ -126,9 +129,18 @@ def measure_run(
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
-    if with_conflict and batches and hasattr(model, "get_base_model"):
+    if batches and hasattr(model, "get_base_model"):
         model.set_adapter("default")  # loaded for inference, its weights would have no gradient
         measures["conflict"] = conflict(model, batches)
+    return measures
+
+
+def keep_measures(run: Path, measures: dict[str, Any]) -> dict[str, Any]:
+    """Write a run's measures into its folder, and return them."""
+    check_inside(run, run / FOLDER)
+    with saving(run / FOLDER):
+        (run / FOLDER).mkdir(exist_ok=True)
+    write_json(run / MEASURES, measures)
     return measures
 
 
@@ -156,24 +168,17 @@ def _notes(routed: Mapping[str, LayerRouting], method: str, how_it_merges: str) 
 
 
 def _measure_comparison(folder: Path, examples: int) -> dict[str, Any]:
-    """Measure every finished run of a comparison: spectra, heads and routing of each seed, conflict of the first."""
-    runs: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    """Measure every finished run of a comparison; one that was measured with as many examples is read."""
+    runs = []
     for cell in read_comparison(folder).cells():
         if not has_update(cell["method"]):
             continue
-        first = cell["label"] not in seen
-        seen.add(cell["label"])
-        log.info("Measuring %s", cell["cell"])
-        # the spectrum of routed heads needs the routers' gates, in every seed alike
-        routed = METHODS[cell["method"]].merges.startswith("no")
-        measures = measure_run(
-            folder / "runs" / cell["cell"],
-            examples=examples if first or routed else 0,
-            label=cell["label"],
-            with_conflict=first,
-        )
-        runs.append({**measures, "cell": cell["cell"], "seed": cell["seed"]})
+        run = folder / "runs" / cell["cell"]
+        measures = read_measures(run)
+        if measures.get("examples") != examples:
+            log.info("Measuring %s", cell["cell"])
+            measures = keep_measures(run, measure_run(run, examples=examples))
+        runs.append(of_cell(measures, cell))
     if not runs:
         raise ConfigError(f"{folder} has no finished run with an update to analyse; finish the comparison first.")
     return {"runs": runs}

@@ -8,7 +8,7 @@ from multiflora.bench.results import Results
 from multiflora.bench.verdict import Verdict, verdicts
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from multiflora.text_table import TextTable
 
 __all__ = ["cells", "verdict_dicts", "verdict_table"]
 
@@ -34,14 +34,13 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
     return verdict.target.name, verdict.target.bound, f"{middle:.{digits}f}", spread, floor, word
 
 
-def verdict_table(results: Results) -> Table:
+def verdict_table(results: Results) -> TextTable:
     """All targets as a rich table."""
-    from rich import box
-    from rich.table import Table
+    from multiflora.text_table import TextTable
 
     machine = results.machine
     title = f"{machine.device}, {machine.threads} thread{'s' * (machine.threads != 1)}, {results.clock} clock"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
+    table = TextTable(title=title)
     for name in HEADER:
         table.add_column(name, justify="left" if name in ("target", "verdict") else "right")
     for verdict in verdicts(results):

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from multiflora.cli.screen import print_json, stdout
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS
 from multiflora.suggest import did_you_mean
+from multiflora.text_table import TextTable
 
 __all__ = ["methods_app"]
 
@@ -32,7 +32,7 @@ def list_methods(
     if as_json:
         print_json({card.name: asdict(card) for card in METHODS.values()})
         return
-    table = Table(box=None, pad_edge=False)
+    table = TextTable()
     for heading in ("method", "arXiv", "merges"):
         table.add_column(heading, no_wrap=True)
     table.add_column("what it is, and its own settings")
@@ -60,7 +60,7 @@ def show(
     paper = f", {card.paper}" if card.paper.startswith("arXiv") else ""
     stdout.print(f"{card.title} ({card.name}){paper}", style="bold", markup=False)
     stdout.print(card.line, markup=False)
-    facts = Table.grid(padding=(0, 2))
+    facts = TextTable("", "", show_header=False)
     facts.add_row("in a recipe", f"method: {card.name}")
     if card.config:
         facts.add_row("in Python", f"multiflora.{card.config}(...)" if card.module else f"peft.{card.config}(...)")

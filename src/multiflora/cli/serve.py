@@ -29,7 +29,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Serve the base model as NAME.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 1024,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Answers written at once.")] = 8,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Answers written at once.")] = 16,
     max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Answers waiting; more get status 429.")] = 256,
     dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Of the base weights.")] = "auto",
 ) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from multiflora.cli.screen import log_on_stderr, print_json, stderr, stdout
+from multiflora.text_table import TextTable
 
 if TYPE_CHECKING:
     from multiflora.recipe import ModelSpec
@@ -36,7 +36,7 @@ def list_tasks(
     if as_json:
         print_json({spec.name: spec.model_dump(mode="json", exclude_none=True) for spec in specs})
         return
-    table = Table("task", "what it asks", "scored by", "source", "licence", box=None, pad_edge=False)
+    table = TextTable("task", "what it asks", "scored by", "source", "licence")
     for spec in specs:
         place = getattr(spec.source, "path", None) or getattr(spec.source, "generator", "files")
         table.add_row(spec.name, spec.about, spec.score, place, spec.licence)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from multiflora.analysis.files import has_update
 from multiflora.artifact import device_name, package_versions
 from multiflora.compare.plan import Cell
 from multiflora.compare.resources import latency, peak_memory, reset_peak_memory
-from multiflora.errors import ConfigError, TrainingError
+from multiflora.errors import ConfigError, MultifloraError, TrainingError
 from multiflora.evaluate import evaluate
 from multiflora.evaluate.load import load_target
 from multiflora.files import write_json
@@ -86,7 +87,19 @@ def run_cell(cell: Cell, folder: Path, *, quiet: bool = True) -> dict[str, Any]:
     path = path_of(cell, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, finite)
+    if cell.kind == "seed" and has_update(cell.recipe.method.name):
+        look_inside(cell.recipe.output)
     return finite
+
+
+def look_inside(run: Path) -> None:
+    """Measure an adapter once, where it was trained, so that no report must load it again."""
+    from multiflora.analysis.run import keep_measures, measure_run
+
+    try:
+        keep_measures(run, measure_run(run))
+    except (MultifloraError, RuntimeError) as error:  # no memory left, say: the training stands all the same
+        log.warning("%s was not looked into (%s); multiflora analyze does so.", run.name, error)
 
 
 def _train(cell: Cell, *, quiet: bool) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from multiflora.compare.search import first_rates
 from multiflora.compare.statistics import Interval
+from multiflora.text_table import TextTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,11 +35,11 @@ def plan_dict(planned: Sequence[Competitor]) -> dict[str, Any]:
     }
 
 
-def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
+def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTable:
     """The competitors with what they cost; the share is that of the baseline's parameters."""
     spec = comparison.compare
     reference = next(item for item in planned if item.label == spec.reference())
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = TextTable()
     for header in ("method", "rank", "alpha", "parameters", "share", "flops/token"):
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     for item in planned:
@@ -65,13 +65,12 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> Table:
     if spec.single_task:
         singles = 2 * len(spec.seeds) * len(comparison.recipe.tasks)
         table.caption += f"; and {singles} of single tasks, each a share of the steps"
-    table.caption_justify = "left"
     return table
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary) -> TextTable:
     """The methods, best macro score first where there is one, with intervals over seeds."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = TextTable()
     headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "place", "nats", "train s", "latency")
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from multiflora.text_table import TextTable
 
 __all__ = ["mixture_table"]
 
 
-def mixture_table(report: Mapping[str, Mapping[str, Any]]) -> Table:
+def mixture_table(report: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """Lay out a report of `multiflora.data.mixture.Mixture` as a rich table.
 
     Args:
         report: Task -> its figures.
     """
-    table = Table(title="Training mixture", title_justify="left")
-    table.add_column("task")
+    table = TextTable("task", title="Training mixture")
     for heading in ("examples", "share", "tokens", "share", "with loss", "share", "passes"):
         table.add_column(heading, justify="right")
     for task, row in report.items():

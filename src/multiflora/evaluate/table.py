@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from multiflora.evaluate.results import LOWER_IS_BETTER, Group, Results, TaskScore
+from multiflora.text_table import TextTable
 
 __all__ = ["results_table"]
 
 _TITLES: dict[Group, str] = {"extra": "not trained on", "harness": "lm-evaluation-harness"}
 
 
-def results_table(adapted: Results, base: Results | None = None) -> Table:
+def results_table(adapted: Results, base: Results | None = None) -> TextTable:
     """Return the scores as a table.
 
     Args:
@@ -27,8 +24,7 @@ def results_table(adapted: Results, base: Results | None = None) -> Table:
         >>> [column.header for column in results_table({"tasks": {"sst2": score}, "macro": 0.5}).columns]
         ['task', 'n', 'metric', 'score']
     """
-    table = _ScoreTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("task", overflow="fold")
+    table = TextTable("task")
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("metric", no_wrap=True)
     for header in ("score",) if base is None else ("base", "adapted", "change"):
@@ -47,15 +43,6 @@ def results_table(adapted: Results, base: Results | None = None) -> Table:
         table.add_section()
         table.add_row(*(Text(cell, style="bold") if isinstance(cell, str) else cell for cell in _macro(adapted, base)))
     return table
-
-
-class _ScoreTable(Table):
-    """A rich table that a plain ``print`` shows too."""
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(width=80, file=text, color_system=None).print(self)
-        return text.getvalue().rstrip()
 
 
 def _metric(score: TaskScore) -> str:

@@ -59,9 +59,9 @@ class Composition:
 
     def table(self) -> Table:
         """One line for each adapter."""
-        from rich.table import Table
+        from multiflora.text_table import TextTable
 
-        table = Table("adapter", "weight")
+        table = TextTable("adapter", "weight")
         for name, weight in zip(self.adapters, self.weights, strict=True):
             table.add_row(name, f"{weight:+.3f}")
         return table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from multiflora.text_table import TextTable
 
 __all__ = ["AdapterReport", "LayerReport", "Report", "TaskScores"]
 
@@ -98,15 +98,17 @@ class Report:
         told = {"method": self.method, "how": self.how, "adapters": [asdict(adapter) for adapter in self.adapters]}
         return told | ({"scores": [asdict(score) for score in self.scores]} if self.scores else {})
 
-    def table(self) -> Table:
+    def table(self) -> TextTable:
         """One line for each adapter written."""
-        from rich.table import Table
+        from multiflora.text_table import TextTable
 
-        table = Table("adapter", "task", "rank", "exact", "update error", "output error", "energy lost", "worst layer")
+        table = TextTable(
+            "adapter", "task", "rank", "exact", "update error", "output error", "energy lost", "worst layer"
+        )
         for adapter in self.adapters:
             worst = adapter.worst()
             table.add_row(
-                str(self.folder(adapter)),
+                adapter.folder or self.output.name,
                 adapter.task or "all",
                 str(adapter.rank),
                 "yes" if adapter.exact else "no",
@@ -117,11 +119,11 @@ class Report:
             )
         return table
 
-    def score_table(self) -> Table:
+    def score_table(self) -> TextTable:
         """One line for each task scored."""
-        from rich.table import Table
+        from multiflora.text_table import TextTable
 
-        table = Table("task", "metric", "n", "adapter", "converted", "change", "nll", "nll converted")
+        table = TextTable("task", "metric", "n", "adapter", "converted", "change", "nll", "nll converted")
         for score in self.scores:
             error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
             nll = ["" if value is None else f"{value:.3f}" for value in (score.nll_before, score.nll_after)]
@@ -129,13 +131,11 @@ class Report:
             table.add_row(score.task, score.metric, str(score.n), *numbers, *nll)
         return table
 
-    def layer_table(self, adapter: AdapterReport) -> Table:
+    def layer_table(self, adapter: AdapterReport) -> TextTable:
         """One line for each layer of an adapter."""
-        from rich.table import Column, Table
+        from multiflora.text_table import TextTable
 
-        # a layer's name is of use only whole
-        name = Column("layer", no_wrap=True, overflow="fold")
-        table = Table(name, "rank", "update error", "output error", "energy lost")
+        table = TextTable("layer", "rank", "update error", "output error", "energy lost")
         for layer in adapter.layers:
             table.add_row(
                 layer.name,

@@ -249,6 +249,13 @@ class BranchLinear(nn.Module, BaseTunerLayer):
             y = y.index_copy(0, at, self._add_branches(x[at], y[at], name, rows=rows, of=len(adapter_names)))
         return y
 
+    def add_to(self, x: Tensor, y: Tensor, adapter_name: str) -> Tensor:
+        """The base layer's output y for x, and an adapter's branches: what a batch of several adapters adds to rows.
+
+        The rows' tasks are those of the routing state, which must have been told of these rows alone.
+        """
+        return self._add_branches(x, y, adapter_name)
+
     def _base_is_plain(self, x: Tensor) -> bool:
         """Whether the base product can be taken together with the stems': a frozen ``nn.Linear`` nobody hooks into."""
         base: Any = self._modules["base_layer"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from multiflora.analysis.across import findings, own_drawings, shared_drawings
 from multiflora.analysis.drawings import run_drawings
-from multiflora.analysis.files import MEASURES, has_update
+from multiflora.analysis.files import has_update, of_cell, read_measures
 from multiflora.analysis.plots import Drawing
 from multiflora.compare.saved import Saved
 from multiflora.report.page import Fold, Section
@@ -50,15 +49,17 @@ def inside_comparison(saved: Saved, *, measure: bool) -> Inside:
         saved: The comparison.
         measure: Measure what has not been measured yet; takes a while.
     """
-    wanted = {cell["cell"] for cell in saved.cells() if has_update(cell["method"])}
-    path = saved.folder / MEASURES
-    measures = _read(path)
-    known = {run.get("cell") for run in measures.get("runs", ())}
+    wanted = {cell["cell"]: cell for cell in saved.cells() if has_update(cell["method"])}
+    # a cell is measured when it is trained; the comparison's own file has what was measured later
+    later = {run.get("cell"): run for run in read_measures(saved.folder).get("runs", ())}
+    for name, cell in wanted.items():
+        if name not in later and (own := read_measures(saved.folder / "runs" / name)):
+            later[name] = of_cell(own, cell)
     # the model card is what a run writes last
     there = all((saved.folder / "runs" / name / "README.md").is_file() for name in wanted)
-    if measure and there and wanted - known:
-        measures = _measured(saved.folder)
-    runs = [run for run in measures.get("runs", ()) if run.get("cell") in wanted]
+    if measure and there and wanted.keys() - later.keys():
+        later = {run["cell"]: run for run in _measured(saved.folder)["runs"]}
+    runs = [later[name] for name in wanted if name in later]
     if not runs:
         return Inside(notes=[_unknown(saved.folder)] if wanted else [])
     missing = len(wanted) - len(runs)
@@ -72,7 +73,7 @@ def inside_run(folder: Path, method: str, *, measure: bool) -> Inside:
     """Look inside one run's adapter; see `inside_comparison`."""
     if not has_update(method):
         return Inside()
-    measures = _read(folder / MEASURES)
+    measures = read_measures(folder)
     if not measures and measure:
         measures = _measured(folder)
     if not measures:
@@ -84,13 +85,6 @@ def _measured(folder: Path) -> dict[str, Any]:
     from multiflora.analysis.run import analyze  # torch: only where models must be loaded
 
     return analyze(folder, draw=False).measures
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
 
 
 def _unknown(folder: Path) -> str:

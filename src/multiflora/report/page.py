@@ -80,6 +80,10 @@ class Page:
         """All figures, in order."""
         return [d for s in self.sections for d in (*s.figures, *(d for f in s.folds for d in f.figures))]
 
+    def folded(self, drawing: Drawing) -> bool:
+        """Whether a figure is shown only when it is asked for."""
+        return any(drawing in fold.figures for section in self.sections for fold in section.folds)
+
 
 def render(page: Page) -> str:
     """Write the page as HTML."""

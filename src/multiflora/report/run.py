@@ -30,7 +30,7 @@ class Report:
     page: Path
     """The page: one file that needs no other."""
     folder: Path
-    """Its figures (SVG, PNG) and tables (CSV) as files."""
+    """Its figures (SVG; those that are not folded away as PNG too) and tables (CSV) as files."""
     answer: str
 
 
@@ -67,7 +67,7 @@ def report(target: str | Path, output: str | Path | None = None, *, measure: boo
     with saving(beside):
         beside.mkdir(parents=True, exist_ok=True)
     for drawing in page.figures():
-        save_drawing(drawing, beside)
+        save_drawing(drawing, beside, raster=not page.folded(drawing))
     for table in page.tables():
         write_text(beside / f"{table.name}.csv", table.to_csv())
     write_text(place, render(fit(replace(page, files=beside.name))))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
+
+from multiflora.serve.job import Piece, Told
 
 __all__ = ["Answer", "error_body", "model_card", "sse"]
 
@@ -27,17 +30,17 @@ class Answer:
         kind = "chat.completion" if chat else "text_completion"
         self._head = {"id": id, "object": kind, "created": created, "model": model}
 
-    def whole(self, texts: Sequence[tuple[str, str | None]], prompt_tokens: int, tokens: int) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], prompt_tokens: int, tokens: int) -> dict[str, Any]:
         """The answer at once.
 
         Args:
-            texts: Text and finish reason of each choice.
+            pieces: Each choice.
             prompt_tokens: Of all prompts.
             tokens: Of all answers.
         """
         choices = [
-            {"index": index, "finish_reason": finish, "logprobs": None, **self._text(text)}
-            for index, (text, finish) in enumerate(texts)
+            {"index": index, "finish_reason": p.finish, "logprobs": self._logprobs(p.told), **self._text(p.text)}
+            for index, p in enumerate(pieces)
         ]
         return {**self._head, "choices": choices, "usage": _usage(prompt_tokens, tokens)}
 
@@ -48,11 +51,32 @@ class Answer:
         """The first event of a choice, which only a chat has."""
         return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None) if self.chat else None
 
-    def piece(self, index: int, text: str, finish: str | None) -> str:
-        """Some text of a choice as an event."""
+    def piece(self, index: int, piece: Piece, start: int = 0) -> str:
+        """Some text of a choice as an event; ``start``: how many characters of it went before."""
+        text, finish, told = piece
         if not self.chat:
-            return self._event(index, {"text": text}, finish)
-        return self._event(index, {"delta": {"content": text} if text or finish is None else {}}, finish)
+            return self._event(index, {"text": text}, finish, self._logprobs(told, start))
+        delta = {"content": text} if text or finish is None else {}
+        return self._event(index, {"delta": delta}, finish, self._logprobs(told))
+
+    def _logprobs(self, told: Sequence[Told], start: int = 0) -> dict[str, Any] | None:
+        """The tokens' logarithmic probabilities in the form of the request's kind; None where none were asked for."""
+        if not told:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    {**_chance(t.token, t.logprob), "top_logprobs": [_chance(*other) for other in t.top]} for t in told
+                ],
+                "refusal": None,
+            }
+        places = list(accumulate((len(t.token) for t in told), initial=start))[:-1]
+        return {
+            "tokens": [t.token for t in told],
+            "token_logprobs": [max(t.logprob, -9999.0) for t in told],
+            "top_logprobs": [{token: max(value, -9999.0) for token, value in t.top} for t in told],
+            "text_offset": places,
+        }
 
     def usage(self, prompt_tokens: int, tokens: int) -> str:
         """The event that tells the tokens of a stream."""
@@ -61,9 +85,16 @@ class Answer:
     def _chunk(self) -> dict[str, Any]:
         return {**self._head, **({"object": "chat.completion.chunk"} if self.chat else {})}
 
-    def _event(self, index: int, content: dict[str, Any], finish: str | None) -> str:
-        choice = {"index": index, "finish_reason": finish, "logprobs": None, **content}
+    def _event(
+        self, index: int, content: dict[str, Any], finish: str | None, logprobs: dict[str, Any] | None = None
+    ) -> str:
+        choice = {"index": index, "finish_reason": finish, "logprobs": logprobs, **content}
         return sse({**self._chunk(), "choices": [choice]})
+
+
+def _chance(token: str, logprob: float) -> dict[str, Any]:
+    # JSON has no word for minus infinity; OpenAI writes -9999 for what cannot come
+    return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode())}
 
 
 def sse(value: Any) -> str:

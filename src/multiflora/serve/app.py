@@ -58,8 +58,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (list(ends) or [0])[0]
-        engine = app.state.engine = Engine(models, pad, ends, bounds)
+        engine = app.state.engine = Engine(models, ends, bounds)
         work = asyncio.create_task(engine.run())
         yield
         await engine.stop()
@@ -102,6 +101,12 @@ def create_app(
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        engine: Engine = request.app.state.engine
+        text = engine.metrics.text(running=len(engine.running), waiting=engine.waiting)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> dict[str, Any]:
@@ -185,7 +190,7 @@ async def _whole(request: Request, made: Answer, jobs: Sequence[Job]) -> Respons
     if any(piece.finish == "cancelled" for piece in found):
         return JSONResponse(error_body("The server is being stopped.", "server_error"), 503)
     prompt_tokens, tokens = sum(len(job.prompt) for job in jobs), sum(job.tokens for job in jobs)
-    return JSONResponse(made.whole([(piece.text, piece.finish) for piece in found], prompt_tokens, tokens))
+    return JSONResponse(made.whole(found, prompt_tokens, tokens))
 
 
 async def _disconnected(request: Request) -> None:
@@ -207,14 +212,15 @@ async def _stream(made: Answer, jobs: Sequence[Job], usage: bool) -> AsyncIterat
         for index in range(len(jobs)):
             if (opening := made.opening(index)) is not None:
                 yield opening
-        left = len(jobs)
+        left, sent = len(jobs), [0] * len(jobs)
         while left:
             index, piece = await merged.get()
             if piece.finish in ("failed", "cancelled"):
                 yield sse(error_body("The answer could not be finished; see the server's log.", "server_error"))
                 return
             left -= piece.finish is not None
-            yield made.piece(index, piece.text, piece.finish)
+            yield made.piece(index, piece, sent[index])
+            sent[index] += sum(len(token.token) for token in piece.told)
         if usage:
             yield made.usage(sum(len(job.prompt) for job in jobs), sum(job.tokens for job in jobs))
         yield DONE

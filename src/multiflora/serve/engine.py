@@ -1,7 +1,8 @@
-"""Writes the answers: jobs wait in a queue, those of one model go together as a batch, one thread computes.
+"""Writes the answers: a request joins the running ones at the next token and leaves when it is finished.
 
-One thread, because a model's modules keep the batch's tasks between layers. Rows of a batch do not see each other, and
-each has its own task, sampling, stops and length; a row whose client has gone is finished at the next token.
+One thread computes. Between two tokens of the running rows it reads at most one chunk of a new prompt, so a long prompt
+holds nobody up for longer than that. Rows of the base model and of all adapters that change linear layers alone run
+together (`multiflora.serve.mixed`); any other model has rows of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from multiflora.context import task as under_task
+from multiflora.serve.batch import Batch, Forward, Prefill, joins, next_token
 from multiflora.serve.job import Job
 from multiflora.serve.limits import Limits
+from multiflora.serve.metrics import Metrics
+from multiflora.serve.mixed import Mixed
 from multiflora.serve.models import Served
-from multiflora.serve.sampling import RowSampler
 
 __all__ = ["Engine", "QueueFullError"]
 
@@ -34,26 +36,87 @@ class QueueFullError(RuntimeError):
     """No more jobs are taken for now."""
 
 
+class _Lane:
+    """Rows that can run together: one model, its running rows and the prompt that is being read.
+
+    Args:
+        model: The model.
+        forward: Its forward pass.
+    """
+
+    def __init__(self, model: Any, forward: Forward) -> None:
+        self.model, self.forward = model, forward
+        self.config, self.device = model.config, next(model.parameters()).device
+        # learned prompts come in front of a cache that only `generate` knows how to fill
+        self.whole = hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning
+        self.joins = joins(self.config) and not self.whole
+        self.batch = Batch()
+        self.reading: deque[Prefill] = deque()
+
+    def jobs(self) -> list[Job]:
+        """Those that run, and those whose prompts are read."""
+        return [*self.batch.jobs, *(prefill.job for prefill in self.reading)]
+
+    def room(self) -> bool:
+        """Whether one more may join."""
+        return self.joins or not self.jobs()
+
+    def fail(self) -> None:
+        """End all answers and let go of what they hold."""
+        for job in self.jobs():
+            job.close("failed")
+        self.batch = Batch()
+        self.reading.clear()
+
+    @torch.inference_mode()
+    def round(self, chunk: int) -> None:
+        """Write a token of every row, and read a chunk of the prompt that has waited longest."""
+        self.batch.step(self.forward)
+        while self.reading and self.reading[0].job.cancelled:
+            self.reading.popleft().job.close("cancelled")
+        if self.reading and self.whole:
+            _whole(self.model, self.reading.popleft().job)
+        elif self.reading:
+            first = self.reading[0]
+            logits = first.step(self.forward, chunk if self.joins else len(first.job.prompt))
+            if logits is not None:
+                self.reading.popleft()
+                self.batch.join(first, logits)
+
+
 class Engine:
     """The queue and its one thread.
 
     Args:
-        models: What is served, by name.
-        pad: Id to pad prompts with.
+        models: What is served, by name; the first is the base model.
         ends: Ids that end an answer.
         limits: The server's bounds.
     """
 
-    def __init__(self, models: Mapping[str, Served], pad: int, ends: Sequence[int], limits: Limits) -> None:
+    def __init__(self, models: Mapping[str, Served], ends: Sequence[int], limits: Limits) -> None:
         self.models = models
         self.limits = limits
-        self._pad = pad
-        self._ends = list(ends)
+        self.metrics = Metrics()
         self._waiting: deque[Job] = deque()
-        self._running: Sequence[Job] = ()
         self._arrived = asyncio.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="multiflora-generate")
         self._stopping = False
+        base = next(iter(models.values())).model
+        mixed = Mixed(base, models)
+        shared = _Lane(base, mixed.forward)
+        self._lanes = {
+            name: shared if name in mixed.names else _Lane(one.model, _alone(one)) for name, one in models.items()
+        }
+
+    @property
+    def running(self) -> list[Job]:
+        """The jobs that are being answered."""
+        return [job for lane in dict.fromkeys(self._lanes.values()) for job in lane.jobs()]
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for room."""
+        return len(self._waiting)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take all the jobs of a request, or none of them.
@@ -63,101 +126,102 @@ class Engine:
         """
         if self._stopping or len(self._waiting) + len(jobs) > self.limits.max_queue:
             raise QueueFullError
+        for job in jobs:
+            job.watcher = self.metrics
         self._waiting.extend(jobs)
         self._arrived.set()
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until stopped."""
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._stopping:
             await self._arrived.wait()
-            batch = self._running = self._next_batch()
-            if not batch:
-                self._arrived.clear()
+            self._admit()
+            if not self.running:
+                if not self._waiting:
+                    self._arrived.clear()
                 continue
-            done = loop.run_in_executor(self._pool, self._generate, batch)
-            await asyncio.wait([done])
-            if (error := done.exception()) is not None:
-                # whatever went wrong, e.g. no memory for this batch, concerns these answers; the next may be shorter
-                log.error("A batch of %d answers failed: %s", len(batch), error, exc_info=error)
-            for job in batch:
-                job.close("failed")
+            for lane in dict.fromkeys(self._lanes.values()):
+                if self._stopping or not lane.jobs():
+                    continue
+                done = loop.run_in_executor(self._pool, lane.round, self.limits.chunk)
+                await asyncio.wait([done])
+                if (error := done.exception()) is not None:
+                    # whatever went wrong, e.g. no memory for this batch, concerns these answers alone
+                    log.error("A batch of %d answers failed: %s", len(lane.jobs()), error, exc_info=error)
+                    lane.fail()
 
-    def _next_batch(self) -> list[Job]:
-        """The longest-waiting job, and those that can go with it."""
-        batch: list[Job] = []
+    def _admit(self) -> None:
+        """Let those that have waited longest begin, as long as there is room for them."""
+        held = sum(job.room for job in self.running)
+        count = len(self.running)
         left: deque[Job] = deque()
+        full = False  # once one has no room, those behind it wait too: else a large one might wait for ever
         while self._waiting:
             job = self._waiting.popleft()
+            lane = self._lanes[job.model]
+            full = full or count >= self.limits.max_batch or held + job.room > self.limits.max_cache
             if job.cancelled:
                 job.close("cancelled")
-            elif len(batch) < self.limits.max_batch and (not batch or job.model == batch[0].model):
-                batch.append(job)
+            elif not full and lane.room():
+                lane.reading.append(Prefill(job, lane.config, lane.device))
+                held, count = held + job.room, count + 1
             else:
                 left.append(job)
         self._waiting = left
-        return batch
 
     async def stop(self) -> None:
         """Take no more jobs, end those there are, and let the thread finish."""
         self._stopping = True
-        for job in (*self._waiting, *self._running):
+        for job in (*self._waiting, *self.running):
             job.cancel()
         while self._waiting:
             self._waiting.popleft().close("cancelled")
         await asyncio.to_thread(self._pool.shutdown, wait=True)
-
-    def _generate(self, batch: Sequence[Job]) -> None:
-        """Write the answers of a batch; runs in the thread."""
-        served = self.models[batch[0].model]
-        device = next(served.model.parameters()).device
-        length = max(len(job.prompt) for job in batch)
-        ids = [[self._pad] * (length - len(job.prompt)) + job.prompt for job in batch]
-        mask = [[0] * (length - len(job.prompt)) + [1] * len(job.prompt) for job in batch]
-        tasks = [job.task for job in batch]
-        # a model that only may know its task runs without, unless every row says it
-        known = under_task(served.model, [t for t in tasks if t is not None]) if None not in tasks else nullcontext()
-        with torch.inference_mode(), known:
-            served.model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(job.max_tokens for job in batch),
-                    do_sample=False,
-                    pad_token_id=self._pad,
-                    eos_token_id=self._ends or None,
-                ),
-                logits_processor=LogitsProcessorList([RowSampler(batch)]),
-                stopping_criteria=StoppingCriteriaList([_Finished(batch)]),
-                streamer=_Feed(batch),
-            )
+        for job in self.running:
+            job.close("cancelled")
 
 
-class _Feed(BaseStreamer):
-    """Hands each row's token to its job."""
+class _Feed(LogitsProcessor):
+    """Draws each token and hands it to the job; the drawn one is the only one that is left."""
 
-    def __init__(self, batch: Sequence[Job]) -> None:
-        self.batch = batch
-        self.prompt_seen = False
+    def __init__(self, job: Job) -> None:
+        self.job = job
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompts, once, then one token for each row."""
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        for job, token in zip(self.batch, value.tolist(), strict=True):
-            if job.finish is None:
-                job.feed(int(token))
-
-    def end(self) -> None:
-        """Nothing is left to do: each job has had its finish."""
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[0, next_token(self.job, scores[0])] = 0.0
+        return only
 
 
-class _Finished(StoppingCriteria):
-    """Says which rows are finished."""
+class _Ended(StoppingCriteria):
+    """Says when the job has its finish."""
 
-    def __init__(self, batch: Sequence[Job]) -> None:
-        self.batch = batch
+    def __init__(self, job: Job) -> None:
+        self.job = job
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.tensor([job.finish is not None for job in self.batch], device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Any, **words: Any) -> Tensor:
+        return torch.tensor([self.job.finish is not None], device=input_ids.device)
+
+
+def _whole(model: Any, job: Job) -> None:
+    """Write a whole answer by `generate`."""
+    ids = torch.tensor([job.prompt], device=next(model.parameters()).device)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=GenerationConfig(max_new_tokens=job.max_tokens, do_sample=False, pad_token_id=0),
+        logits_processor=LogitsProcessorList([_Feed(job)]),
+        stopping_criteria=StoppingCriteriaList([_Ended(job)]),
+    )
+
+
+def _alone(served: Served) -> Forward:
+    """The forward pass of a model whose rows run by themselves."""
+
+    def forward(ids: Tensor, names: Sequence[str], tasks: Sequence[Any], **words: Any) -> Any:
+        known = under_task(served.model, list(tasks)) if None not in tasks else nullcontext()
+        with known:
+            return served.model(input_ids=ids, **words)
+
+    return forward

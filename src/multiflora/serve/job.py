@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from multiflora.serve.metrics import Metrics
 from multiflora.serve.text import Decoder
 
-__all__ = ["Finish", "Job", "Piece"]
+__all__ = ["Finish", "Job", "Piece", "Told"]
 
 Finish = Literal["stop", "length", "cancelled", "failed"]
+
+
+class Told(NamedTuple):
+    """A token with its logarithmic probability under the model (before temperature), and the likeliest in its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
 
 
 class Piece(NamedTuple):
@@ -21,6 +31,8 @@ class Piece(NamedTuple):
 
     text: str
     finish: Finish | None = None
+    told: tuple[Told, ...] = ()
+    """The tokens since the piece before, where they were asked for."""
 
 
 class Job:
@@ -38,6 +50,7 @@ class Job:
         tokenizer: Turns ids into text.
         ends: Ids that end an answer.
         loop: The event loop its reader runs in.
+        alternatives: How many of the likeliest tokens are told with each token; None: no probabilities at all.
     """
 
     def __init__(
@@ -54,6 +67,7 @@ class Job:
         tokenizer: Any,
         ends: Sequence[int],
         loop: asyncio.AbstractEventLoop,
+        alternatives: int | None = None,
     ) -> None:
         self.model = model
         self.prompt = list(prompt)
@@ -65,6 +79,10 @@ class Job:
         self.finish: Finish | None = None
         self.cancelled = False
         self.decoder = Decoder(tokenizer, stops)
+        self.alternatives = alternatives
+        self._told: list[Told] = []
+        self.watcher: Metrics | None = None
+        self.started = time.perf_counter()
         self._ends = frozenset(ends)
         self._loop = loop
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
@@ -74,24 +92,48 @@ class Job:
         """How many tokens the answer has so far."""
         return len(self.decoder.ids)
 
-    def feed(self, token: int) -> None:
-        """Take the next token; called by the engine's thread until there is a finish."""
+    @property
+    def room(self) -> int:
+        """How many tokens it may come to, prompt and answer."""
+        return len(self.prompt) + self.max_tokens
+
+    def feed(self, token: int, logits: torch.Tensor) -> None:
+        """Take the next token, and the logits it was drawn from; called by the engine's thread until a finish."""
         if self.cancelled:
             self.close("cancelled")
             return
+        if self.watcher is not None:
+            if not self.tokens:
+                self.watcher.first(time.perf_counter() - self.started, len(self.prompt))
+            self.watcher.token()
+        if self.alternatives is not None:
+            self._told.append(self._probability(token, logits, self.alternatives))
         text = self.decoder.add(token)
         if token in self._ends or self.decoder.stopped:
             self.close("stop", text)
         elif self.tokens >= self.max_tokens:
             self.close("length", text)
         elif text:
-            self._send(Piece(text))
+            self._send(Piece(text, None, self._new()))
 
     def close(self, finish: Finish, text: str = "") -> None:
         """End the answer, once."""
         if self.finish is None:
             self.finish = finish
-            self._send(Piece(text + self.decoder.end(), finish))
+            if self.watcher is not None:
+                self.watcher.finished(finish)
+            self._send(Piece(text + self.decoder.end(), finish, self._new()))
+
+    def _new(self) -> tuple[Told, ...]:
+        told, self._told = tuple(self._told), []
+        return told
+
+    def _probability(self, token: int, logits: torch.Tensor, count: int) -> Told:
+        found = logits.float().log_softmax(-1)
+        values, ids = found.topk(count) if count else (found[:0], [])
+        decode = self.decoder.tokenizer.decode
+        top = tuple((decode([int(i)]), float(value)) for i, value in zip(ids, values, strict=True))
+        return Told(decode([token]), float(found[token]), top)
 
     def cancel(self) -> None:
         """Say that nobody waits for the answer any more."""
@@ -112,7 +154,6 @@ class Job:
 
     async def whole(self) -> Piece:
         """The whole answer at once."""
-        texts = []
-        async for piece in self.pieces():
-            texts.append(piece.text)
-        return Piece("".join(texts), piece.finish)
+        found = [piece async for piece in self.pieces()]
+        told = tuple(token for piece in found for token in piece.told)
+        return Piece("".join(piece.text for piece in found), found[-1].finish, told)

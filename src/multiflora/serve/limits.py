@@ -13,8 +13,13 @@ class Limits:
 
     max_tokens: int = 1024
     """Longest answer, in tokens; what a request gets that does not say."""
-    max_batch: int = 8
+    max_batch: int = 16
     """Most answers written at once."""
+    max_cache: int = 1 << 16
+    """Most tokens of all answers that are being written, their prompts and longest lengths together; a request that
+    alone could come to more is refused."""
+    chunk: int = 128
+    """Most tokens of a prompt that are read between two tokens of the running answers."""
     max_queue: int = 256
     """Most answers waiting; a request beyond that gets status 429."""
     max_body: int = 1 << 20

@@ -71,6 +71,7 @@ def prepare(
             tokenizer=tokenizer,
             ends=ends,
             loop=loop,
+            alternatives=request.alternatives(),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -125,12 +126,12 @@ def _length(prompt: list[int], asked: int | None, room: int | None, limits: Limi
     if asked is not None and asked > limits.max_tokens:
         raise RefusedError(f"max_tokens is {asked}; this server writes at most {limits.max_tokens}.", 400, "max_tokens")
     wanted = asked or limits.max_tokens
-    if room is None:
-        return wanted
+    who = "the model" if room is not None and room <= limits.max_cache else "this server"
+    room = limits.max_cache if room is None else min(room, limits.max_cache)
     left = room - len(prompt)
     if left < 1 or (asked is not None and asked > left):
         raise RefusedError(
-            f"The prompt has {len(prompt)} tokens and the answer may have {asked or 1}, but the model holds {room} "
+            f"The prompt has {len(prompt)} tokens and the answer may have {asked or 1}, but {who} holds {room} "
             "together. Send a shorter prompt or ask for fewer tokens.",
             400,
             "messages" if asked is None else "max_tokens",

@@ -1,19 +1,16 @@
 r"""Every row of a batch sampled by its own rules: temperature, top-p and seed of its own request.
 
-``generate`` has one rule for a whole batch. It is left at greedy, and noise is put on the logits before: with Gumbel
-noise :math:`G_i`, :math:`\arg\max_i(\ell_i/T + G_i)` is a draw from :math:`\operatorname{softmax}(\ell/T)`.
+With Gumbel noise :math:`G_i`, :math:`\arg\max_i(\ell_i/T + G_i)` is a draw from :math:`\operatorname{softmax}(\ell/T)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
-__all__ = ["RowSampler", "Rule", "keep_top", "perturbed"]
+__all__ = ["Rule", "keep_top", "perturbed"]
 
 
 class Rule(Protocol):
@@ -50,18 +47,3 @@ def perturbed(logits: Tensor, rule: Rule) -> Tensor:
     kept = keep_top(logits.float().cpu() / rule.temperature, rule.top_p)
     noise = torch.empty_like(kept).exponential_(generator=rule.generator)
     return (kept - noise.log()).to(logits.device)
-
-
-class RowSampler(LogitsProcessor):
-    """Apply each row's rule.
-
-    Args:
-        rules: One for each row.
-    """
-
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = rules
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take the last logits, (rows, vocabulary), and return them with noise."""
-        return torch.stack([perturbed(row, rule) for row, rule in zip(scores.float(), self.rules, strict=True)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "Message", "Request", "StreamOptions"]
 
@@ -76,21 +76,35 @@ class ChatRequest(Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
-    top_logprobs: None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _told(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+    def alternatives(self) -> int | None:
+        """How many alternatives of each token are told, with its logarithmic probability; None: nothing is."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(Request):
     """Texts, or token ids, to be continued."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False] = False
     best_of: int = Field(1, ge=1, le=1)
     suffix: None = None
     max_completion_tokens: None = None
+
+    def alternatives(self) -> int | None:
+        """How many alternatives of each token are told, with its logarithmic probability; None: nothing is."""
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt by itself."""

@@ -40,7 +40,7 @@ def test_a_run_with_routed_heads_has_all_figures():
         "similarity-layers",
         "head-cosine",
         "head-norms",
-        "heads-q_proj",
+        "heads",
         "routing-load",
         "routing-layers",
         "routing-entropy",

@@ -108,7 +108,7 @@ def test_any_name_can_be_drawn_and_is_shown_as_it_is(name):
         plots.lines("n", "t", "r", {name: [1.0, 2.0], "b": [2.0, 1.0]}, **words),
         plots.heat_map("n", "t", "r", [[1.0, None]], rows=[name], columns=[name, "b"], alt=words["alt"]),
         plots.bars("n", "t", "r", {name: 1.0}, x="x", alt=words["alt"]),
-        plots.points("n", "t", "r", {name: [(0.0, 1.0)], "b": [(1.0, 0.0)]}, alt=words["alt"]),
+        plots.points("n", "t", "r", {name: {name: [(0.0, 1.0)], "b": [(1.0, 0.0)]}}, alt=words["alt"]),
     ]
     for drawing in drawings:
         root = ET.fromstring(drawing.svg)  # well-formed, whatever the name

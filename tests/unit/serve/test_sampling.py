@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from multiflora.serve.sampling import RowSampler, keep_top, perturbed
+from multiflora.serve.sampling import keep_top, perturbed
 
 
 def rule(temperature=1.0, top_p=1.0, seed=0):
@@ -33,8 +33,9 @@ def test_top_p_keeps_the_token_that_crosses_it_and_always_one():
 
 def test_rows_of_a_batch_do_not_share_their_randomness():
     logits = torch.zeros(3, 50)
-    alone = RowSampler([rule(seed=7)])(None, logits[:1]).argmax(-1)
-    together = RowSampler([rule(seed=1), rule(seed=7), rule(temperature=0)])(None, logits).argmax(-1)
+    alone = [perturbed(logits[0], rule(seed=7)).argmax()]
+    rules = [rule(seed=1), rule(seed=7), rule(temperature=0)]
+    together = [perturbed(row, own).argmax() for row, own in zip(logits, rules, strict=True)]
     assert together[1] == alone[0]
     assert together[0] != together[1]
     assert together[2] == 0
