@@ -13,7 +13,7 @@ import numpy as np
 from multiflora.compare.saved import COMPARISON, SUMMARY
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
-from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors
+from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors, made_tunings
 
 METHODS = {"lora": "lora", "multilora": "multilora", "hydralora": "hydralora", "rlora": "rlora"}
 
@@ -33,7 +33,7 @@ def write_comparison(folder: Path, *, layers: int = 3, heads: int = 3, analysed:
         cell["method"] = METHODS.get(cell["label"])
         cell["versions"] = {"multiflora": "0.1.0"}
     comparison = _with_published(made_comparison(labels))
-    summary = summarise(comparison, made_competitors(labels), cells, {"lora": [(1e-3, 0.5), (1e-2, None)]})
+    summary = summarise(comparison, made_competitors(labels), cells, made_tunings(labels))
     (folder / "cells").mkdir(parents=True)
     for cell in cells:
         (folder / "cells" / f"{cell['cell']}.json").write_text(json.dumps(cell))

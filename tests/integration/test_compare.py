@@ -119,10 +119,9 @@ def test_killed_half_way_it_goes_on_where_it_was(place: Path) -> None:
 def test_the_search_gives_every_method_as_many_trials_and_the_best_rate(place: Path) -> None:
     search = {"trials": 2, "low": 1e-4, "high": 1e-1, "max_steps": 1}
     summary = multiflora.compare(plan(place, "searched", seeds=[5], learning_rate=search), quiet=True)
-    assert {label: len(trials) for label, trials in summary.trials.items()} == {"lora": 2, "rlora": 2}
+    assert {row.label: len(row.tuning.tried) for row in summary.rows} == {"lora": 2, "rlora": 2}
     for row in summary.rows:
-        best = min(summary.trials[row.label], key=lambda trial: trial[1])
-        assert row.learning_rate == best[0]
+        assert row.learning_rate == row.tuning.chosen
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(place: Path) -> None:

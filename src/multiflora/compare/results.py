@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from multiflora.compare.statistics import Difference, Interval, Rank
+from multiflora.compare.tuning import Tuning
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,6 +60,10 @@ class Row:
     latency: float | None
     """Share of time that the adapter adds to a forward pass of one row, mean over seeds."""
     sentence: str
+    tuning: Tuning | None = None
+    """Whether its learning rate is tuned, and what was tried; None in a summary from before there was a grid."""
+    missing: str = ""
+    """What a verdict on it waits for; empty where it and the baseline are tuned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,6 @@ class Summary:
     """Task -> the untrained model's score."""
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
     """Label -> task -> (step, loss) pairs of the first seed."""
-    trials: Mapping[str, Sequence[tuple[float, float | None]]]
-    """Label -> (learning rate, loss) of the search."""
     device: str
     cells: Sequence[str]
     """Names of the cells that all this is made of."""

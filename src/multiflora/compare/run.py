@@ -26,6 +26,7 @@ from multiflora.compare.saved import COMPARISON, SUMMARY
 from multiflora.compare.search import best_rate, loss_of, propose
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
+from multiflora.compare.tuning import Trial, decide
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import saving, write_json, write_text
 from multiflora.methods import METHODS
@@ -81,7 +82,10 @@ def compare(
         for seed in comparison.compare.seeds:
             cells += [seed_cell(comparison, item, seed, rates.get(item.label)) for item in planned]
         found = _finish(cells, comparison, progress)
-        summary = summarise(comparison, planned, list(found.values()), trials)
+        tunings = {
+            label: decide([Trial(rate, 0, None, loss) for rate, loss in tried]) for label, tried in trials.items()
+        }
+        summary = summarise(comparison, planned, list(found.values()), tunings)
         write_json(folder / SUMMARY, summary.to_dict())
         return summary
 

@@ -81,6 +81,7 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
     from multiflora.compare.run import plan_of
     from multiflora.compare.search import loss_of
     from multiflora.compare.summary import summarise
+    from multiflora.compare.tuning import Trial, decide
 
     planned = plan_of(comparison)
     by_label = {item.label: item for item in planned}
@@ -110,8 +111,11 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
             f"No training of the comparison in {folder} has finished yet; there is nothing to tell. Go on with it: "
             f"multiflora compare {folder / COMPARISON}."
         )
-    ordered = {label: [trials[key] for key in sorted(trials) if key[0] == label] for label in by_label}
-    summary = summarise(comparison, planned, cells, {k: v for k, v in ordered.items() if v})
+    tried = {
+        label: [Trial(r, 0, None, loss) for key, (r, loss) in trials.items() if key[0] == label] for label in by_label
+    }
+    tunings = {label: decide(own) for label, own in tried.items() if own}
+    summary = summarise(comparison, planned, cells, tunings)
     total = len(planned) * len(spec.seeds)
     return Saved(
         folder=folder,

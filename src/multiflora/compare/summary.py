@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from multiflora.compare.plan import Competitor
 from multiflora.compare.results import Measure, Row, Summary
+from multiflora.compare.saved import COMPARISON
 from multiflora.compare.spec import Comparison
 from multiflora.compare.statistics import (
     Array,
@@ -24,6 +26,7 @@ from multiflora.compare.statistics import (
     resample,
     t_interval,
 )
+from multiflora.compare.tuning import Tuning, missing, not_tuned
 from multiflora.compare.words import Claim, answer, sentence
 from multiflora.errors import DataError
 from multiflora.evaluate.results import LOWER_IS_BETTER
@@ -71,7 +74,7 @@ def summarise(
     comparison: Comparison,
     planned: Sequence[Competitor],
     cells: Sequence[Cell],
-    trials: Mapping[str, Sequence[tuple[float, float | None]]] | None = None,
+    tunings: Mapping[str, Tuning],
 ) -> Summary:
     """Sum up finished cells.
 
@@ -82,7 +85,8 @@ def summarise(
         comparison: The comparison.
         planned: Its competitors.
         cells: One of the untrained model, and one for each method and seed, as far as they are finished.
-        trials: The search for learning rates.
+        tunings: Label -> whether its learning rate is tuned; a label that is not there is not. A verdict is given on
+            two tuned methods only.
 
     Raises:
         DataError: Cells were scored on different rows, so they cannot be paired.
@@ -103,11 +107,17 @@ def summarise(
         for task in found.trained
         if reference in fit
     }
-    rows = tuple(_row(item, baseline, found, measures, by_task) for item in planned)
+    command = f"multiflora compare {_here(comparison.recipe.output / COMPARISON)}"
+    waits = {item.label: missing(item.label, reference, tunings, command) for item in planned}
+    rows = tuple(
+        _row(item, baseline, found, measures, by_task, tunings.get(item.label), waits[item.label]) for item in planned
+    )
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
     return Summary(
-        answer=answer(reference, {row.label: _claims({"score": row.score, "nll": row.nll}) for row in rows})
+        answer=answer(
+            reference, {row.label: _claims({"score": row.score, "nll": row.nll}, row.missing) for row in rows}
+        )
         if reference in found.by_label
         else f"{reference}, the baseline, has no finished training yet, so nothing can be compared with it.",
         rows=rows,
@@ -119,7 +129,6 @@ def summarise(
         extra=tuple(found.extra),
         base={task: scores[task]["score"] for task in every},
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
-        trials=trials or {},
         device=found.base["device"],
         cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
     )
@@ -152,12 +161,19 @@ def _row(
     found: _Cells,
     measures: Mapping[str, Mapping[str, Measure]],
     by_task: Mapping[str, Mapping[str, Difference]],
+    tuning: Tuning | None,
+    wait: str,
 ) -> Row:
     """One method's row of the table."""
     own, diverged = found.by_label[item.label], found.diverged(item.label)
     measured = {key: measures.get(key, {}).get(item.label) for key in ("score", "nll")}
     said = sentence(
-        item.label, baseline.label, _claims(measured), item.parameters / baseline.parameters, len(found.seeds)
+        item.label,
+        baseline.label,
+        _claims(measured, wait),
+        item.parameters / baseline.parameters,
+        len(found.seeds),
+        wait,
     )
     if diverged:
         said = f"{item.label} diverged in {diverged} of {len(own)} trainings; lower its learning rate."
@@ -178,6 +194,8 @@ def _row(
         memory=_mean([cell["peak_memory_bytes"] for cell in own]),
         latency=_mean([cell["latency"]["extra"] for cell in own if cell["latency"]]),
         sentence=said,
+        tuning=tuning or not_tuned(own[0]["learning_rate"]),
+        missing=wait,
     )
 
 
@@ -214,10 +232,10 @@ def _measures(
     return found
 
 
-def _claims(found: Mapping[str, Measure | None]) -> dict[str, Claim]:
-    """What the sentences are made of."""
+def _claims(found: Mapping[str, Measure | None], wait: str) -> dict[str, Claim]:
+    """What the sentences are made of; ``wait`` says what a verdict waits for, if anything."""
     return {
-        key: Claim(measure.difference.interval, measure.p, lower_is_better=key == "nll")
+        key: Claim(measure.difference.interval, measure.p, lower_is_better=key == "nll", tuned=not wait)
         for key, measure in found.items()
         if measure is not None and measure.difference is not None
     }
@@ -255,6 +273,11 @@ def _curves(cell: Cell, tasks: Sequence[str]) -> dict[str, list[tuple[float, flo
         ]
         for task in tasks
     }
+
+
+def _here(path: Path) -> str:
+    """A path as one would type it in the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _budget(comparison: Comparison, planned: Sequence[Competitor]) -> str:

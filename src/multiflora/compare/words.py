@@ -17,16 +17,20 @@ class Claim(NamedTuple):
     p: float | None
     """Corrected; None from a single seed."""
     lower_is_better: bool = False
+    tuned: bool = True
+    """Whether both methods are tuned; nothing is shown where they are not, see `multiflora.compare.tuning`."""
 
     @property
     def shown(self) -> int:
         """1 if the method is better than the baseline beyond chance, -1 if worse, 0 if neither could be shown."""
-        if self.p is None or self.p >= CLAIM or self.interval.mean == 0:
+        if not self.tuned or self.p is None or self.p >= CLAIM or self.interval.mean == 0:
             return 0
         return 1 if (self.interval.mean > 0) != self.lower_is_better else -1
 
 
-def sentence(label: str, reference: str, claims: Mapping[str, Claim], ratio: float, seeds: int) -> str:
+def sentence(
+    label: str, reference: str, claims: Mapping[str, Claim], ratio: float, seeds: int, missing: str = ""
+) -> str:
     """Say what was found of one method.
 
     Args:
@@ -35,6 +39,7 @@ def sentence(label: str, reference: str, claims: Mapping[str, Claim], ratio: flo
         claims: ``score`` (a share, told in points of 100) and ``nll`` (nats per token), as far as measured.
         ratio: Its trainable parameters over the baseline's.
         seeds: Trainings of each.
+        missing: What a verdict waits for, see `multiflora.compare.tuning.missing`.
 
     Example:
         >>> claims = {"score": Claim(Interval(0.003, -0.012, 0.018), 1.0)}
@@ -53,6 +58,9 @@ def sentence(label: str, reference: str, claims: Mapping[str, Claim], ratio: flo
             f"Nothing can be said of {label} against {reference} from one seed, however many rows it is scored on: its "
             f"{found}, which one other seed may turn around. Run at least three."
         )
+    if missing:
+        told = "; its ".join(_full(key, claim) for key, claim in claims.items())
+        return f"Nothing is said of {label} against {reference} yet: {missing}. As trained, its {told}."
     budget = f"With {ratio:.2f} times the parameters and {seeds} seeds"
     shown = {key: claim for key, claim in claims.items() if claim.shown}
     if not shown:
@@ -81,12 +89,22 @@ def answer(reference: str, claims: Mapping[str, Mapping[str, Claim]]) -> str:
         >>> answer("lora", {"lora": {}, "rlora": {"score": Claim(Interval(0.02, 0.01, 0.03), 0.004)}})
         'rlora did better than lora.'
     """
-    kinds: dict[str, list[str]] = {"better": [], "worse": [], "mixed": [], "open": []}
+    kinds: dict[str, list[str]] = {"better": [], "worse": [], "mixed": [], "open": [], "untuned": []}
     for label, found in claims.items():
         if label == reference:
             continue
         signs = {claim.shown for claim in found.values()} - {0}
-        kind = "open" if not signs else "mixed" if len(signs) > 1 else "better" if signs == {1} else "worse"
+        kind = (
+            "untuned"
+            if any(not claim.tuned for claim in found.values())
+            else "open"
+            if not signs
+            else "mixed"
+            if len(signs) > 1
+            else "better"
+            if signs == {1}
+            else "worse"
+        )
         kinds[kind].append(label)
     parts = []
     if kinds["better"]:
@@ -99,6 +117,8 @@ def answer(reference: str, claims: Mapping[str, Mapping[str, Claim]]) -> str:
         parts.append(f"No difference to {reference} could be shown for any method ({_listed(kinds['open'])}).")
     elif kinds["open"]:
         parts.append(f"For {_listed(kinds['open'])} no difference to {reference} could be shown.")
+    if kinds["untuned"]:
+        parts.append(f"Nothing is said of {_listed(kinds['untuned'])}: not tuned, or {reference} is not.")
     return " ".join(parts) or f"There is nothing to compare {reference} with."
 
 

@@ -134,7 +134,7 @@ def _how(saved: Saved, versions: Mapping[str, str]) -> Section:
         )
         if lines
     ]
-    if summary.trials:
+    if any(row.tuning and row.tuning.tried for row in summary.rows):
         folds.append(Fold(title="The search for learning rates", tables=[tables.trials(summary)]))
     commands = (
         f"multiflora compare {COMPARISON} --output again   # without --output it goes on where it stopped\n"

@@ -225,9 +225,10 @@ def trials(summary: Summary) -> Table:
         reading="Each method got the same number of trials; the lowest loss on the validation split decided.",
         columns=[_METHOD, Column("Learning rate", ("learning_rate",)), Column("Loss", ("loss",))],
         rows=[
-            [word(label), Cell(f"{rate:.3g}", (rate,)), number(loss, 4)]
-            for label, tried in summary.trials.items()
-            for rate, loss in tried
+            [word(row.label), Cell(f"{trial.rate:.3g}", (trial.rate,)), number(trial.loss, 4)]
+            for row in summary.rows
+            if row.tuning is not None
+            for trial in row.tuning.tried
         ],
     )
 
@@ -237,7 +238,9 @@ def _measured(row: Row, words: MeasureWords, key: str) -> list[Cell]:
     measure = words.of(row)
     assert measure is not None
     found, rank = measure.difference, measure.rank
-    sign = Claim(found.interval, measure.p, lower_is_better=key == "nll").shown if found else 0
+    sign = 0
+    if found:
+        sign = Claim(found.interval, measure.p, lower_is_better=key == "nll", tuned=not row.missing).shown
     return [
         interval(measure.mean, words.digits, factor=words.factor),
         difference(found.interval, sign, words.digits, factor=words.factor) if found else NOTHING,

@@ -8,6 +8,7 @@ import numpy as np
 
 from multiflora.compare.plan import Competitor
 from multiflora.compare.spec import Comparison, load_comparison
+from multiflora.compare.tuning import Trial, Tuning, decide
 
 TASKS = ("rg_chain_sum", "rg_spell_backward", "rg_number_filtering", "rg_calendar_arithmetic")
 EXTRA = "rg_letter_counting"
@@ -36,6 +37,13 @@ def made_competitors(labels: list[str]) -> list[Competitor]:
         )
         for label in labels
     ]
+
+
+def made_tunings(labels: list[str]) -> dict[str, Tuning]:
+    """Every method tuned, at the learning rate of `made_cells`."""
+    return {
+        label: decide([Trial(1e-3 * 3**k, 0, 0.5 - 0.1 * k * k, 1.0 + k * k) for k in (-1, 0, 1)]) for label in labels
+    }
 
 
 def made_cells(

@@ -11,15 +11,19 @@ from scipy import stats
 from multiflora.compare import statistics
 from multiflora.compare.summary import summarise
 from multiflora.errors import DataError
-from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors
+from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors, made_tunings
 
 LABELS = ["lora", "one", "two", "three", "four"]
+
+
+def summed(labels, cells, seeds=3):
+    return summarise(made_comparison(labels, seeds), made_competitors(labels), cells, made_tunings(labels))
 
 
 def summary_of(generator, labels=LABELS, **made):
     seeds = made.get("seeds", 3)
     cells = made_cells(generator, labels, **made)
-    return summarise(made_comparison(labels, seeds), made_competitors(labels), cells), cells
+    return summed(labels, cells, seeds), cells
 
 
 def has_winner(summary) -> bool:
@@ -38,7 +42,7 @@ def test_a_method_against_itself_has_no_winner_in_95_of_100(labels, luck, monkey
 def test_the_very_same_cells_have_no_winner():
     _, cells = summary_of(np.random.default_rng(0), ["lora"])
     twice = [*cells, *({**cell, "label": "again"} for cell in cells if cell["kind"] == "seed")]
-    summary = summarise(made_comparison(["lora", "again"]), made_competitors(["lora", "again"]), twice)
+    summary = summed(["lora", "again"], twice)
     assert summary.answer == "No difference to lora could be shown for any method (again)."
     assert "was 0.0 points higher (95 % interval 0.0 to 0.0, p = 1.00" in summary.sentences["again"]
 
@@ -75,8 +79,7 @@ def test_the_corrected_p_counts_every_method_and_measure():
 def test_the_order_of_cells_does_not_matter():
     labels = ["lora", "one"]
     cells = made_cells(np.random.default_rng(4), labels)
-    plan, planned = made_comparison(labels), made_competitors(labels)
-    assert summarise(plan, planned, cells) == summarise(plan, planned, cells[::-1])
+    assert summed(labels, cells) == summed(labels, cells[::-1])
 
 
 def test_other_rows_are_refused():
@@ -84,14 +87,14 @@ def test_other_rows_are_refused():
     cells = made_cells(np.random.default_rng(5), labels)
     cells[2]["rows"][TASKS[0]]["id"][0] = "another"
     with pytest.raises(DataError, match="lora-seed1 and base-base0 were scored on different rows of rg_chain_sum"):
-        summarise(made_comparison(labels), made_competitors(labels), cells)
+        summed(labels, cells)
 
 
 def test_a_method_that_diverged_is_told_of_and_not_averaged():
     labels = ["lora", "one", "two"]
     cells = made_cells(np.random.default_rng(6), labels)
     cells[4]["rows"][TASKS[0]]["nll"][0] = None
-    summary = summarise(made_comparison(labels), made_competitors(labels), cells)
+    summary = summed(labels, cells)
     assert summary.sentences["one"] == "one diverged in 1 of 3 trainings; lower its learning rate."
     assert summary.rows[1].score is None
     assert summary.rows[2].score is not None
@@ -111,7 +114,7 @@ def test_generated_answers_have_a_score_and_no_nats():
         for task, rows in cell["rows"].items():
             rows["nll"] = [None] * len(rows["nll"])
             cell["scores"]["tasks"][task]["metric"] = "verifier"
-    summary = summarise(made_comparison(labels), made_competitors(labels), cells)
+    summary = summed(labels, cells)
     assert summary.rows[1].nll is None
     assert summary.rows[1].score is not None
 
@@ -128,3 +131,17 @@ def test_the_table_and_the_json_hold_it_all():
     plain = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
     assert plain["rows"][1]["score"]["difference"]["interval"].keys() == {"mean", "low", "high"}
     assert plain["curves"]["one"][TASKS[0]][0] == [10, 2.0]
+
+
+@pytest.mark.parametrize("untuned", ["lora", "two"])
+def test_where_one_of_two_is_not_tuned_no_winner_is_named(untuned):
+    labels = ["lora", "one", "two"]
+    cells = made_cells(np.random.default_rng(1), labels, rows=200, gains={"two": 0.8}, own=0.0)
+    tunings = {label: found for label, found in made_tunings(labels).items() if label != untuned}
+    summary = summarise(made_comparison(labels), made_competitors(labels), cells, tunings)
+    assert "did better" not in " ".join([summary.answer, *summary.sentences.values()])
+    said = summary.sentences["two"]
+    assert said.startswith(f"Nothing is said of two against lora yet: the learning rate of {untuned} is not tuned")
+    assert "multiflora compare out/comparison.yaml --set compare.learning_rate.trials=5" in said
+    assert next(row for row in summary.rows if row.label == untuned).tuning.state == "not tuned"
+    assert "did better than lora" in summed(labels, cells).sentences["two"]

@@ -12,7 +12,7 @@ from multiflora.compare.summary import summarise
 from multiflora.report import figures
 from multiflora.report.recipes import shown_recipe
 from multiflora.report.tables import interval, number, p_value, size
-from tests.unit.compare.made_cells import made_cells, made_comparison, made_competitors
+from tests.unit.compare.made_cells import made_cells, made_comparison, made_competitors, made_tunings
 
 LABELS = ["lora", "one", "two"]
 
@@ -20,7 +20,7 @@ LABELS = ["lora", "one", "two"]
 @pytest.fixture(scope="module")
 def summary():
     cells = made_cells(np.random.default_rng(1), LABELS, rows=60)
-    return summarise(made_comparison(LABELS), made_competitors(LABELS), cells)
+    return summarise(made_comparison(LABELS), made_competitors(LABELS), cells, made_tunings(LABELS))
 
 
 def by_name(drawings):
