@@ -77,6 +77,7 @@ def _in_order(summary: Summary, comparison: Comparison) -> Summary:
 
 def _unfinished(folder: Path, comparison: Comparison) -> Saved:
     """Sum up the cells that are there and belong to the comparison as it is now."""
+    from multiflora.compare.looks import read_looks
     from multiflora.compare.plan import base_cell, seed_cell, trial_cell
     from multiflora.compare.run import plan_of
     from multiflora.compare.search import loss_of
@@ -97,7 +98,7 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
         elif item is None:
             current = False
         elif cell["kind"] == "seed":
-            known = cell["seed"] in spec.seeds
+            known = cell["seed"] in spec.more_seeds(spec.looks()[-1])
             current = known and seed_cell(comparison, item, cell["seed"], rate if searched else None).name == path.stem
         else:
             current = searched and trial_cell(comparison, item, cell["number"], rate).name == path.stem
@@ -115,8 +116,10 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
         label: [Trial(r, 0, None, loss) for key, (r, loss) in trials.items() if key[0] == label] for label in by_label
     }
     tunings = {label: decide(own) for label, own in tried.items() if own}
-    summary = summarise(comparison, planned, cells, tunings)
-    total = len(planned) * len(spec.seeds)
+    names = [cell["cell"] for cell in cells if cell["kind"] == "seed"]
+    summary = summarise(comparison, planned, cells, tunings, read_looks(folder, names))
+    # where seeds are added, those of the next look
+    total = next((len(planned) * n for n in spec.looks() if len(planned) * n >= done), done)
     return Saved(
         folder=folder,
         comparison=comparison,
