@@ -56,6 +56,7 @@ def compare(
         return
     comparison = load_comparison(recipe, words)
     if dry_run:
+        from multiflora.compare.foresight import foresee
         from multiflora.compare.run import plan_of
         from multiflora.compare.table import plan_dict, plan_table
 
@@ -64,6 +65,7 @@ def compare(
             print_json(plan_dict(planned))
         else:
             stdout.print(plan_table(planned, comparison))
+            stdout.print(foresee(comparison, planned).told(), markup=False, soft_wrap=True)
         return
 
     from multiflora.compare.run import compare as run
