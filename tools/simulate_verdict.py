@@ -138,7 +138,7 @@ def simulate(kind: Set, count: int, seed: int = 0) -> Found:
 def table(sets: Sequence[Set], count: int) -> str:
     """All set-ups, as a table of the page."""
     lines = [
-        "| equal methods | methods | seeds | rows | intervals that hold the truth, % | false claims in 100 comparisons |",
+        "| equal methods | methods | seeds | rows | intervals that hold the truth, % | false claims in 100 |",
         "|---|---|---|---|---|---|",
     ]
     for kind in sets:

@@ -54,8 +54,8 @@ class Foresight(NamedTuple):
         if self.seeds < 2:
             return f"One seed shows nothing, however many rows are scored.{time_}"
         return (
-            f"With {self.seeds} seeds, a true difference of {ends[0]} points would be found four times out of five where "
-            f"scores spread by {100 * LUCK[0]:.1f} points from seed to seed, {ends[1]} points where by "
+            f"With {self.seeds} seeds, a true difference of {ends[0]} points would be found four times out of five "
+            f"where scores spread by {100 * LUCK[0]:.1f} points from seed to seed, {ends[1]} points where by "
             f"{100 * LUCK[1]:.1f}, {ends[2]} points where by {100 * LUCK[2]:.1f}.{time_}"
         )
 

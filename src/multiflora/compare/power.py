@@ -51,7 +51,6 @@ def detectable(spread: Spread, level: float, chance: float = CHANCE) -> float:
 
 
 _DRAWS = (np.arange(48) + 0.5) / 48  # the estimate of theta, as quantiles of its law
-_POINTS = 128  # three digits of a power are enough
 
 
 def _critical(spread: Spread, level: float) -> Array:
@@ -62,7 +61,7 @@ def _critical(spread: Spread, level: float) -> Array:
     low, high = 0.2 * stats.norm.isf(level / 2) * error, 2 * stats.t.isf(level / 2, spread.freedom) * error
     for _ in range(14):
         middle = np.sqrt(low * high)
-        above = tail(middle, seeds, spread, points=_POINTS) > level
+        above = tail(middle, seeds, spread) > level
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     found: Array = high
     return found

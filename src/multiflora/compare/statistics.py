@@ -210,6 +210,8 @@ def p_value(difference: float, spread: Spread) -> float:
         >>> round(p_value(2.0, Spread(rows=0.0, seeds=1.0, freedom=4)), 4)  # Student's t
         0.1161
     """
+    if spread.rows + spread.seeds == 0:
+        return float(difference == 0) or float(np.finfo(np.float64).tiny)
     p = float(tail(np.array(abs(difference)), np.array(spread.seeds), spread))
     return max(p, float(np.finfo(np.float64).tiny))  # a computer runs out of digits before chance runs out
 
@@ -229,7 +231,7 @@ def half_width(spread: Spread, level: float = LEVEL) -> float:
     return float(optimize.brentq(lambda half: tail(np.array(half), seeds, spread, weight) - (1 - level), 0.0, largest))
 
 
-def tail(difference: Array, seeds: Array, spread: Spread, weight: float = 0.0, points: int = 256) -> Array:
+def tail(difference: Array, seeds: Array, spread: Spread, weight: float = 0.0) -> Array:
     """p of many differences, each with an estimate of theta of its own: an average over what theta may be.
 
     Args:
@@ -237,24 +239,24 @@ def tail(difference: Array, seeds: Array, spread: Spread, weight: float = 0.0, p
         seeds: Their estimates of theta, of the same shape.
         spread: The rows' part, and the degrees of freedom.
         weight: lambda, see the module's formula.
-        points: Values of theta that are averaged over.
     """
-    chi2, density = _chi2(spread.freedom, points)
-    theta = seeds[..., None] * spread.freedom / chi2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = density * (1 + weight * spread.rows / theta) if weight else density
-        # no spread over seeds at all: the rows' law alone
-        share = np.where(theta > 0, share, density)
-        z = np.nan_to_num(difference[..., None] / np.sqrt(spread.rows + theta))
-    found: Array = (2 * special.ndtr(-z) * share).sum(-1) / share.sum(-1)
+    chi2, share = _chi2(spread.freedom)
+    theta = seeds[..., None] * (spread.freedom / chi2)
+    z = difference[..., None] / np.sqrt(spread.rows + theta)
+    if not weight or not spread.rows:
+        found: Array = 2 * (special.ndtr(-z) @ share)
+        return found
+    # where seeds bring nothing at all, the rows' law is all there is, whatever the weights
+    share = share * (1 + weight * spread.rows / np.maximum(theta, np.finfo(np.float64).tiny ** 0.5))
+    found = 2 * (special.ndtr(-z) * share).sum(-1) / share.sum(-1)
     return found
 
 
 @lru_cache(maxsize=256)
-def _chi2(freedom: int, points: int) -> tuple[Array, Array]:
+def _chi2(freedom: int) -> tuple[Array, Array]:
     """Values of a chi-square variable and their shares, evenly spaced in its logarithm, far into the left tail."""
     width = 12 * np.sqrt(2 / freedom)
-    logs = np.log(freedom) + np.linspace(-70 / freedom - width, np.log1p(80 / freedom + width), points)
+    logs = np.log(freedom) + np.linspace(-70 / freedom - width, np.log1p(80 / freedom + width), 128)
     density = freedom * logs / 2 - np.exp(logs) / 2
     share = np.exp(density - density.max())
     return np.exp(logs), share / share.sum()

@@ -21,6 +21,7 @@ from multiflora.evaluate.results import (
     TaskScore,
     example_scores,
     macro_average,
+    macro_stderr,
     main_metric,
     mean_nll,
     task_score,
@@ -178,7 +179,7 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
             count = sum(found["n-samples"][leaf]["effective"] for leaf in leaves)
             entry = found["results"][key]
             scores[f"harness/{key}"] = task_score(entry, main_metric(entry), n=count, group="harness")
-    return Results(tasks=scores, macro=macro_average(scores))
+    return Results(tasks=scores, macro=macro_average(scores), macro_stderr=macro_stderr(scores))
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def test_t_interval_is_scipys(values):
 
 def test_one_seed_has_no_interval():
     assert t_interval([0.5]) == (0.5, None, None)
-    assert against_zero(np.ones((1, 50))) [:2] == ((1.0, None, None), None)
+    assert against_zero(np.ones((1, 50)))[:2] == ((1.0, None, None), None)
     assert paired_t([0.5], [0.4]).p is None
 
 
