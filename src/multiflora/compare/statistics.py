@@ -225,7 +225,8 @@ def half_width(spread: Spread, level: float = LEVEL) -> float:
     """
     if spread.rows + spread.seeds == 0:
         return 0.0
-    weight = min((spread.freedom - 0.5) / 10, 1.0)  # chosen so that .94 to .97 are held from two seeds on
+    # chosen so that intervals hold the truth in .94 to .97 from two seeds on
+    weight = min(max((spread.freedom - 1) / 10, 0.02), 1.0)
     largest = 2 * float(stats.t.isf((1 - level) / 2, spread.freedom)) * np.sqrt(spread.rows + spread.seeds)
     seeds = np.array(spread.seeds)
     return float(optimize.brentq(lambda half: tail(np.array(half), seeds, spread, weight) - (1 - level), 0.0, largest))
