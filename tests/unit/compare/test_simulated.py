@@ -30,7 +30,7 @@ def test_a_verdict_on_equal_methods_holds(kind):
 def test_the_page_has_the_numbers_of_the_full_simulation_and_they_are_good():
     page = simulate_verdict.PAGE.read_text("utf-8")
     table = page.partition("<!-- simulated: begin -->")[2].partition("<!-- simulated: end -->")[0]
-    rows = [re.split(r" *\\| *", line.strip("| ")) for line in table.splitlines() if line.startswith("| ")][1:]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row[0] for row in rows] == [kind.name for kind in simulate_verdict.SETS]
     assert "2,000 comparisons each" in table
     for row in rows:
