@@ -37,11 +37,8 @@ def _finding(summary: Json) -> Iterator[str]:
         yield "That is not enough to choose by: it takes at least two methods and two seeds."
     elif better:
         best = max(better, key=lambda row: row["score"]["mean"]["mean"])
-        rank = best["score"]["rank"]
-        yield (
-            f"By this, start with **{title(best)}**. It was the best of all in {rank['best']:.0%} of resamples "
-            f"(rank {rank['low']} to {rank['high']} of {len(summary['rows'])})."
-        )
+        low, high = (100 * best["score"]["difference"]["interval"][end] for end in ("low", "high"))
+        yield f"By this, start with **{title(best)}**: better than {title(base)} by {low:.1f} to {high:.1f} points."
     else:
         less = f" {listed([title(row) for row in worse])} did worse." if worse else ""
         # a budget is told as a number of parameters or operations, or in words that there was none

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from multiflora.embedded import HUB_NAME
+from multiflora.evaluate.results import macro_words
 from multiflora.methods import METHODS, merges
 from multiflora.recipe import LOSSES
 from multiflora.tasks.spec import GeneratorSource, HubSource
@@ -166,8 +167,8 @@ def _scores(results: Mapping[str, Any]) -> str:
     if after["macro"] is not None:
         old_macro = before["macro"] if before else None
         change = [] if not before else ["–" if old_macro is None else f"{after['macro'] - old_macro:+.3f}"]
-        was = [] if not before else ["–" if old_macro is None else f"{old_macro:.3f}"]
-        rows.append(["**macro average**", "", "", *was, f"**{after['macro']:.3f}**", *change])
+        was = [] if not before else ["–" if old_macro is None else macro_words(before)]
+        rows.append(["**macro average**", "", "", *was, f"**{macro_words(after)}**", *change])
     note = "± is one standard error, as lm-evaluation-harness computes it. For nll (nats per token) lower is better."
     return f"{_table(heads, rows)}\n\n{note}"
 

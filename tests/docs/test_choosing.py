@@ -32,7 +32,6 @@ def row(
         "mean": ends(score, 0.01),
         "difference": found,
         "p": p,
-        "rank": {"rank": 1, "low": 1, "high": 2, "best": 0.9},
     }
     return {
         "label": label,
@@ -74,7 +73,9 @@ def test_the_best_of_those_shown_to_be_better_is_advised() -> None:
         row("mlora", 0.58, difference=0.08, p=0.001),
         row("multilora", 0.7, difference=0.2, p=0.2),  # higher, and not shown
     ]
-    assert "start with **M-LoRA**" in choosing.measured(summary(*rows))
+    text = choosing.measured(summary(*rows))
+    assert "start with **M-LoRA**: better than LoRA by 7.0 to 9.0 points." in text
+    assert "resamples" not in text
 
 
 def test_what_was_shown_to_be_worse_is_named() -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from multiflora.compare.forgetting import Forgetting
-from multiflora.compare.statistics import Difference, Interval, Rank
+from multiflora.compare.looks import Look
+from multiflora.compare.statistics import Difference, Interval
 from multiflora.compare.transfer import Transfer
 from multiflora.compare.tuning import Tuning
+from multiflora.compare.words import Verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,9 +31,14 @@ class Measure:
     """The difference's p, corrected for all methods and measures of the comparison."""
     over_seeds: Difference | None
     """The plain paired t-test over seeds, which speaks of these rows only."""
-    bootstrap: Interval | None
-    """The difference's percentile interval for seeds and rows drawn anew."""
-    rank: Rank
+    verdict: Verdict = "undecided"
+    """What may be said of it against the baseline; of the baseline itself, nothing."""
+    p_margin: float | None = None
+    """Corrected p of "worse by the margin or more"; None where there is no margin."""
+    detectable: float | None = None
+    """The true difference that would be found four times out of five by the rule that was used."""
+    further_seeds: int | None = None
+    """Further seeds that would decide it, were the difference as it looks now; None: decided, or none up to 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,10 @@ class Row:
     """Whether its learning rate is tuned, and what was tried; None in a summary from before there was a grid."""
     course: tuple[tuple[float, Interval], ...] = ()
     """Share of the steps -> macro score over seeds, up to the whole training; empty without ``evaluate.during``."""
+    verdict: Verdict = "undecided"
+    """Of all measures together: the score's, or that of the nats where the score has none."""
+    further_seeds: int | None = None
+    """Further seeds that would decide it, by the measure that takes fewer."""
     missing: str = ""
     """What a verdict on it waits for; empty where it and the baseline are tuned."""
 
@@ -93,6 +104,10 @@ class Summary:
     curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
     """Label -> task -> (step, loss) pairs of the first seed."""
     device: str
+    look: Look | None = None
+    """Which look at the numbers this is, and what it may claim; None in a summary from before looks were counted."""
+    seed_seconds: float | None = None
+    """What one more seed costs for all methods together: training and scoring."""
     cells: Sequence[str]
     """Names of the cells that all this is made of."""
     forgetting: Forgetting | None = None

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.base_model import load_config
+from multiflora.compare.archive import CELLS, write_archive
 from multiflora.compare.cell import read_cell
 from multiflora.compare.clock import clock_cells, in_time
 from multiflora.compare.devices import Failure, run_cells
+from multiflora.compare.looks import goes_on, read_looks, record_look
 from multiflora.compare.plan import (
     Cell,
     Competitor,
@@ -28,6 +30,7 @@ from multiflora.compare.single_task import single_trainings, with_single_tasks
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
 from multiflora.compare.tuning import Trial, Tuning, decide
+from multiflora.compare.words import duration
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import saving, write_json, write_text
 from multiflora.once import kept
@@ -80,25 +83,47 @@ def compare(
         clocks = _finish(clock_cells(comparison, planned), comparison, progress)
         planned = in_time(comparison, planned, list(clocks.values()))
         tunings = _search(comparison, planned, progress)
-        cells = [base_cell(comparison)]
-        # seed by seed, so that a comparison that is stopped early has whole columns
-        for seed in comparison.compare.seeds:
-            cells += [_seed_cell(comparison, item, seed, tunings) for item in planned]
-        found = _finish(cells, comparison, progress)
-        summary = summarise(comparison, planned, list(found.values()), tunings)
+        found: Cells = {}
+        spec, seen = comparison.compare, 0
+        for number in spec.looks() if spec.until else (len(spec.seeds),):
+            cells = [] if seen else [base_cell(comparison)]
+            # seed by seed, so that a comparison that is stopped early has whole columns
+            for seed in spec.more_seeds(number)[seen:]:
+                cells += [_seed_cell(comparison, item, seed, tunings) for item in planned]
+            progress.expect(number, len(planned))
+            found |= _finish(cells, comparison, progress)
+            summary = _look(comparison, planned, found, tunings)
+            seen = number
+            if not spec.until or not goes_on(summary, progress.hours(), spec.max_hours):
+                break
         if comparison.compare.single_task:
             rates = {label: tuning.chosen for label, tuning in tunings.items()}
             singles = single_trainings(comparison, planned, load_config(comparison.recipe.model), rates)
             progress.total += len(singles)
             done = _finish([single.cell for single in singles], comparison, progress)
             summary = with_single_tasks(comparison, summary, singles, found, done)
-        write_json(folder / SUMMARY, summary.to_dict())
+            write_json(folder / SUMMARY, summary.to_dict())
         return summary
 
 
 def _seed_cell(comparison: Comparison, item: Competitor, seed: int, tunings: Mapping[str, Tuning]) -> Cell:
     """The method's training with its best rate, where one was searched."""
     return seed_cell(comparison, item, seed, tunings[item.label].chosen if item.label in tunings else None)
+
+
+def _look(
+    comparison: Comparison, planned: Sequence[Competitor], found: Cells, tunings: Mapping[str, Tuning]
+) -> Summary:
+    """Sum up what is finished, and write it down with all that it is made of."""
+    folder, cells = comparison.recipe.output, list(found.values())
+    names = [cell["cell"] for cell in cells if cell["kind"] == "seed"]
+    taken = read_looks(folder, names)
+    summary = summarise(comparison, planned, cells, tunings, taken)
+    write_archive(folder / CELLS, comparison, planned, cells, tunings, taken)
+    if summary.look is not None:
+        record_look(folder, summary.look, summary.seeds, names)
+    write_json(folder / SUMMARY, summary.to_dict())
+    return summary
 
 
 def plan_of(comparison: Comparison) -> list[Competitor]:
@@ -204,6 +229,7 @@ class _Progress:
         self.total = 1 + len(planned) * len(comparison.compare.seeds) + len(clock_cells(comparison, planned))
         self.trials = 0
         self.done = self.ran = 0
+        self.seeds = len(comparison.compare.seeds)
         self.start = time.perf_counter()
         self.quiet = quiet
 
@@ -217,6 +243,15 @@ class _Progress:
         self.trials = trials
         if not self.quiet:
             log.info("Learning rates: %s", ", ".join(f"{rate:.3g}" for rate in grid))
+
+    def expect(self, seeds: int, methods: int) -> None:
+        """Count the cells of seeds that were added."""
+        self.total += max(seeds - self.seeds, 0) * methods
+        self.seeds = max(seeds, self.seeds)
+
+    def hours(self) -> float:
+        """How long it has run."""
+        return (time.perf_counter() - self.start) / 3600
 
     def found(self, count: int) -> None:
         """Count cells that were finished before."""
@@ -233,15 +268,4 @@ class _Progress:
         left = (time.perf_counter() - self.start) / self.ran * (self.total - self.done)
         macro = found["scores"]["macro"] if found else None
         told = "failed" if found is None else "finished" if macro is None else f"macro {macro:.3f}"
-        log.info("%d of %d: %s, %s; about %s left", self.done, self.total, cell.name, told, _duration(left))
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    Example:
-        >>> _duration(4000), _duration(130)
-        ('1 h 07 min', '2 min')
-    """
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+        log.info("%d of %d: %s, %s; about %s left", self.done, self.total, cell.name, told, duration(left))

@@ -84,6 +84,7 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
     """Sum up the cells that are there and belong to the comparison as it is now."""
     from multiflora.compare.cell import read_cell
     from multiflora.compare.clock import clock_cells, in_time
+    from multiflora.compare.looks import read_looks
     from multiflora.compare.plan import base_cell, seed_cell
     from multiflora.compare.run import plan_of
     from multiflora.compare.summary import summarise
@@ -99,7 +100,7 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
         for item in planned:
             rate = tunings[item.label].chosen if item.label in tunings else None
             if rate is not None or spec.learning_rate is None:
-                wanted += [seed_cell(comparison, item, seed, rate) for seed in spec.seeds]
+                wanted += [seed_cell(comparison, item, seed, rate) for seed in spec.more_seeds(spec.looks()[-1])]
         cells = [read_cell(cell, folder) for cell in wanted]
     finished = [cell for cell in cells if cell is not None]
     done = sum(cell["kind"] == "seed" for cell in finished)
@@ -108,12 +109,15 @@ def _unfinished(folder: Path, comparison: Comparison) -> Saved:
             f"No training of the comparison in {folder} has finished yet; there is nothing to tell. Go on with it: "
             f"multiflora compare {folder / COMPARISON}."
         )
-    summary = summarise(comparison, planned, finished, tunings)
+    names = [cell["cell"] for cell in finished if cell["kind"] == "seed"]
+    summary = summarise(comparison, planned, finished, tunings, read_looks(folder, names))
+    # where seeds are added, those of the next look
+    total = next((len(planned) * n for n in spec.looks() if len(planned) * n >= done), done)
     return Saved(
         folder=folder,
         comparison=comparison,
         summary=summary,
-        missing=len(planned) * len(spec.seeds) - done,
+        missing=total - done,
         left_out=done - (len(summary.cells) - 1),
     )
 

@@ -158,6 +158,15 @@ class CompareSpec(Strict):
     """Label of the method that the others are tested against; None: ``lora`` if it is there, else the first."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings, or how many; every method gets the same ones."""
+    max_seeds: int | None = Field(default=None, gt=0)
+    """The most seeds that may be added while the comparison is undecided; None: no more than ``seeds``, or 10 with
+    ``until: decided``. It is part of the plan: what a look at the numbers may claim depends on it."""
+    until: Literal["decided"] | None = None
+    """``decided``: add seeds until every method has a verdict, or ``max_seeds`` or ``max_hours`` is reached."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """With ``until: decided``, start no further seeds after so many hours."""
+    margin: float | None = Field(default=None, gt=0, le=100)
+    """A loss of macro score, in points of 100, that does not matter to you: a method can be shown to lose no more."""
     budget: BudgetSpec = BudgetSpec()
     """What is equal among the methods."""
     learning_rate: SearchSpec | None = None
@@ -195,6 +204,16 @@ class CompareSpec(Strict):
         return value
 
     @model_validator(mode="after")
+    def _looks_fit(self) -> CompareSpec:
+        if self.max_seeds is not None and self.max_seeds < len(self.seeds):
+            raise ValueError(
+                f"max_seeds is {self.max_seeds}, but seeds has {len(self.seeds)} already; raise one or lower the other."
+            )
+        if self.max_hours is not None and self.until is None:
+            raise ValueError("max_hours is set, but nothing reads it without 'until: decided'; set that or remove it.")
+        return self
+
+    @model_validator(mode="after")
     def _resources_are_read(self) -> CompareSpec:
         if self.resources and self.executor == "local":
             raise ValueError("resources is set, but executor is 'local', which ignores it; set executor or remove it.")
@@ -225,6 +244,20 @@ class CompareSpec(Strict):
             if label is not None and label not in labels:
                 raise ValueError(f"{key} is {label!r}, which is no label of methods; {did_you_mean(label, labels)}")
         return self
+
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of seeds at which the comparison may be looked at, see `multiflora.compare.looks`."""
+        from multiflora.compare.looks import planned_looks
+
+        most = self.max_seeds or (max(len(self.seeds), 10) if self.until else len(self.seeds))
+        return planned_looks(len(self.seeds), most)
+
+    def more_seeds(self, number: int) -> tuple[int, ...]:
+        """The seeds, and as many new ones behind them as make the number."""
+        found = list(self.seeds)
+        while len(found) < number:
+            found.append(max(found) + 1)
+        return tuple(found)
 
     def reference(self) -> str:
         """Label of the method that the others are tested against."""

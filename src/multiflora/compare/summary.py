@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from multiflora.compare.forgetting import forgetting, forgetting_words
+from multiflora.compare.looks import Look, look_at
+from multiflora.compare.paired import Cell, PairedCells, arrange
 from multiflora.compare.plan import Competitor
+from multiflora.compare.power import detectable
 from multiflora.compare.results import Measure, Row, Summary
 from multiflora.compare.saved import COMPARISON
 from multiflora.compare.spec import Comparison
@@ -18,57 +20,17 @@ from multiflora.compare.statistics import (
     Array,
     Difference,
     Interval,
-    bootstrap_differences,
     crossed_tests,
     holm,
     macro_by_seed,
+    p_value,
     paired_t,
-    rank_methods,
-    resample,
     t_interval,
 )
 from multiflora.compare.tuning import Tuning, missing, not_tuned
-from multiflora.compare.words import Claim, answer, sentence
-from multiflora.errors import DataError
-from multiflora.evaluate.results import LOWER_IS_BETTER
+from multiflora.compare.words import Claim, answer, sentence, verdict_of
 
 __all__ = ["summarise"]
-
-Cell = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cells:
-    """Finished cells, in order, and what their tasks can be measured by."""
-
-    base: Cell
-    by_label: Mapping[str, Sequence[Cell]]
-    seeds: tuple[int, ...]
-    trained: Sequence[str]
-    extra: Sequence[str]
-
-    def metric(self, task: str) -> str:
-        """Name of a task's metric."""
-        name: str = self.base["scores"]["tasks"][task]["metric"]
-        return name
-
-    def higher(self, tasks: Sequence[str]) -> list[str]:
-        """The tasks where a higher score is better."""
-        return [task for task in tasks if self.metric(task) not in LOWER_IS_BETTER]
-
-    def with_nll(self) -> list[str]:
-        """The trained tasks whose right completions have a probability."""
-        return [task for task in self.trained if None not in self.base["rows"][task]["nll"]]
-
-    def outcomes(self, label: str, tasks: Sequence[str], key: str) -> dict[str, Array]:
-        """Task -> (seeds, rows)."""
-        own = self.by_label[label]
-        return {task: np.array([cell["rows"][task][key] for cell in own], dtype=np.float64) for task in tasks}
-
-    def diverged(self, label: str) -> int:
-        """How many of a method's trainings ended in no number."""
-        tasks = self.with_nll()
-        return sum(any(None in cell["rows"][task]["nll"] for task in tasks) for cell in self.by_label[label])
 
 
 def summarise(
@@ -76,6 +38,7 @@ def summarise(
     planned: Sequence[Competitor],
     cells: Sequence[Cell],
     tunings: Mapping[str, Tuning],
+    taken: Sequence[Mapping[str, Any]] = (),
 ) -> Summary:
     """Sum up finished cells.
 
@@ -88,12 +51,13 @@ def summarise(
         cells: One of the untrained model, and one for each method and seed, as far as they are finished.
         tunings: Label -> whether its learning rate is tuned; a label that is not there is not. A verdict is given on
             two tuned methods only.
+        taken: The looks at these cells that were taken before, see `multiflora.compare.looks`.
 
     Raises:
         DataError: Cells were scored on different rows, so they cannot be paired.
     """
     reference = comparison.compare.reference()
-    found, budget = _arranged(comparison, planned, cells), _budget(comparison, planned)
+    found, budget = arrange(comparison, planned, cells), _budget(comparison, planned)
     baseline = next(item for item in planned if item.label == reference)
     planned = [item for item in planned if item.label in found.by_label]
     fit = [item.label for item in planned if not found.diverged(item.label)]
@@ -102,23 +66,53 @@ def summarise(
         for key, tasks in (("score", found.higher(found.trained)), ("nll", found.with_nll()))
         if tasks and fit
     }
-    measures = _measures(families, reference)
+    look = look_at(found.seeds, comparison.compare.looks(), taken)
+    command = f"multiflora compare {_here(comparison.recipe.output / COMPARISON)}"
+    waits = {item.label: missing(item.label, reference, tunings, command) for item in planned}
+    margin = None if comparison.compare.margin is None else comparison.compare.margin / 100
+    differences = {
+        (key, label): difference
+        for key, methods in families.items()
+        if reference in methods
+        for label, difference in crossed_tests(methods, reference, shared_rows=found.shared_rows).items()
+    }
+    claims = _claims(differences, look, margin, waits)
     by_task = {
-        task: crossed_tests({label: found.outcomes(label, [task], "score") for label in fit}, reference)
+        task: crossed_tests(
+            {label: found.outcomes(label, [task], "score") for label in fit}, reference, shared_rows=found.shared_rows
+        )
         for task in found.trained
         if reference in fit
     }
-    command = f"multiflora compare {_here(comparison.recipe.output / COMPARISON)}"
-    waits = {item.label: missing(item.label, reference, tunings, command) for item in planned}
+    measures = _measures(families, reference, differences, claims)
+    seconds = _seed_seconds(found)
     rows = tuple(
-        _row(item, baseline, found, measures, by_task, tunings.get(item.label), waits[item.label]) for item in planned
+        _row(
+            item,
+            baseline,
+            found,
+            {key: measures.get(key, {}).get(item.label) for key in ("score", "nll")},
+            claims.get(item.label, {}),
+            {task: tests[item.label] for task, tests in by_task.items() if item.label in tests},
+            tunings.get(item.label),
+            waits[item.label],
+            seconds,
+        )
+        for item in planned
     )
     every = (*found.trained, *found.extra)
     scores = found.base["scores"]["tasks"]
     forgot = forgetting(found.base, {label: found.by_label[label] for label in fit}, reference, found.extra)
-    claims = {row.label: _claims({"score": row.score, "nll": row.nll}, row.missing) for row in rows}
     return Summary(
-        answer=" ".join(filter(None, (answer(reference, claims), forgetting_words(forgot, reference))))
+        answer=" ".join(
+            filter(
+                None,
+                (
+                    answer(reference, {row.label: claims.get(row.label, {}) for row in rows}),
+                    forgetting_words(forgot, reference),
+                ),
+            )
+        )
         if reference in found.by_label
         else f"{reference}, the baseline, has no finished training yet, so nothing can be compared with it.",
         rows=rows,
@@ -130,59 +124,35 @@ def summarise(
         extra=tuple(found.extra),
         base={task: scores[task]["score"] for task in every},
         curves={label: _curves(own[0], found.trained) for label, own in found.by_label.items()},
+        look=look,
+        seed_seconds=seconds,
         device=found.base["device"],
         forgetting=forgot,
         cells=sorted(cell["cell"] for cell in (found.base, *(c for own in found.by_label.values() for c in own))),
     )
 
 
-def _arranged(comparison: Comparison, planned: Sequence[Competitor], cells: Sequence[Cell]) -> _Cells:
-    """Sort cells by method and seed, leave out what cannot be paired, and check that the rest can."""
-    _same_rows(cells)
-    every: dict[str, dict[int, Cell]] = {item.label: {} for item in planned}
-    for cell in cells:
-        if cell["kind"] == "seed" and cell["label"] in every:
-            every[cell["label"]][cell["seed"]] = cell
-    order = comparison.compare.seeds
-    # max keeps the first of equals
-    most = max(order, key=lambda seed: sum(seed in own for own in every.values()))
-    kept = {label: own for label, own in every.items() if most in own}
-    seeds = tuple(seed for seed in order if all(seed in own for own in kept.values()))
-    base = next(cell for cell in cells if cell["kind"] == "base")
-    theirs = [name for name, score in base["scores"]["tasks"].items() if score.get("group") == "harness"]
-    return _Cells(
-        base=base,
-        by_label={label: [own[seed] for seed in seeds] for label, own in kept.items()},
-        seeds=seeds,
-        trained=[task.name for task in comparison.recipe.tasks],
-        extra=[*(task.name for task in comparison.recipe.evaluate.extra_tasks), *theirs],
-    )
-
-
 def _row(
     item: Competitor,
     baseline: Competitor,
-    found: _Cells,
-    measures: Mapping[str, Mapping[str, Measure]],
-    by_task: Mapping[str, Mapping[str, Difference]],
+    found: PairedCells,
+    measured: Mapping[str, Measure | None],
+    claims: Mapping[str, Claim],
+    by_task: Mapping[str, Difference],
     tuning: Tuning | None,
     wait: str,
+    seconds: float | None,
 ) -> Row:
     """One method's row of the table."""
     own, diverged = found.by_label[item.label], found.diverged(item.label)
-    measured = {key: measures.get(key, {}).get(item.label) for key in ("score", "nll")}
-    said = sentence(
-        item.label,
-        baseline.label,
-        _claims(measured, wait),
-        item.parameters / baseline.parameters,
-        len(found.seeds),
-        wait,
-    )
+    ratio = item.parameters / baseline.parameters
+    said = sentence(item.label, baseline.label, claims, ratio, len(found.seeds), wait, seconds)
     if diverged:
         said = f"{item.label} diverged in {diverged} of {len(own)} trainings; lower its learning rate."
     # of the cells' own scores: those of some of the harness's tasks are no means over rows
     every = {} if diverged else {task: _scores(own, task) for task in (*found.trained, *found.extra)}
+    further = [measure.further_seeds for measure in measured.values() if measure and measure.further_seeds is not None]
+    verdict = verdict_of(claims)
     return Row(
         label=item.label,
         method=item.name,
@@ -193,71 +163,88 @@ def _row(
         score=measured["score"],
         nll=measured["nll"],
         tasks={task: t_interval(values) for task, values in every.items()},
-        task_differences={task: tests[item.label] for task, tests in by_task.items() if item.label in tests},
+        task_differences=by_task,
         kept=None if diverged else _kept(own, found.base, found.higher(found.extra)),
         seconds=_interval([cell["seconds"].get("train") for cell in own]),
         memory=_mean([cell["peak_memory_bytes"] for cell in own]),
         latency=_mean([cell["latency"]["extra"] for cell in own if cell["latency"]]),
         sentence=said,
+        verdict=verdict,
+        further_seeds=min(further) if further and verdict == "undecided" else None,
         tuning=tuning or not_tuned(own[0]["learning_rate"]),
         course=() if diverged else _course(own),
         missing=wait,
     )
 
 
-def _measures(
-    families: Mapping[str, Mapping[str, Mapping[str, Array]]], reference: str
-) -> dict[str, dict[str, Measure]]:
-    """Both measures of all methods, their p values corrected together: no winner by chance in either."""
-    differences = {
-        (key, label): difference
-        for key, methods in families.items()
-        if reference in methods
-        for label, difference in crossed_tests(methods, reference).items()
-    }
-    known = [place for place, difference in differences.items() if difference.p is not None]
-    corrected = dict(zip(known, holm([differences[place].p or 0.0 for place in known]), strict=True))
-    found: dict[str, dict[str, Measure]] = {}
-    for key, methods in families.items():
-        totals = resample(methods)
-        ranks = rank_methods(methods, totals, lower_is_better=key == "nll")
-        drawn = bootstrap_differences(methods, totals, reference) if reference in methods else {}
-        found[key] = {
-            label: Measure(
-                mean=t_interval(macro_by_seed(outcomes)),
-                difference=differences.get((key, label)),
-                p=corrected.get((key, label)),
-                over_seeds=None
-                if (key, label) not in differences
-                else paired_t(macro_by_seed(outcomes), macro_by_seed(methods[reference])),
-                bootstrap=drawn.get(label),
-                rank=ranks[label],
-            )
-            for label, outcomes in methods.items()
-        }
+def _claims(
+    differences: Mapping[tuple[str, str], Difference],
+    look: Look,
+    margin: float | None,
+    waits: Mapping[str, str],
+) -> dict[str, dict[str, Claim]]:
+    """Label -> measure -> what may be claimed, all p values corrected together: no winner by chance in any of them."""
+    p: dict[tuple[str, str, str], float] = {}
+    for (key, label), difference in differences.items():
+        if difference.p is None or difference.spread is None:
+            continue
+        p[key, label, "difference"] = difference.p
+        if key == "score" and margin is not None:
+            above = difference.interval.mean + margin
+            p[key, label, "margin"] = p_value(above, difference.spread) if above > 0 else 1.0
+    # a difference cannot be 0 and the margin at once, so the two are one place in the correction
+    corrected = dict(zip(p, holm(list(p.values()), [place[:2] for place in p]), strict=True))
+    tests = sum(kind == "difference" for _, _, kind in p)
+    found: dict[str, dict[str, Claim]] = {}
+    for (key, label), difference in differences.items():
+        found.setdefault(label, {})[key] = Claim(
+            difference.interval,
+            corrected.get((key, label, "difference")),
+            lower_is_better=key == "nll",
+            spread=difference.spread,
+            level=look.level,
+            tests=max(tests, 1),
+            margin=margin if key == "score" else None,
+            p_margin=corrected.get((key, label, "margin")),
+            tuned=not waits[label],
+        )
     return found
 
 
-def _claims(found: Mapping[str, Measure | None], wait: str) -> dict[str, Claim]:
-    """What the sentences are made of; ``wait`` says what a verdict waits for, if anything."""
-    return {
-        key: Claim(measure.difference.interval, measure.p, lower_is_better=key == "nll", tuned=not wait)
-        for key, measure in found.items()
-        if measure is not None and measure.difference is not None
-    }
+def _measures(
+    families: Mapping[str, Mapping[str, Mapping[str, Array]]],
+    reference: str,
+    differences: Mapping[tuple[str, str], Difference],
+    claims: Mapping[str, Mapping[str, Claim]],
+) -> dict[str, dict[str, Measure]]:
+    """Both measures of all methods."""
+    found: dict[str, dict[str, Measure]] = {}
+    for key, methods in families.items():
+        found[key] = {}
+        for label, outcomes in methods.items():
+            claim, mean = claims.get(label, {}).get(key), macro_by_seed(outcomes)
+            if claim is None:
+                found[key][label] = Measure(mean=t_interval(mean), difference=None, p=None, over_seeds=None)
+                continue
+            found[key][label] = Measure(
+                mean=t_interval(mean),
+                difference=differences[key, label],
+                p=claim.p,
+                over_seeds=paired_t(mean, macro_by_seed(methods[reference])),
+                verdict=claim.verdict,
+                p_margin=claim.p_margin,
+                detectable=detectable(claim.spread, claim.level / claim.tests)
+                if claim.spread is not None and claim.level
+                else None,
+                further_seeds=claim.further_seeds,
+            )
+    return found
 
 
-def _same_rows(cells: Sequence[Cell]) -> None:
-    """Refuse cells that were scored on different rows."""
-    first = cells[0]
-    for cell in cells[1:]:
-        for task, rows in cell["rows"].items():
-            if rows["id"] != first["rows"][task]["id"]:
-                raise DataError(
-                    f"{cell['cell']} and {first['cell']} were scored on different rows of {task}, so they cannot be "
-                    "compared row by row: the task's data have changed in between. Remove the older one's file from "
-                    "the folder cells and start the comparison again."
-                )
+def _seed_seconds(found: PairedCells) -> float | None:
+    """What a seed takes, all methods together, training and scoring."""
+    totals = [[sum(cell["seconds"].values()) for cell in own if cell["seconds"]] for own in found.by_label.values()]
+    return sum(sum(own) / len(own) for own in totals) if totals and all(totals) else None
 
 
 def _scores(cells: Sequence[Cell], task: str) -> list[float]:

@@ -71,7 +71,7 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTab
 def summary_table(summary: Summary) -> TextTable:
     """The methods, best macro score first where there is one, with intervals over seeds."""
     table = TextTable()
-    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "place", "nats", "train s", "latency")
+    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "verdict", "nats", "train s", "latency")
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     for row in sorted(summary.rows, key=_order):
@@ -83,7 +83,7 @@ def summary_table(summary: Summary) -> TextTable:
             _interval(row.score.mean if row.score else None, 100, 1),
             _difference(measure, 100 if row.score else 1, 1 if row.score else 4),
             "–" if measure is None or measure.p is None else f"{measure.p:.3f}",
-            "–" if measure is None else f"{measure.rank.low}-{measure.rank.high}",
+            "baseline" if row.label == summary.reference else row.verdict,
             _interval(row.nll.mean if row.nll else None, 1, 4),
             "–" if row.seconds is None else f"{row.seconds.mean:.0f}",
             "–" if row.latency is None else f"{row.latency:+.0%}",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from math import sqrt
+from typing import Any, Literal
 
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, TypedDict
 
 __all__ = [
     "LOWER_IS_BETTER",
@@ -16,6 +17,8 @@ __all__ = [
     "example_scores",
     "harness_example_scores",
     "macro_average",
+    "macro_stderr",
+    "macro_words",
     "main_metric",
     "mean_nll",
     "nats",
@@ -55,6 +58,8 @@ class Results(TypedDict):
     """Name of the task -> its score; a task of the harness itself is named ``harness/…``."""
     macro: float | None
     """Mean score of the group ``tasks``, without those where lower is better; None where none is left."""
+    macro_stderr: NotRequired[float | None]
+    """Its standard error for test rows drawn anew; None where a task has none."""
 
 
 def macro_average(scores: Mapping[str, TaskScore]) -> float | None:
@@ -67,8 +72,38 @@ def macro_average(scores: Mapping[str, TaskScore]) -> float | None:
         >>> macro_average({"a": {"score": 0.5, "metric": "acc", **one}, "b": {"score": 1.0, "metric": "rougeL", **one}})
         0.75
     """
-    kept = [s["score"] for s in scores.values() if s["group"] == "tasks" and s["metric"] not in LOWER_IS_BETTER]
+    kept = [score["score"] for score in _averaged(scores)]
     return sum(kept) / len(kept) if kept else None
+
+
+def macro_stderr(scores: Mapping[str, TaskScore]) -> float | None:
+    r"""The macro average's standard error, :math:`\frac1T \sqrt{\sum_t e_t^2}`: tasks have rows of their own.
+
+    Example:
+        >>> one = {"metric": "acc", "n": 9, "nll": None, "other": {}, "group": "tasks"}
+        >>> macro_stderr({"a": {"score": 0.5, "stderr": 0.03, **one}, "b": {"score": 1.0, "stderr": 0.04, **one}})
+        0.025
+    """
+    errors = [score["stderr"] for score in _averaged(scores)]
+    known = [error for error in errors if error is not None]
+    return sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
+
+
+def macro_words(results: Results | Mapping[str, Any]) -> str:
+    """The macro average with its standard error.
+
+    Example:
+        >>> score = {"score": 0.5, "metric": "acc", "n": 4, "stderr": 0.25, "nll": None, "other": {}, "group": "tasks"}
+        >>> macro_words({"tasks": {"a": score}, "macro": 0.5})
+        '0.500 ±0.250'
+    """
+    error = macro_stderr(results["tasks"])
+    return f"{results['macro']:.3f}" + ("" if error is None else f" ±{error:.3f}")
+
+
+def _averaged(scores: Mapping[str, TaskScore]) -> list[TaskScore]:
+    """The scores that the macro average is made of."""
+    return [s for s in scores.values() if s["group"] == "tasks" and s["metric"] not in LOWER_IS_BETTER]
 
 
 def task_score(

@@ -24,6 +24,7 @@ from multiflora.evaluate.results import (
     example_scores,
     harness_example_scores,
     macro_average,
+    macro_stderr,
     main_metric,
     mean_nll,
     task_score,
@@ -196,7 +197,7 @@ def _score(plan: _Plan, model: Any, tokenizer: Any, folder: Path, bar: Bar) -> R
             rows = harness_example_scores(samples, score)
             if rows is not None:
                 _write_rows(folder.parent / "scores" / "harness" / f"{quote(key, safe='')}.jsonl", rows)
-    return Results(tasks=scores, macro=macro_average(scores))
+    return Results(tasks=scores, macro=macro_average(scores), macro_stderr=macro_stderr(scores))
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from multiflora.evaluate.results import LOWER_IS_BETTER, Group, Results, TaskScore
+from multiflora.evaluate.results import LOWER_IS_BETTER, Group, Results, TaskScore, macro_words
 from multiflora.text_table import TextTable
 
 __all__ = ["results_table"]
@@ -75,7 +75,7 @@ def _macro(adapted: Results, base: Results | None) -> list[str | Text]:
     after, before = adapted["macro"], None if base is None else base["macro"]
     assert after is not None  # asked before the row is made
     if base is None:
-        return ["macro average", "", "", f"{after:.3f}"]
+        return ["macro average", "", "", macro_words(adapted)]
     if before is None:
-        return ["macro average", "", "", "–", f"{after:.3f}", "–"]
-    return ["macro average", "", "", f"{before:.3f}", f"{after:.3f}", _change(after - before, 1.0)]
+        return ["macro average", "", "", "–", macro_words(adapted), "–"]
+    return ["macro average", "", "", macro_words(base), macro_words(adapted), _change(after - before, 1.0)]

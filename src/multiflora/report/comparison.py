@@ -36,8 +36,8 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
     """
     summary, spec = saved.summary, saved.comparison.compare
     second = Fold(
-        title="Second opinions: other tests of the same differences",
-        text=["No claim on this page rests on these; they are for those who would have chosen them."],
+        title="A second opinion: another test of the same differences",
+        text=["No claim on this page rests on it; it is for those who would have chosen it."],
         tables=[tables.second_opinions(summary)],
     )
     sections = [
@@ -89,9 +89,10 @@ def comparison_page(saved: Saved, inside: Inside, versions: Mapping[str, str]) -
 
 
 def _warnings(saved: Saved) -> list[str]:
-    summary, total = saved.summary, len(saved.comparison.compare.methods) * len(saved.comparison.compare.seeds)
+    summary = saved.summary
     if not saved.missing:
         return []
+    total = saved.missing + saved.left_out + len(summary.cells) - 1
     labels = ", ".join(row.label for row in summary.rows)
     left_out = (
         f" {saved.left_out} finished trainings are left out, as they have no counterparts to be paired with yet."
@@ -123,14 +124,26 @@ def _facts(saved: Saved) -> list[tuple[str, str]]:
     ]
 
 
+def _looks(summary: Summary) -> str:
+    """Which of several looks this is; nothing where there is one."""
+    look = summary.look
+    if look is None or (len(look.planned) == 1 and not look.extra):
+        return ""
+    if look.extra:
+        return f", as a look with {look.seeds} seeds was not planned"
+    place = look.planned.index(look.seeds) + 1 if look.seeds in look.planned else "none"
+    return f", as this is look {place} of at most {len(look.planned)} that share the level {CLAIM}"
+
+
 def _how(saved: Saved, versions: Mapping[str, str]) -> Section:
     summary, folder = saved.summary, saved.folder.resolve().name
     spec = saved.comparison.compare
     text = [
         "All methods were trained with the same seeds on the same examples and scored on the same rows, so everything "
-        "is paired. A difference's interval and p come from one analysis of variance over seeds and rows together, "
-        "whose degrees of freedom are those of the seeds; p is corrected for all methods and measures (Holm). A "
-        f"difference is claimed where that p is below {CLAIM}.",
+        "is paired. A difference's interval and p allow for the chance of seeds and of rows together, each pair of "
+        "methods by its own spread over seeds; p is corrected for all methods and measures (Holm). A difference is "
+        f"claimed where that p is below {CLAIM if summary.look is None else f'{summary.look.level:.2g}'}"
+        f"{_looks(summary)}.",
     ]
     if versions:
         text.append("Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")

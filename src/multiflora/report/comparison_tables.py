@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from multiflora.compare.results import Row, Summary
 from multiflora.compare.spec import Published
 from multiflora.compare.statistics import CLAIM, Interval
-from multiflora.compare.words import Claim
 from multiflora.evaluate.results import LOWER_IS_BETTER
 from multiflora.recipe import Recipe
 from multiflora.report.figures import MEASURES, MeasureWords
@@ -36,9 +35,8 @@ def methods(summary: Summary) -> Iterator[Table]:
                 name=f"table-{key}",
                 title=words.title,
                 reading=f"{words.what} Below each number is its 95 % interval. A mark (▲ better, ▼ worse) stands only "
-                f"where a difference was shown: p below {CLAIM}, corrected for all methods and measures. Best in: "
-                "share of draws of seeds and rows in which the method comes first; from few seeds, it and the places "
-                "look surer than they are.",
+                f"where a difference was shown: p below {CLAIM}, corrected for all methods and measures. What "
+                "could be seen is the true difference that would be found four times out of five by that rule.",
                 columns=[
                     _METHOD,
                     Column("Rank", ("rank",)),
@@ -46,11 +44,11 @@ def methods(summary: Summary) -> Iterator[Table]:
                     Column(words.short, _ends("mean")),
                     Column(f"Difference to {summary.reference}", _ends("difference")),
                     Column("p, corrected", ("p_corrected",)),
-                    Column("Place", _ends("place")),
-                    Column("Best in", ("share_best",)),
+                    Column("Verdict", ("verdict",), numeric=False),
+                    Column("What could be seen", ("detectable",)),
                 ],
                 rows=[
-                    [_name(row, summary), number(row.rank), number(row.parameters), *_measured(row, words, key)]
+                    [_name(row, summary), number(row.rank), number(row.parameters), *_measured(row, words)]
                     for row in rows
                 ],
             )
@@ -103,12 +101,12 @@ def task_differences(summary: Summary) -> Iterator[Table]:
 
 
 def second_opinions(summary: Summary) -> Table:
-    """The same differences by other tests, on which no claim rests."""
+    """The same differences by another test, on which no claim rests."""
     columns = [_METHOD]
     for key, words in MEASURES.items():
         columns += [
             Column(f"{words.short}: p over seeds", (f"{key}_p_over_seeds",)),
-            Column(f"{words.short}: bootstrap", _ends(f"{key}_bootstrap")),
+            Column(f"{words.short}: interval over seeds", _ends(f"{key}_over_seeds")),
         ]
     rows = []
     for row in summary.rows:
@@ -117,17 +115,16 @@ def second_opinions(summary: Summary) -> Table:
         line = [word(row.label)]
         for words in MEASURES.values():
             measure = words.of(row)
-            over, drawn = (measure.over_seeds, measure.bootstrap) if measure else (None, None)
+            over = measure.over_seeds if measure else None
             line += [
                 p_value(over.p if over else None),
-                interval(drawn, words.digits, factor=words.factor, signed=True),
+                interval(over.interval if over else None, words.digits, factor=words.factor, signed=True),
             ]
         rows.append(line)
     return Table(
         name="table-second-opinions",
-        title=f"Differences to {summary.reference} by other tests",
-        reading="The plain paired t-test over seeds speaks of these test rows only, and is not corrected. The "
-        "bootstrap draws seeds and rows anew; with few seeds its interval is too narrow.",
+        title=f"Differences to {summary.reference} by another test",
+        reading="The plain paired t-test over seeds speaks of these test rows only, and is not corrected.",
         columns=columns,
         rows=rows,
     )
@@ -236,20 +233,18 @@ def tasks(recipe: Recipe, summary: Summary) -> Table:
     )
 
 
-def _measured(row: Row, words: MeasureWords, key: str) -> list[Cell]:
+def _measured(row: Row, words: MeasureWords) -> list[Cell]:
     """A measure's five cells."""
     measure = words.of(row)
     assert measure is not None
-    found, rank = measure.difference, measure.rank
-    sign = 0
-    if found:
-        sign = Claim(found.interval, measure.p, lower_is_better=key == "nll", tuned=not row.missing).shown
+    found = measure.difference
+    sign = {"better": 1, "worse": -1}.get(measure.verdict, 0)
     return [
         interval(measure.mean, words.digits, factor=words.factor),
         difference(found.interval, sign, words.digits, factor=words.factor) if found else NOTHING,
         p_value(measure.p),
-        Cell(str(rank.rank), (rank.rank, rank.low, rank.high), f"{rank.low} to {rank.high}"),
-        number(rank.best, factor=100, unit=" %"),
+        word(measure.verdict) if found else NOTHING,
+        number(measure.detectable, words.digits, factor=words.factor),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison's numbers, and of one run's: scores, differences, ranks, learning curves."""
+"""The figures of a comparison's numbers, and of one run's: scores, differences, learning curves."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MEASURES = {
 
 
 def scores(summary: Summary) -> Iterator[Drawing]:
-    """Each measure of every method, its difference to the baseline, and its place."""
+    """Each measure of every method, and its difference to the baseline."""
     for key, words in MEASURES.items():
         found = {row.label: measure for row in summary.rows if (measure := words.of(row)) is not None}
         if not found:
@@ -91,21 +91,6 @@ def scores(summary: Summary) -> Iterator[Drawing]:
                 x=words.unit,
                 digits=words.digits,
                 zero=True,
-            )
-        if len(found) > 1:
-            yield bars(
-                f"places-{key}",
-                f"{words.title}: place among the methods",
-                "The dot is the place on these seeds and rows, the line the places in 95 % of draws of seeds and rows: "
-                "long lines mean that the ranking is open.",
-                {label: float(measure.rank.rank) for label, measure in found.items()},
-                ends={label: (float(m.rank.low), float(m.rank.high)) for label, m in found.items()},
-                x="place (1 is the best)",
-                zero=False,
-                whole=True,
-                alt="Places: "
-                + ", ".join(f"{k} {m.rank.rank} ({m.rank.low} to {m.rank.high})" for k, m in found.items())
-                + ".",
             )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.card import base_name
-from multiflora.evaluate.results import LOWER_IS_BETTER
+from multiflora.evaluate.results import LOWER_IS_BETTER, macro_stderr
 from multiflora.methods import METHODS
 from multiflora.recipe import LOSSES, Recipe
 from multiflora.report import figures
@@ -57,6 +57,14 @@ def run_page(folder: Path, recipe: Recipe, results: Mapping[str, Any], run: Mapp
         facts=_facts(recipe, results, run),
         sections=[s for s in sections if s.text or s.tables or s.figures or s.code],
     )
+
+
+def _macro(results: Mapping[str, Any]) -> Cell:
+    """The macro average, its standard error below."""
+    cell, error = number(results["macro"], 1, factor=100), macro_stderr(results["tasks"])
+    if error is None or results["macro"] is None:
+        return cell
+    return Cell(cell.text, (results["macro"], error), f"± {100 * error:.1f}")
 
 
 def _answer(results: Mapping[str, Any]) -> str:
@@ -129,8 +137,8 @@ def _scores(results: Mapping[str, Any]) -> Table:
                 word("macro average"),
                 NOTHING,
                 NOTHING,
-                *([number(old_macro, 1, factor=100)] if before else []),
-                number(after["macro"], 1, factor=100),
+                *([_macro(before)] if before else []),
+                _macro(after),
                 *([number(change, 1, factor=100, signed=True)] if before else []),
                 NOTHING,
             ]

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from multiflora.compare.statistics import (
-    bootstrap_differences,
+    Spread,
     crossed_tests,
+    half_width,
     holm,
     macro_by_seed,
+    p_value,
     paired_t,
-    rank_methods,
-    resample,
+    spread_of,
     t_interval,
 )
 
@@ -57,7 +58,7 @@ def test_t_interval_is_scipys(values):
 
 def test_one_seed_has_no_interval():
     assert t_interval([0.5]) == (0.5, None, None)
-    assert against_zero(np.ones((1, 50))) == ((1.0, None, None), None)
+    assert against_zero(np.ones((1, 50)))[:2] == ((1.0, None, None), None)
     assert paired_t([0.5], [0.4]).p is None
 
 
@@ -70,8 +71,8 @@ def test_paired_t_is_scipys():
 
 def test_equal_outcomes_are_no_difference():
     same = np.random.default_rng(0).normal(size=(3, 40))
-    assert paired_t(same[:, 0], same[:, 0]) == ((0.0, 0.0, 0.0), 1.0)
-    assert crossed_tests({"a": {"t": same}, "b": {"t": same}}, "b")["a"] == ((0.0, 0.0, 0.0), 1.0)
+    assert paired_t(same[:, 0], same[:, 0])[:2] == ((0.0, 0.0, 0.0), 1.0)
+    assert crossed_tests({"a": {"t": same}, "b": {"t": same}}, "b")["a"][:2] == ((0.0, 0.0, 0.0), 1.0)
 
 
 def test_two_methods_whose_rows_do_not_differ_get_the_paired_t_test_over_seeds():
@@ -80,32 +81,48 @@ def test_two_methods_whose_rows_do_not_differ_get_the_paired_t_test_over_seeds()
     assert against_zero(d).interval == pytest.approx(paired_t(d[:, 0], np.zeros(6)).interval)
 
 
-def test_many_methods_share_their_spread_over_seeds():
-    """Without rows of their own: the t tests of scipy's two-way analysis, by hand from its mean square."""
-    table = np.random.default_rng(4).normal(0, 1, (4, 3))
-    found = crossed_tests({str(m): {"t": table[m][:, None]} for m in range(4)}, "0")
-    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
-    mean_square = (left**2).sum() / 6
-    for m in range(1, 4):
-        own = (table[m] - table[0]).var(ddof=1) / 3
-        t = (table[m] - table[0]).mean() / np.sqrt(max(2 * mean_square / 3, own))
-        assert found[str(m)].p == pytest.approx(2 * stats.t.sf(abs(t), 6))
-
-
-def test_trainings_without_luck_leave_the_variance_of_the_rows():
+def test_trainings_without_luck_leave_the_normal_law_of_the_rows():
     d = np.random.default_rng(4).normal(0.05, 1.0, 400)
     found = against_zero(np.tile(d, (3, 1)))
-    low, high = stats.t.interval(0.95, 2, d.mean(), stats.sem(d))  # the degrees of freedom stay those of the seeds
-    assert found.interval[1:] == pytest.approx((low, high))
+    assert found.p == pytest.approx(2 * stats.norm.sf(abs(d.mean()) / stats.sem(d)), rel=1e-3)
+    low, high = stats.norm.interval(0.95, d.mean(), stats.sem(d))
+    assert found.interval[1:] == pytest.approx((low, high), abs=1e-4)
 
 
-def test_crossed_variance_by_hand():
+def test_the_two_variances_by_hand():
     """Two seeds, three rows: every mean square on paper."""
-    d = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 4.0]])
-    # seed means 3, 3 -> 0; row means 2, 2, 5 -> variance 3; residuals ±1, 0, ∓1 -> 4 / (1 · 2) = 2
-    variance = 0 + (3 / 3 - 2 / (2 * 3))
-    half = stats.t.ppf(0.975, 1) * np.sqrt(variance)
-    assert against_zero(d).interval == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+    d = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 5.5]])
+    # seed means 3, 3.5 -> variance 1/8, by two seeds 1/16; scores are steps of 1/2, so a mean is known to 1/6
+    # row means 2, 2, 5.75 -> variance 4.6875; residuals ±.75, ±.25, ±.5 -> 2 * .875 / (1 * 2) = .875
+    expected = Spread(rows=(4.6875 - 0.875 / 2) / 3, seeds=1 / 16 + (1 / 6) ** 2 / 12 / 2, freedom=1)
+    assert spread_of({"t": d}, {"t": 0 * d}) == pytest.approx(expected)
+    assert spread_of({"t": d}, {"t": 0 * d}, shared_rows=False) == pytest.approx(expected._replace(rows=0.0))
+
+
+def test_a_difference_has_no_spread_but_its_own_pairs():
+    """A third method, however wild, changes nothing for two quiet ones."""
+    generator = np.random.default_rng(5)
+    quiet = {name: simulate(generator, luck=0.01) for name in ("a", "b")}
+    wild = simulate(generator, luck=0.5)
+    assert crossed_tests({**quiet, "wild": wild}, "b")["a"] == crossed_tests(quiet, "b")["a"]
+
+
+def test_p_is_never_zero():
+    """Two seeds that agree on 50 rows to the last one do not make a difference certain."""
+    ours, other = np.zeros((2, 50)), np.zeros((2, 50))
+    ours[0, :9] = ours[1, 3:12] = 1
+    assert 0.01 < crossed_tests({"a": {"t": ours}, "b": {"t": other}}, "b")["a"].p < 0.2
+    every = crossed_tests({"a": {"t": other + 1}, "b": {"t": other}}, "b")["a"]
+    assert 0 < every.p < 0.01
+    assert p_value(1e9, Spread(1.0, 0.0, 2)) > 0
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 9, 200])
+def test_the_error_is_students_without_rows_and_normal_without_seeds(freedom):
+    assert p_value(3.0, Spread(0.0, 1.0, freedom)) == pytest.approx(2 * stats.t.sf(3, freedom), rel=1e-6)
+    assert half_width(Spread(0.0, 1.0, freedom)) == pytest.approx(stats.t.isf(0.025, freedom), rel=1e-6)
+    assert p_value(3.0, Spread(1.0, 0.0, freedom)) == pytest.approx(2 * stats.norm.sf(3), rel=1e-6)
+    assert half_width(Spread(1.0, 0.0, freedom)) == pytest.approx(stats.norm.isf(0.025), rel=1e-6)
 
 
 @pytest.mark.parametrize("own", [0.0, 0.3])
@@ -115,7 +132,7 @@ def test_the_interval_covers_the_truth(own):
     truth, repeats = 0.05, 300
     crossed = over_seeds = 0
     for _ in range(repeats):
-        effects = {"ours": truth, "other": 0.0, "third": 0.1, "fourth": 0.0}
+        effects = {"ours": truth, "other": 0.0}
         methods = {k: simulate(generator, effect=e, rows=(40, 60), own=own) for k, e in effects.items()}
         found = crossed_tests(methods, "other")["ours"].interval
         crossed += found.low <= truth <= found.high
@@ -126,11 +143,17 @@ def test_the_interval_covers_the_truth(own):
         assert over_seeds / repeats < 0.93
 
 
+def test_hypotheses_that_exclude_each_other_count_as_one():
+    p = [0.004, 0.3, 0.006, 0.2]
+    assert holm(p, ["a", "a", "b", "b"]) == [0.008, 0.4, 0.012, 0.4]
+    assert holm(p, ["a", "b", "c", "d"]) == holm(p)
+
+
 def test_a_large_difference_is_found():
     generator = np.random.default_rng(6)
     found = []
     for _ in range(50):
-        methods = {"a": simulate(generator, effect=0.15), "b": simulate(generator), "c": simulate(generator)}
+        methods = {"a": simulate(generator, effect=0.15, seeds=5), "b": simulate(generator, seeds=5)}
         found.append(crossed_tests(methods, "b")["a"].p)
     assert np.mean(np.array(found) < 0.05) > 0.9
 
@@ -150,34 +173,3 @@ def test_holm_keeps_order_and_follows_permutations(p, random):
     order = list(range(len(p)))
     random.shuffle(order)
     assert holm([p[i] for i in order]) == [corrected[i] for i in order]
-
-
-def test_ranking_of_clear_and_of_equal_methods():
-    generator = np.random.default_rng(7)
-    methods = {"good": simulate(generator, effect=0.3), "a": simulate(generator), "b": simulate(generator)}
-    totals = resample(methods)
-    ranks = rank_methods(methods, totals)
-    assert ranks["good"].rank == ranks["good"].high == 1
-    assert ranks["good"].best > 0.99
-    assert (min(ranks["a"].low, ranks["b"].low), max(ranks["a"].high, ranks["b"].high)) == (2, 3)
-    assert sum(rank.best for rank in ranks.values()) == pytest.approx(1)
-    assert rank_methods(methods, totals, lower_is_better=True)["good"].rank == 3
-
-
-def test_methods_that_are_the_same_share_the_first_rank():
-    one = {"a": simulate(np.random.default_rng(8))}
-    methods = {"a": one["a"], "b": one["a"]}
-    assert rank_methods(methods, resample(methods)) == {"a": (1, 1, 1, 0.5), "b": (1, 1, 1, 0.5)}
-
-
-def test_bootstrap_of_rows_alone_is_scipys():
-    d = np.random.default_rng(9).normal(0.1, 1.0, 300)
-    methods = {"ours": {"t": np.tile(d, (4, 1))}, "other": {"t": np.zeros((4, 300))}}
-    found = bootstrap_differences(methods, resample(methods), "other")["ours"]
-    theirs = stats.bootstrap((d,), np.mean, method="percentile", rng=0).confidence_interval
-    assert found == pytest.approx((d.mean(), theirs.low, theirs.high), abs=0.01)
-
-
-def test_bootstrap_is_repeatable():
-    methods = {"a": simulate(np.random.default_rng(8)), "b": simulate(np.random.default_rng(9))}
-    assert np.array_equal(resample(methods), resample(methods))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from multiflora.compare import statistics
 from multiflora.compare.summary import summarise
 from multiflora.errors import DataError
 from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors, made_tunings
@@ -31,27 +30,25 @@ def has_winner(summary) -> bool:
 
 
 @pytest.mark.parametrize(("labels", "luck"), [(LABELS, 0.1), (LABELS[:2], 0.0), (LABELS[:2], 0.4)])
-def test_a_method_against_itself_has_no_winner_in_95_of_100(labels, luck, monkeypatch):
-    """Competitors that are one method: no claim, by either measure, in at least 95 of 100 comparisons."""
-    monkeypatch.setattr(statistics, "_RESAMPLES", 10)  # the ranks, which nobody looks at here, are most of the work
+def test_a_method_against_itself_has_no_winner_in_97_of_100(labels, luck):
+    """Competitors that are one method: no claim, by either measure, in at least 97 of 100 comparisons."""
     generator = np.random.default_rng(11)
-    winners = sum(has_winner(summary_of(generator, labels, rows=50, luck=luck, own=0.0)[0]) for _ in range(100))
-    assert winners <= 5
+    winners = sum(has_winner(summary_of(generator, labels, rows=50, luck=luck, own=0.0)[0]) for _ in range(33))
+    assert winners <= 1
 
 
 def test_the_very_same_cells_have_no_winner():
     _, cells = summary_of(np.random.default_rng(0), ["lora"])
     twice = [*cells, *({**cell, "label": "again"} for cell in cells if cell["kind"] == "seed")]
     summary = summed(["lora", "again"], twice)
-    assert summary.answer == "No difference to lora could be shown for any method (again)."
+    assert summary.answer == "Undecided: no difference to lora could be shown for any method (again)."
     assert "was 0.0 points higher (95 % interval 0.0 to 0.0, p = 1.00" in summary.sentences["again"]
 
 
 def test_a_better_method_is_found_and_the_others_are_not():
-    summary, _ = summary_of(np.random.default_rng(1), rows=200, gains={"two": 0.8}, own=0.0)
-    assert summary.answer.startswith("two did better than lora. For one, three and four no difference")
-    two = next(row for row in summary.rows if row.label == "two")
-    assert two.score.rank == (1, 1, 1, pytest.approx(1, abs=0.01))
+    summary, _ = summary_of(np.random.default_rng(1), rows=200, gains={"two": 0.8}, own=0.0, seeds=5)
+    assert summary.answer.startswith("two did better than lora. Undecided: for one, three and four no difference")
+    assert [row.verdict for row in summary.rows] == ["undecided", "undecided", "better", "undecided", "undecided"]
 
 
 def test_means_and_intervals_are_those_of_the_seeds():
@@ -86,8 +83,61 @@ def test_other_rows_are_refused():
     labels = ["lora", "one"]
     cells = made_cells(np.random.default_rng(5), labels)
     cells[2]["rows"][TASKS[0]]["id"][0] = "another"
-    with pytest.raises(DataError, match="lora-seed1 and base-base0 were scored on different rows of rg_chain_sum"):
+    with pytest.raises(DataError, match="one-seed1 and lora-seed1 were scored on different rows of rg_chain_sum"):
         summed(labels, cells)
+
+
+def with_rows_of_their_own(cells):
+    """The same cells, as if each seed's data had been drawn anew."""
+    for cell in cells:
+        for rows in cell["rows"].values():
+            rows["id"] = [f"{cell['seed']}-{row}" for row in rows["id"]]
+    return cells
+
+
+def test_rows_drawn_anew_with_each_seed_are_paired_within_it():
+    """The spread over seeds has the rows' chance in it: the paired t-test, whatever the rows do."""
+    labels = ["lora", "one"]
+    cells = with_rows_of_their_own(made_cells(np.random.default_rng(5), labels, own=2.0, rows=20, seeds=4))
+    one = summed(labels, cells, 4).rows[1].score
+    assert one.difference.p == pytest.approx(one.over_seeds.p, rel=1e-2)  # and a score's rounding
+    cells[2]["rows"][TASKS[0]]["id"] = cells[1]["rows"][TASKS[0]]["id"]
+    with pytest.raises(DataError, match="were scored on different rows of rg_chain_sum"):
+        summed(labels, cells, 4)
+
+
+def spec_with(labels, seeds, **keys):
+    comparison = made_comparison(labels, seeds)
+    return comparison.model_copy(update={"compare": comparison.compare.model_copy(update=keys)})
+
+
+def test_with_a_margin_equal_methods_are_shown_to_be_no_worse():
+    labels = ["lora", "one"]
+    cells = made_cells(np.random.default_rng(3), labels, rows=400, seeds=8, own=0.0)
+    for margin, verdict in ((None, "undecided"), (0.01, "undecided"), (10.0, "no worse")):
+        summary = summarise(spec_with(labels, 8, margin=margin), made_competitors(labels), cells, made_tunings(labels))
+        assert summary.rows[1].verdict == verdict
+    assert summary.answer == "one is no worse than lora by 10 points or more."
+    assert summary.sentences["one"].startswith("one is no worse than lora by 10 points or more: its macro score was")
+
+
+def test_undecided_comes_with_the_seeds_that_would_decide_and_what_they_cost():
+    summary, _ = summary_of(np.random.default_rng(0), ["lora", "one"], rows=50, gains={"one": 0.12}, own=0.0)
+    one = summary.rows[1]
+    assert one.verdict == "undecided"
+    assert summary.seed_seconds == 2 * 61
+    minutes = round(one.further_seeds * 122 / 60)
+    assert f"About {one.further_seeds} further seeds ({minutes} min for all methods) would decide it" in one.sentence
+
+
+def test_before_the_seeds_of_a_planned_look_are_there_nothing_is_claimed():
+    """A report that is opened half-way is no look."""
+    labels = ["lora", "one"]
+    cells = made_cells(np.random.default_rng(1), labels, rows=200, gains={"one": 2.0}, own=0.0, seeds=5)
+    early = [cell for cell in cells if cell["seed"] < 4]
+    assert summed(labels, cells, 5).rows[1].verdict == "better"
+    assert summed(labels, early, 5).rows[1].verdict == "undecided"
+    assert "nothing is claimed yet" in summed(labels, early, 5).sentences["one"]
 
 
 def test_a_method_that_diverged_is_told_of_and_not_averaged():
@@ -149,12 +199,12 @@ def test_tasks_of_the_harness_are_in_the_summary_and_count_as_not_trained_on():
 @pytest.mark.parametrize("untuned", ["lora", "two"])
 def test_where_one_of_two_is_not_tuned_no_winner_is_named(untuned):
     labels = ["lora", "one", "two"]
-    cells = made_cells(np.random.default_rng(1), labels, rows=200, gains={"two": 0.8}, own=0.0)
+    cells = made_cells(np.random.default_rng(1), labels, rows=200, gains={"two": 0.8}, own=0.0, seeds=5)
     tunings = {label: found for label, found in made_tunings(labels).items() if label != untuned}
-    summary = summarise(made_comparison(labels), made_competitors(labels), cells, tunings)
+    summary = summarise(made_comparison(labels, 5), made_competitors(labels), cells, tunings)
     assert "did better" not in " ".join([summary.answer, *summary.sentences.values()])
     said = summary.sentences["two"]
     assert said.startswith(f"Nothing is said of two against lora yet: the learning rate of {untuned} is not tuned")
     assert "multiflora compare out/comparison.yaml --set compare.learning_rate.trials=5" in said
     assert next(row for row in summary.rows if row.label == untuned).tuning.state == "not tuned"
-    assert "did better than lora" in summed(labels, cells).sentences["two"]
+    assert "did better than lora" in summed(labels, cells, 5).sentences["two"]

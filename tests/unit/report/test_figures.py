@@ -31,14 +31,13 @@ def by_name(drawings):
     return {drawing.name: drawing for drawing in drawings}
 
 
-def test_every_measure_has_its_means_differences_and_places(summary):
+def test_every_measure_has_its_means_and_differences(summary):
     found = by_name(figures.scores(summary))
-    assert list(found) == [f"{what}-{key}" for key in ("score", "nll") for what in ("means", "differences", "places")]
+    assert list(found) == [f"{what}-{key}" for key in ("score", "nll") for what in ("means", "differences")]
     one = summary.rows[1].score
     low, high = (100 * end for end in one.difference.interval[1:])
     assert f"one {100 * one.difference.interval.mean:.1f} ({low:.1f} to {high:.1f})" in found["differences-score"].alt
     assert "lora" not in found["differences-score"].alt.partition(":")[2].partition(":")[2]
-    assert f"one {one.rank.rank} ({one.rank.low} to {one.rank.high})" in found["places-score"].alt
 
 
 def test_score_and_loss_are_drawn_against_the_learning_rate(summary):

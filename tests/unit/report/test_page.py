@@ -67,7 +67,7 @@ def test_it_has_everything_that_was_asked_for(written):
         "Macro score",
         "Nats per token of the right answers",
         "p, corrected",
-        "Place",
+        "What could be seen",
         "Scores of every task",
         "Differences to lora in every task",
         "Training, seconds",
