@@ -7,7 +7,7 @@ import pytest
 
 from multiflora.compare.forgetting import forgetting, forgetting_words
 from multiflora.compare.summary import summarise
-from tests.unit.compare.made_cells import EXTRA, made_cells, made_comparison, made_competitors
+from tests.unit.compare.made_cells import EXTRA, made_cells, made_comparison, made_competitors, made_tunings
 
 LABELS = ["lora", "rlora", "multilora"]
 
@@ -29,7 +29,7 @@ def found_in(cells):
 
 
 def test_a_method_that_forgets_is_named_in_the_answer_and_the_others_are_not():
-    summary = summarise(made_comparison(LABELS, 4), made_competitors(LABELS), cells_of(0.3))
+    summary = summarise(made_comparison(LABELS, 4), made_competitors(LABELS), cells_of(0.3), made_tunings(LABELS))
     assert summary.forgetting.shown("rlora") == -1
     assert summary.forgetting.shown("multilora") == 0
     said = summary.answer[summary.answer.index("On tasks not trained on") :]
