@@ -63,7 +63,7 @@ class Prefill:
 
 
 class Batch:
-    """The running rows; rows of one model lie side by side."""
+    """The running rows; rows of one model and task lie side by side."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -87,7 +87,7 @@ class Batch:
         self.jobs.append(job)
         self._lengths.append(prefill.done)
         self._tokens.append(token)
-        order = sorted(range(len(self.jobs)), key=lambda k: self.jobs[k].model)
+        order = sorted(range(len(self.jobs)), key=lambda k: (self.jobs[k].model, str(self.jobs[k].task)))
         if order != list(range(len(order))):
             self._keep(order)
 
