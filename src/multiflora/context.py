@@ -342,7 +342,7 @@ class Routing:
         return output
 
     def enter(self, passed: Pass | None) -> None:
-        """Make a pass the running one, or none: for a caller that has several at once, of rows that lie side by side."""
+        """Make a pass the running one, or none: for a caller with several at once, of rows side by side."""
         self._here.current = passed
 
     def enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
