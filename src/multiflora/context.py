@@ -341,6 +341,10 @@ class Routing:
                     tensor.register_hook(partial(_go_back, here=here, found=found))  # type: ignore[no-untyped-call]
         return output
 
+    def enter(self, passed: Pass | None) -> None:
+        """Make a pass the running one, or none: for a caller with several at once, of rows side by side."""
+        self._here.current = passed
+
     def enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The decoder's pre-hook: note which states are the encoder's, which some of its layers read."""
         found = self._here.current

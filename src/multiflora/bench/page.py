@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.bench.plots import LABELS, figures
-from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, Samples, StepCase
-from multiflora.bench.stats import extra_ratio, median, over_floor, ratio, total
+from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, Samples, ServeCase, StepCase
+from multiflora.bench.stats import extra_ratio, median, over_floor, ratio, spread, total
 from multiflora.bench.table import HEADER, cells
 from multiflora.bench.verdict import Verdict, verdicts
 from multiflora.files import saving, write_text
@@ -87,6 +87,7 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
             for case in results.training
         ],
         generated=[(case, _generated(case, results.clock)) for case in results.generate],
+        served=[(case, _served(case)) for case in results.serve],
         name=name,
         figures={figure: f"{name}/{figure}.svg" for figure in drawn},
         labels=LABELS,
@@ -104,6 +105,7 @@ def _rounds(results: Results) -> list[str]:
         "steps": results.steps,
         "training": results.training,
         "generation": results.generate,
+        "serving": results.serve,
     }
     found = []
     for name, cases in sections.items():
@@ -195,6 +197,19 @@ def _generated(case: GenerateCase, clock: Clock) -> list[list[str]]:
             row.append("" if name == "base" else str(ratio(phases[phase], seconds["base"][phase])))
         parameters = case.parameters.get(name)
         rows.append([*row, "" if parameters is None else f"{parameters:,}"])
+    return rows
+
+
+def _served(case: ServeCase) -> list[list[str]]:
+    """Each load's tokens per second, and the server's own time for a token."""
+    names = {"base": "base, {} clients", "rlora": "R-LoRA, {} clients", "mixed": "base and four adapters, {} clients"}
+    names["transformers serve"] = "`transformers serve`, base, {} clients"
+    rows = []
+    for load in case.seconds:
+        own = 1e3 / median(case.speeds(load, "cpu"))
+        speed = spread(case.speeds(load))
+        shown = f"{speed.value:.0f} ({speed.low:.0f} to {speed.high:.0f})"
+        rows.append([names.get(load, load).format(case.clients), f"{case.written[load]:,}", shown, f"{own:.1f}"])
     return rows
 
 

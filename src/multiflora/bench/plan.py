@@ -9,8 +9,8 @@ from multiflora.bench.shapes import SHAPES, Shape
 
 __all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Dtype", "Job", "Preset", "Section", "plan"]
 
-Section = Literal["layer", "heads", "memory", "shared", "step", "train", "generate"]
-SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train", "generate")
+Section = Literal["layer", "heads", "memory", "shared", "step", "train", "generate", "serve"]
+SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train", "generate", "serve")
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     @property
     def ticks(self) -> int:
         """How often it reports progress."""
-        warm_up = {"step": 1, "train": 1, "generate": 1, "memory": 0}.get(self.section, 2)
+        warm_up = {"step": 1, "train": 1, "generate": 1, "serve": 1, "memory": 0}.get(self.section, 2)
         return int(self.settings.get("rounds", 0)) + warm_up
 
 
@@ -83,6 +83,7 @@ def plan(
         *_steps(preset, kind, dtype),
         *_training(preset, tasks),
         *_generate(preset, dtype),
+        *_serve(preset, dtype),
     ]
     return [job for job in jobs if not only or job.section in only]
 
@@ -216,7 +217,7 @@ def _training(preset: Preset, tasks: tuple[str, ...]) -> list[Job]:
 
 
 def _generate(preset: Preset, dtype: Dtype) -> list[Job]:
-    tokens, rounds = {"quick": (4, 3), "standard": (16, 7), "full": (32, 15)}[preset]
+    tokens, rounds = {"quick": (4, 2), "standard": (16, 7), "full": (32, 15)}[preset]
     jobs = []
     for each in dict.fromkeys((dtype, "float32") if preset == "full" else (dtype,)):
         for batch, prompt in ((1, 32), (16, 32), (1, 512)):
@@ -226,3 +227,12 @@ def _generate(preset: Preset, dtype: Dtype) -> list[Job]:
             given = {**settings, "tokens": tokens if prompt == 32 else 1, "rounds": rounds}
             jobs.append(Job("generate", given, settings, 10 + cost))
     return jobs
+
+
+def _serve(preset: Preset, dtype: Dtype) -> list[Job]:
+    tokens, requests, rounds = {"quick": (8, 100, 1), "standard": (32, 1000, 3), "full": (64, 1000, 7)}[preset]
+    settings = {"clients": 16, "prompt": 32, "dtype": dtype}
+    more = {"tokens": tokens, "requests": requests, "rounds": rounds}
+    # two servers start; a token of 16 rows, five loads and the long answer; the short requests
+    cost = 30 + 0.08 * (6 * tokens * (rounds + 1) + 512) / (1 if dtype == "float32" else 2) + 0.06 * requests
+    return [Job("serve", {**settings, **more}, settings, cost)]

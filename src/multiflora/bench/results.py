@@ -22,6 +22,7 @@ __all__ = [
     "Profile",
     "Results",
     "Samples",
+    "ServeCase",
     "SharedCase",
     "StepCase",
     "TrainingCase",
@@ -203,6 +204,47 @@ class GenerateCase(_Frozen):
         return f"{self.model}, {self.dtype}, batch {self.batch}, prompt of {self.prompt}"
 
 
+class ServeCase(_Frozen):
+    """Clients of a server on this machine: loads that come and are answered, and what the server holds."""
+
+    model: str
+    clients: int
+    """That ask at once; in the load "base, 1 client" there is one."""
+    prompt: int
+    """Tokens of each."""
+    tokens: int
+    """Of each answer."""
+    dtype: str
+    written: dict[str, int]
+    """Tokens of all answers of each load."""
+    seconds: Samples
+    """Loads "base, 1 client", "base", "rlora", "mixed" (the base and four adapters) and, where it runs, "transformers
+    serve" (the base); phase answers. The processor's clock is the server's own."""
+    first_tokens: list[int]
+    """Tokens of an answer of 512 that came between a short request and its first token, of each short request."""
+    requests: int
+    """Over which memory was watched."""
+    memory: list[int]
+    """Bytes that the server held after each twentieth of them."""
+    left_out: str = ""
+    """Why `transformers serve` was not measured."""
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return f"{self.model}, {self.dtype}, {self.clients} clients, prompts of {self.prompt}, {self.tokens} tokens"
+
+    def speeds(self, load: str, clock: Clock = "wall") -> list[float]:
+        """Tokens per second of a load, in each round."""
+        return [self.written[load] / seconds for seconds in self.seconds[load]["answers"][clock]]
+
+    @property
+    def growth(self) -> float:
+        """Most memory in the second half of the requests over the least there."""
+        half = self.memory[len(self.memory) // 2 :]
+        return max(half) / min(half)
+
+
 class SharedCase(_Frozen):
     """Stems of layers that read the same input: one product for each layer, or one for all."""
 
@@ -233,6 +275,7 @@ class Results(_Frozen):
     steps: tuple[StepCase, ...] = ()
     training: tuple[TrainingCase, ...] = ()
     generate: tuple[GenerateCase, ...] = ()
+    serve: tuple[ServeCase, ...] = ()
 
     @property
     def clock(self) -> Clock:

@@ -14,6 +14,7 @@ from multiflora.bench.layers import measure_heads, measure_layer, measure_memory
 from multiflora.bench.machine import has_compiler, machine
 from multiflora.bench.plan import GENERATED_TASKS, TASKS, Job, Preset, Section, plan
 from multiflora.bench.results import Machine, Results, load, save
+from multiflora.bench.serve import measure_serve
 from multiflora.bench.shared import measure_shared
 from multiflora.bench.steps import measure_step
 from multiflora.bench.timing import threads
@@ -30,6 +31,7 @@ _MEASURES: dict[Section, tuple[str, Callable[..., Any]]] = {
     "step": ("steps", measure_step),
     "train": ("training", measure_training),
     "generate": ("generate", measure_generate),
+    "serve": ("serve", measure_serve),
 }
 """Section -> its field in the results, and what measures one of its cases."""
 

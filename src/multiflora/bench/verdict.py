@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, StepCase, TrainingCase
-from multiflora.bench.stats import Estimate, extra_ratio, median, over_floor, ratio, total
+from multiflora.bench.stats import Estimate, extra_ratio, median, over_floor, ratio, spread, total
 
 __all__ = ["TARGETS", "Line", "Target", "Verdict", "verdicts"]
 
@@ -233,6 +233,28 @@ def _floor_of_decoding(case: GenerateCase, opponent: str, phase: str, clock: Clo
     return ratio([a + b for a, b in zip(base, products, strict=True)], other).value
 
 
+def _served(ours: str, other: str) -> Callable[[Results], Iterator[Line]]:
+    """One load's tokens per second over another's: by the wall, as clients wait; also on a machine with one thread."""
+
+    def lines(results: Results) -> Iterator[Line]:
+        for case in results.serve:
+            if {ours, other} <= set(case.seconds):
+                found = ratio(case.speeds(ours), case.speeds(other))
+                yield Line(case.name, found, found)
+
+    return lines
+
+
+def _waited(results: Results) -> Iterator[Line]:
+    for case in results.serve:
+        yield Line(case.name, spread(case.first_tokens))
+
+
+def _grown(results: Results) -> Iterator[Line]:
+    for case in results.serve:
+        yield Line(f"{case.name}, {case.requests:,} short requests", Estimate(case.growth, case.growth, case.growth))
+
+
 _ADDITIVE_OR_ROUTED = ("multilora", "mlora", "rlora", "hydralora")
 _BY_TASK = ("mtllora", "moelora")
 _ALL = (*_ADDITIVE_OR_ROUTED, *_BY_TASK)
@@ -258,6 +280,12 @@ TARGETS = (
     Target("token / peft LoRA, batch 16", 0.55, _decoding(_ALL, "peft", batch=16)),
     Target("prefill of 512 / base", 1.1, _decoding(_ALL, "base", prompt=512, phase="prefill")),
     Target("token of 16 heads / 2 heads", 1.1, _decoding(("rlora-16",), "rlora-2")),
+    Target("served: 16 clients / 1 client", 6.0, _served("base", "base, 1 client"), at_least=True),
+    Target("served: R-LoRA / base", 0.8, _served("rlora", "base"), at_least=True),
+    Target("served: tokens before a short request's first", 3.0, _waited),
+    Target("served: mixed / one adapter", 0.75, _served("mixed", "rlora"), at_least=True),
+    Target("served: memory, last half", 1.02, _grown),
+    Target("served: base / transformers serve", 1.0, _served("base", "transformers serve"), at_least=True),
     Target("GPU: R-LoRA layer / peft LoRA", 0.7, _extra_over("peft", on_gpu=True), needs_gpu=True),
     Target("GPU: R-LoRA layer / compiled loop", 1.0, _extra_over("compiled loop", on_gpu=True), needs_gpu=True),
     Target("GPU: R-LoRA layer / floor", 2.0, _over_floor, needs_gpu=True),
@@ -267,5 +295,5 @@ TARGETS = (
 A layer compares by the time that forward and backward take beyond the frozen layer alone, with 5 heads of rank 8; so do
 numbers of heads, at one total rank. A step is a whole training step of SmolLM2-135M with adapters on all linear layers,
 a frozen model's step its forward pass and the gradient of its input. peft's LoRA has as many trainable parameters as
-R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a second.
+R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a second, and so is what is served.
 """

@@ -22,6 +22,7 @@ class _Section(str, Enum):
     step = "step"
     train = "train"
     generate = "generate"
+    serve = "serve"
 
 
 class _Device(str, Enum):

@@ -2,6 +2,7 @@
 
 All rows share one cache, filled on the left up to the longest row, as `generate` fills a batch of prompts. A row that
 joins brings the cache of its own prompt; a row that leaves takes its part along, and what no row needs any more is cut.
+Short prompts that wait are read together, and a beginning that a running row has read, too, is copied from it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from multiflora.serve.job import Job
 from multiflora.serve.sampling import perturbed
 
-__all__ = ["Batch", "Prefill", "joins", "next_token"]
+__all__ = ["Batch", "Prefill", "joins", "next_token", "next_tokens"]
 
 Forward = Callable[..., Any]
 """(ids, names, tasks, **words) -> a model's output."""
+Begun = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values, (1, heads, tokens, width), of each layer."""
+
+WORTH_COPYING = 32
+"""Tokens of a beginning that is not read again: fewer are read faster together with other prompts."""
 
 
 def joins(config: Any) -> bool:
@@ -29,41 +35,47 @@ def joins(config: Any) -> bool:
 
 
 class Prefill:
-    """A prompt on its way into a cache of its own, chunk by chunk.
+    """Prompts on their way into a cache of their own: a long one chunk by chunk, or some short ones together.
 
     Args:
-        job: The answer it is for.
+        jobs: The answers they are for.
         config: The model's.
         device: The model's.
+        begun: Keys and values of the first tokens of a single prompt, layer by layer, where they are known.
     """
 
-    def __init__(self, job: Job, config: Any, device: torch.device) -> None:
-        self.job = job
+    def __init__(self, jobs: Sequence[Job], config: Any, device: torch.device, begun: Begun = ()) -> None:
+        self.jobs = sorted(jobs, key=_side_by_side)
         self.cache = DynamicCache(config=config)
-        self.done = 0
-        self._ids = torch.tensor([job.prompt], device=device)
+        for number, (keys, values) in enumerate(begun):
+            self.cache.update(keys, values, number)
+        self.done = self.cache.get_seq_length() if begun else 0
+        self.lengths = [len(job.prompt) for job in self.jobs]
+        self.longest = max(self.lengths)
+        fill = [self.longest - length for length in self.lengths]
+        rows = [[0] * empty + job.prompt for empty, job in zip(fill, self.jobs, strict=True)]
+        self._ids = torch.tensor(rows, device=device)
+        self._positions = torch.arange(self.longest, device=device) - torch.tensor(fill, device=device).unsqueeze(1)
 
     def step(self, forward: Forward, chunk: int) -> Tensor | None:
-        """Read the next chunk; the logits of the first token once all is read, (1, vocabulary)."""
-        ids = self._ids[:, self.done : self.done + chunk]
-        positions = torch.arange(self.done, self.done + ids.shape[1], device=ids.device).unsqueeze(0)
+        """Read the next chunk; the logits of the first tokens once all is read, (rows, vocabulary)."""
+        start, self.done = self.done, min(self.done + chunk, self.longest)
         out = forward(
-            ids,
-            [self.job.model],
-            [self.job.task],
-            attention_mask=torch.ones(1, self.done + ids.shape[1], dtype=torch.long, device=ids.device),
-            position_ids=positions,
+            self._ids[:, start : self.done],
+            [job.model for job in self.jobs],
+            [job.task for job in self.jobs],
+            attention_mask=(self._positions[:, : self.done] >= 0).long(),
+            position_ids=self._positions[:, start : self.done].clamp(min=0),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self.done += ids.shape[1]
         found: Tensor = out.logits[:, -1]
-        return found if self.done == self._ids.shape[1] else None
+        return found if self.done == self.longest else None
 
 
 class Batch:
-    """The running rows; rows of one model lie side by side."""
+    """The running rows; rows of one model and task lie side by side."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -72,24 +84,46 @@ class Batch:
         self._tokens: list[int] = []
 
     def join(self, prefill: Prefill, logits: Tensor) -> None:
-        """Take in a row whose prompt has been read; its first token is written at once."""
-        job = prefill.job
-        token = next_token(job, logits[0])
-        if job.finish is not None:
+        """Take in rows whose prompts have been read; their first tokens are written at once."""
+        tokens = next_tokens(prefill.jobs, logits)
+        new = [k for k, job in enumerate(prefill.jobs) if job.finish is None]
+        if not new:
             return
-        if not self.jobs:
-            self._cache, self._lengths, self.jobs, self._tokens = prefill.cache, [prefill.done], [job], [token]
-            return
-        length = max(self._cache.get_seq_length(), prefill.done)
-        for ours, new in zip(self._cache.layers, prefill.cache.layers, strict=True):
-            ours.keys = torch.cat((_filled(ours.keys, length), _filled(new.keys, length)))
-            ours.values = torch.cat((_filled(ours.values, length), _filled(new.values, length)))
-        self.jobs.append(job)
-        self._lengths.append(prefill.done)
-        self._tokens.append(token)
-        order = sorted(range(len(self.jobs)), key=lambda k: self.jobs[k].model)
+        if self.jobs:
+            length = max(self._cache.get_seq_length(), prefill.done)
+            for ours, theirs in zip(self._cache.layers, prefill.cache.layers, strict=True):
+                ours.keys = torch.cat((_filled(ours.keys, length), _filled(theirs.keys[new], length)))
+                ours.values = torch.cat((_filled(ours.values, length), _filled(theirs.values[new], length)))
+        else:
+            self._cache = prefill.cache
+        before = len(self.jobs)
+        self.jobs = [*self.jobs, *(prefill.jobs[k] for k in new)]
+        self._lengths += [prefill.lengths[k] for k in new]
+        self._tokens += [tokens[k] for k in new]
+        if not before and len(new) < len(prefill.jobs):
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[new], layer.values[new]
+        order = sorted(range(len(self.jobs)), key=lambda k: _side_by_side(self.jobs[k]))
         if order != list(range(len(order))):
             self._keep(order)
+
+    def in_common(self, job: Job) -> tuple[int, int] | None:
+        """The running row whose prompt begins as the job's does, and for how long; None where it is not worth it."""
+        like = [k for k, other in enumerate(self.jobs) if (other.model, other.task) == (job.model, job.task)]
+        common = {k: _common(self.jobs[k].prompt, job.prompt[:-1]) for k in like}
+        row = max(common, key=common.__getitem__, default=None)
+        if row is None or common[row] < WORTH_COPYING:
+            return None
+        return row, common[row]
+
+    def begun(self, row: int, count: int) -> Begun:
+        """Keys and values of a row's first tokens, copied."""
+        start = self._cache.get_seq_length() - self._lengths[row]
+        part = slice(start, start + count)
+        return [
+            (layer.keys[row : row + 1, :, part].clone(), layer.values[row : row + 1, :, part].clone())
+            for layer in self._cache.layers
+        ]
 
     def step(self, forward: Forward) -> None:
         """Write one token of every row, and let go of the rows that are finished."""
@@ -109,7 +143,7 @@ class Batch:
             use_cache=True,
         )
         self._lengths = [length + 1 for length in self._lengths]
-        self._tokens = [next_token(job, logits) for job, logits in zip(self.jobs, out.logits[:, -1], strict=True)]
+        self._tokens = next_tokens(self.jobs, out.logits[:, -1])
         self._drop()
 
     def _drop(self) -> None:
@@ -139,8 +173,28 @@ def _filled(states: Tensor, length: int) -> Tensor:
     return F.pad(states, (0, 0, length - states.shape[2], 0))
 
 
-def next_token(job: Job, logits: Tensor) -> int:
-    """Draw a row's next token and hand it to its job."""
-    token = int(perturbed(logits.float(), job).argmax())
+def _side_by_side(job: Job) -> tuple[str, str]:
+    """Rows that are equal in this are computed together."""
+    return job.model, str(job.task)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts have in common from the beginning on."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def next_tokens(jobs: Sequence[Job], logits: Tensor) -> list[int]:
+    """Draw each row's next token, (rows, vocabulary), and hand it to its job."""
+    likeliest = logits.argmax(-1).tolist()  # of all rows at once: most are greedy
+    return [
+        next_token(job, own, token if job.temperature == 0 else None)
+        for job, own, token in zip(jobs, logits, likeliest, strict=True)
+    ]
+
+
+def next_token(job: Job, logits: Tensor, token: int | None = None) -> int:
+    """Draw a row's next token, where it is not known yet, and hand it to its job."""
+    if token is None:
+        token = int(perturbed(logits.float(), job).argmax())
     job.feed(token, logits)
     return token

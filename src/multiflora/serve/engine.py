@@ -51,11 +51,13 @@ class _Lane:
         self.whole = hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning
         self.joins = joins(self.config) and not self.whole
         self.batch = Batch()
-        self.reading: deque[Prefill] = deque()
+        self.waiting: deque[Job] = deque()
+        self.reading: Prefill | None = None
 
     def jobs(self) -> list[Job]:
-        """Those that run, and those whose prompts are read."""
-        return [*self.batch.jobs, *(prefill.job for prefill in self.reading)]
+        """Those that run, and those whose prompts are read or next to be."""
+        reading = self.reading  # which the computing thread may end meanwhile
+        return [*self.batch.jobs, *(reading.jobs if reading else ()), *self.waiting]
 
     def room(self) -> bool:
         """Whether one more may join."""
@@ -66,22 +68,53 @@ class _Lane:
         for job in self.jobs():
             job.close("failed")
         self.batch = Batch()
-        self.reading.clear()
+        self.reading = None
+        self.waiting.clear()
 
     @torch.inference_mode()
     def round(self, chunk: int) -> None:
-        """Write a token of every row, and read a chunk of the prompt that has waited longest."""
+        """Write a token of every row, and read a chunk of the prompts that have waited longest."""
         self.batch.step(self.forward)
-        while self.reading and self.reading[0].job.cancelled:
-            self.reading.popleft().job.close("cancelled")
-        if self.reading and self.whole:
-            _whole(self.model, self.reading.popleft().job)
-        elif self.reading:
-            first = self.reading[0]
-            logits = first.step(self.forward, chunk if self.joins else len(first.job.prompt))
+        self._drop()
+        # jobs are held in one place at least whatever fails, so that `fail` finds them
+        if self.whole and self.waiting:
+            _whole(self.model, self.waiting[0])
+            self.waiting.popleft()
+            return
+        if self.reading is None and self.waiting:
+            self.reading = self._next(chunk)
+            for _ in self.reading.jobs:
+                self.waiting.popleft()
+        if self.reading is not None:
+            logits = self.reading.step(self.forward, chunk if self.joins else self.reading.longest)
             if logits is not None:
-                self.reading.popleft()
-                self.batch.join(first, logits)
+                self.batch.join(self.reading, logits)
+                self.reading = None
+
+    def _drop(self) -> None:
+        """Let go of prompts that nobody waits for any more."""
+        if self.reading is not None and all(job.cancelled for job in self.reading.jobs):
+            for job in self.reading.jobs:
+                job.close("cancelled")
+            self.reading = None
+        for job in [job for job in self.waiting if job.cancelled]:
+            self.waiting.remove(job)
+            job.close("cancelled")
+
+    def _next(self, chunk: int) -> Prefill:
+        """The prompt that has waited longest, and those behind it that fit into one chunk with it."""
+        first, *others = self.waiting
+        if not self.joins:
+            return Prefill([first], self.config, self.device)
+        if (common := self.batch.in_common(first)) is not None:
+            return Prefill([first], self.config, self.device, self.batch.begun(*common))
+        jobs, longest = [first], len(first.prompt)
+        for job in others:
+            longest = max(longest, len(job.prompt))
+            if longest * (len(jobs) + 1) > chunk or self.batch.in_common(job) is not None:
+                break
+            jobs.append(job)
+        return Prefill(jobs, self.config, self.device)
 
 
 class Engine:
@@ -164,7 +197,7 @@ class Engine:
             if job.cancelled:
                 job.close("cancelled")
             elif not full and lane.room():
-                lane.reading.append(Prefill(job, lane.config, lane.device))
+                lane.waiting.append(job)
                 held, count = held + job.room, count + 1
             else:
                 left.append(job)

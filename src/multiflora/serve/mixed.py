@@ -1,11 +1,13 @@
 """One model for a batch in which each row has an adapter of its own, of any method, or none.
 
 The base product of a layer is computed once for all rows; each adapter then adds its branches to its own rows, which
-lie side by side. Nothing is switched: a layer looks at the groups of the batch that is running.
+lie side by side, by adapter and task. Nothing is switched: a layer looks at the groups of the batch that is running,
+and each group's branches are those that :mod:`multiflora.methods.inference` keeps prepared.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,21 +15,27 @@ from peft.tuners.lora.layer import Linear as PlainLora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from multiflora.context import find
+from multiflora.context import Pass, Routing, find
+from multiflora.methods.inference import Store
 from multiflora.methods.layer import BranchLinear
 from multiflora.serve.models import Served, share_weights
 
 __all__ = ["Group", "Mixed"]
 
 Task = str | int | None
+Key = tuple[str, Task]
 
 
 class Group(NamedTuple):
-    """Rows of a batch that lie side by side and have one adapter."""
+    """Rows of a batch that lie side by side and have one adapter and one task."""
 
     name: str
     start: int
     stop: int
+    routing: Routing | None
+    """What the adapter's layers ask for the task; None where they ask nothing."""
+    passed: Pass | None
+    """What they are told."""
 
 
 class _Layer(nn.Module):
@@ -46,9 +54,23 @@ class _Layer(nn.Module):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        for name, start, stop in self.groups:
-            if (layer := self.adapters.get(name)) is not None:
+        # each line is paid for by every layer for every token
+        state = self.__dict__
+        adapters, groups = state["adapters"], state["groups"]
+        if len(groups) == 1:
+            (name, _, _, routing, passed) = groups[0]
+            if (layer := adapters.get(name)) is None:
+                alone: Tensor = state["_modules"]["base"](x)
+                return alone
+            if routing is not None:
+                routing.enter(passed)
+            own: Tensor = layer.forward(x)  # which takes the base product along
+            return own
+        y: Tensor = state["_modules"]["base"](x)
+        for name, start, stop, routing, passed in groups:
+            if (layer := adapters.get(name)) is not None:
+                if routing is not None:
+                    routing.enter(passed)
                 y[start:stop] = _added(layer, x[start:stop], y[start:stop])
         return y
 
@@ -73,10 +95,12 @@ class Mixed:
     def __init__(self, base: Any, served: Mapping[str, Served]) -> None:
         self.groups: list[Group] = []
         self.model = share_weights(base)
-        self._routings: dict[str, Any] = {}
+        self._routings: dict[str, Routing | None] = {}
+        self._decoding: tuple[Any, list[Group]] = (None, [])
         known = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
         places: dict[str, dict[str, Any]] = {}
-        self.names = set()
+        self.names: set[str] = set()
+        self._by_task = {name for name, one in served.items() if one.needs_task}
         for name, one in served.items():
             layers = {} if one.model is base else _linear_layers(one.model, known)
             if layers is None:
@@ -91,7 +115,7 @@ class Mixed:
             setattr(owner, leaf, _Layer(getattr(owner, leaf), adapters, self.groups))
 
     def forward(self, ids: Tensor, names: Sequence[str], tasks: Sequence[Task], **words: Any) -> Any:
-        """One forward pass; rows of one adapter must lie side by side.
+        """One forward pass; rows of one adapter and task must lie side by side.
 
         Args:
             ids: (rows, length).
@@ -99,21 +123,46 @@ class Mixed:
             tasks: The task of each row.
             words: For the model.
         """
-        self.groups[:] = _groups(names)
-        for name, start, stop in self.groups:
-            if (routing := self._routings[name]) is not None:
-                own = list(tasks[start:stop])
-                known = None if None in own else own
-                routing.begin(self.model, (ids[start:stop],), {} if known is None else {"task_id": known})
-        return self.model(input_ids=ids, **words)
+        rows = self._keys(names, tasks)
+        if ids.shape[1] > 1:
+            self.groups[:] = self._grouped(rows, tasks, ids)
+        else:
+            if self._decoding[0] != rows:  # a row has come or gone
+                self._decoding = rows, list(self._grouped(rows, tasks, ids))
+            self.groups[:] = self._decoding[1]
+        try:
+            return self.model(input_ids=ids, **words)
+        finally:
+            for group in self.groups:
+                if group.routing is not None:
+                    group.routing.enter(None)
 
+    def _keys(self, names: Sequence[str], tasks: Sequence[Task]) -> list[Key]:
+        """What each row's group is told apart by."""
+        asked = dict.fromkeys(zip(names, tasks, strict=True))
+        count = Counter(name for name, _ in asked)
+        # more tasks than a layer keeps prepared at once are computed together
+        apart = {name: count[name] <= Store.MOST // 2 for name in count}
+        by_task = self._by_task
+        return [
+            (name, task if apart[name] else "several") if name in by_task else (name, None)
+            for name, task in zip(names, tasks, strict=True)
+        ]
 
-def _groups(names: Sequence[str]) -> Iterator[Group]:
-    start = 0
-    for k in range(1, len(names) + 1):
-        if k == len(names) or names[k] != names[start]:
-            yield Group(names[start], start, k)
-            start = k
+    def _grouped(self, rows: Sequence[Key], tasks: Sequence[Task], ids: Tensor) -> Iterator[Group]:
+        """Each group, and a pass for the layers of its adapter."""
+        start = 0
+        for k in range(1, len(rows) + 1):
+            if k == len(rows) or rows[k] != rows[start]:
+                name, task = rows[start]
+                routing, passed = self._routings[name], None
+                if routing is not None:
+                    given = {} if task is None else {"task_id": list(tasks[start:k])}
+                    routing.enter(None)
+                    routing.begin(self.model, (ids[start:k],), given)
+                    passed = routing.now()
+                yield Group(name, start, k, routing, passed)
+                start = k
 
 
 def _linear_layers(model: Any, known: set[int]) -> dict[str, Any] | None:

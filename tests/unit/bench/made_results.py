@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from multiflora.bench.results import LayerCase, Machine, MemoryCase, Results, SharedCase, StepCase, TrainingCase
+from multiflora.bench.results import (
+    LayerCase,
+    Machine,
+    MemoryCase,
+    Results,
+    ServeCase,
+    SharedCase,
+    StepCase,
+    TrainingCase,
+)
 
 
 def made(rounds: int = 4, **totals: float) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -83,6 +92,24 @@ def step(dropout: float, **milliseconds: float) -> StepCase:
     )
 
 
+def serving(**changes: Any) -> ServeCase:
+    """Loads of 320 tokens in so many seconds by the wall, and a tenth of that of the server's time."""
+    times = {"base, 1 client": 16.0, "base": 2.0, "rlora": 2.5, "mixed": 4.0, "transformers serve": 3.0}
+    fields: dict[str, Any] = {
+        "model": "SmolLM2-135M",
+        "clients": 16,
+        "prompt": 32,
+        "tokens": 20,
+        "dtype": "float32",
+        "written": dict.fromkeys(times, 320) | {"base, 1 client": 160},
+        "seconds": {name: {"answers": {"wall": [value] * 3, "cpu": [value / 10] * 3}} for name, value in times.items()},
+        "first_tokens": [1, 2, 2, 9],
+        "requests": 1000,
+        "memory": [500_000_000, 900_000_000, 1_000_000_000, 1_010_000_000],
+    }
+    return ServeCase(**fields | changes)
+
+
 def results(**changes: Any) -> Results:
     """A run with every section, in which some targets hold and some do not."""
     heads = made(frozen=10.0, packed_2=12.0, packed_4=12.1, packed_8=12.1, packed_16=12.2, loop_2=20.0, loop_16=90.0)
@@ -128,5 +155,6 @@ def results(**changes: Any) -> Results:
                 seconds=training,  # type: ignore[arg-type]
             ),
         ),
+        "serve": (serving(),),
     }
     return Results(**fields | changes)

@@ -9,8 +9,9 @@ import pytest
 
 from multiflora.bench.page import write_page
 from multiflora.bench.results import load
+from multiflora.bench.verdict import TARGETS
 
-from .made_results import layer, machine, made, results, step
+from .made_results import layer, machine, made, results, serving, step
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -32,6 +33,16 @@ def test_it_tells_targets_misses_floor_and_profile(tmp_path):
     assert "torch 2.13.0" in page
     for name in re.findall(r"\]\(<(.*?)>\)", page):
         assert (tmp_path / name).is_file()
+
+
+def test_it_tells_what_was_served_and_why_the_opponent_was_not(tmp_path):
+    write_page(results(serve=(serving(left_out="A server did not start: no fastapi."),)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    assert "| base, 1 client | 160 | 10 (10 to 10) | 10.0 |" in page
+    assert "| R-LoRA, 16 clients | 320 | 128 (128 to 128) | 0.8 |" in page
+    assert "first token came after 1, 2, 2, 9 of its tokens" in page
+    assert "After 500 short requests the server held 900.00 MB, after 1,000 1,010.00 MB." in page
+    assert "`transformers serve` was not measured: A server did not start: no fastapi." in page
 
 
 def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):
@@ -65,10 +76,10 @@ def test_every_table_has_a_cell_for_every_column(tmp_path):
 
 
 def test_a_part_is_a_page_too(tmp_path):
-    nothing = {"layers": (), "heads": (), "memory": (), "shared": (), "steps": (), "training": ()}
+    nothing = {"layers": (), "heads": (), "memory": (), "shared": (), "steps": (), "training": (), "serve": ()}
     write_page(results(**nothing), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    assert page.count("not measured") == 14
+    assert page.count("not measured") == len(TARGETS)
     assert "## Layers" not in page
     assert "## Where a target is missed" not in page
     assert not list((tmp_path / "performance").iterdir())
@@ -86,7 +97,7 @@ def test_it_says_how_many_rounds_there_were(tmp_path):
     )
     write_page(results(layers=(*results().layers, longer)), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    assert "- **Rounds:** layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3." in page
+    assert "- **Rounds:** layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, serving 3." in page
 
 
 def test_it_says_that_bfloat16_is_emulated(tmp_path):

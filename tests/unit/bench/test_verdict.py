@@ -7,7 +7,7 @@ import pytest
 from multiflora.bench.table import cells
 from multiflora.bench.verdict import TARGETS, verdicts
 
-from .made_results import layer, machine, results, step
+from .made_results import layer, machine, results, serving, step
 
 
 def judge(name, measured):
@@ -31,6 +31,20 @@ def judge(name, measured):
         ("R-LoRA step / peft LoRA, dropout 0", [1200 / 1500], [1100 / 1500], "held"),
         ("R-LoRA step / frozen model", [1.2, 1.2], [1.1, 1.1], "held"),
         ("training speed / SFTTrainer with peft LoRA", [2.0], [None], "held"),
+        # 160 tokens a second and 10; 128 of R-LoRA; 80 of the mixed load
+        ("served: 16 clients / 1 client", [16.0], [None], "held"),
+        ("served: R-LoRA / base", [0.8], [None], "held"),
+        ("served: tokens before a short request's first", [2.0], [None], "held"),
+        ("served: mixed / one adapter", [0.625], [None], "missed"),
+        ("served: memory, last half", [1.01], [None], "held"),
+        ("served: base / transformers serve", [1.5], [None], "held"),
+        ("token / base, batch 1", [], [], "not measured"),
+        ("token / base, batch 16", [], [], "not measured"),
+        ("token / base, batch 16, gated by task", [], [], "not measured"),
+        ("token / peft LoRA, batch 1", [], [], "not measured"),
+        ("token / peft LoRA, batch 16", [], [], "not measured"),
+        ("prefill of 512 / base", [], [], "not measured"),
+        ("token of 16 heads / 2 heads", [], [], "not measured"),
         ("GPU: R-LoRA layer / peft LoRA", [], [], "not measured"),
         ("GPU: R-LoRA layer / compiled loop", [], [], "not measured"),
         ("GPU: R-LoRA layer / floor", [], [], "not measured"),
@@ -46,7 +60,15 @@ def test_each_target(name, values, floors, word):
 
 
 def test_the_parametrisation_above_leaves_no_target_out():
-    assert len(TARGETS) == len({target.name for target in TARGETS}) == 14
+    assert len(TARGETS) == len({target.name for target in TARGETS}) == 27
+
+
+def test_a_server_is_judged_by_the_wall_and_without_the_opponent_by_the_rest():
+    busy = serving()
+    busy.seconds["rlora"]["answers"]["cpu"] = [100.0] * 3
+    assert judge("served: R-LoRA / base", results(serve=(busy,))).word == "held"
+    del busy.seconds["transformers serve"]
+    assert judge("served: base / transformers serve", results(serve=(busy,))).word == "not measured"
 
 
 def test_a_speed_must_be_high_and_a_time_low():

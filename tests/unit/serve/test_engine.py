@@ -12,7 +12,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multiflora
-from multiflora.serve.engine import Engine
+from multiflora.methods import inference
+from multiflora.serve.engine import Engine, _Lane
 from multiflora.serve.job import Job
 from multiflora.serve.limits import Limits
 from multiflora.serve.mixed import Mixed
@@ -61,8 +62,8 @@ def answers(models, kinds, limits, *, count):
 
         async def one():
             name, task = draw.choice(kinds)
-            prompt = [draw.randrange(2, 50) for _ in range(draw.randrange(1, 20))]
-            length, turns = draw.randrange(1, 25), draw.randrange(200)
+            prompt = [draw.randrange(2, 50) for _ in range(draw.randrange(1, 12))]
+            length, turns = draw.randrange(1, 9), draw.randrange(200)
             for _ in range(turns):
                 await asyncio.sleep(0)
             words = {"temperature": 0, "top_p": 1, "seed": 0, "stops": [], "tokenizer": Words, "ends": [1]}
@@ -81,6 +82,20 @@ def answers(models, kinds, limits, *, count):
     return asyncio.run(all_of_them())
 
 
+@pytest.fixture(scope="module")
+def right(models):
+    """What `generate` answers to a job alone; asked once where two tests have the same job."""
+    known = {}
+
+    def answer(job):
+        key = (job.model, job.task, tuple(job.prompt), job.max_tokens)
+        if key not in known:
+            known[key] = alone(models, job)
+        return known[key]
+
+    return answer
+
+
 def alone(models, job):
     ids = torch.tensor([job.prompt])
     with multiflora.task(models[job.model].model, job.task or 0):
@@ -89,12 +104,82 @@ def alone(models, job):
     return found[0, len(job.prompt) :].tolist()
 
 
-@pytest.mark.parametrize("limits", [Limits(max_batch=12, chunk=4), Limits(max_cache=90, chunk=64)], ids=["many", "few"])
-def test_sixty_requests_at_random_times_are_answered_as_each_alone(models, limits):
+@pytest.mark.parametrize("limits", [Limits(max_batch=12, chunk=4), Limits(max_cache=60, chunk=64)], ids=["many", "few"])
+def test_sixty_requests_at_random_times_are_answered_as_each_alone(models, right, limits):
     jobs = answers(models, KINDS, limits, count=60)
     assert len({job.model for job in jobs}) == 5
     for job in jobs:
-        assert job.decoder.ids == alone(models, job), (job.model, job.task)
+        assert job.decoder.ids == right(job), (job.model, job.task)
+
+
+def job_of(model, prompt, length, task=None):
+    words = {"temperature": 0, "top_p": 1, "seed": 0, "stops": [], "tokenizer": Words, "ends": [1]}
+    loop = asyncio.new_event_loop()
+    loop.close()  # nobody reads
+    return Job(model=model, prompt=prompt, max_tokens=length, task=task, loop=loop, **words)
+
+
+def lane_of(models):
+    """A lane for the base model and all adapters, and the size of each of its passes."""
+    mixed, sizes = Mixed(models["base"].model, models), []
+
+    def forward(ids, *args, **words):
+        sizes.append(tuple(ids.shape))
+        return mixed.forward(ids, *args, **words)
+
+    return _Lane(models["base"].model, forward), sizes
+
+
+def test_short_prompts_that_wait_are_read_together_and_a_known_beginning_not_again(models, right):
+    lane, sizes = lane_of(models)
+    beginning = [2 + k % 45 for k in range(40)]
+    jobs = [job_of("rlora", [*beginning, 7], 30), job_of("base", [3, 4], 20), job_of("mtllora", [5], 20, task=1)]
+    jobs += [job_of("rlora", [9, 8], 20)]
+    lane.waiting.extend(jobs)
+    for _ in range(2):
+        lane.round(64)
+    assert sizes[0] == (1, 41)
+    assert (3, 2) in sizes
+    late = [job_of("rlora", [*beginning, 11, 12], 6), job_of("mtllora", [*beginning, 11], 6, task=0)]
+    lane.waiting.extend(late)
+    sizes.clear()
+    while lane.jobs():
+        lane.round(64)
+    assert [size for size in sizes if size[1] > 1] == [(1, 2), (1, 41)]
+    for job in (*jobs, *late):
+        assert job.decoder.ids == right(job), (job.model, job.task)
+
+
+def test_no_branches_are_prepared_anew_while_rows_go_on(models, monkeypatch):
+    made = []
+    keep = inference.keep
+    monkeypatch.setattr(inference, "keep", lambda plan, *args: made.append(plan.method.name) or keep(plan, *args))
+    lane, _ = lane_of(models)
+    kinds = [("rlora", None), ("multilora", None), ("base", None), *(("mtllora", task) for task in (0, 1, 0))]
+    lane.waiting.extend(job_of(name, [3 + k, 4], 12, task) for k, (name, task) in enumerate(kinds))
+    for _ in range(3):
+        lane.round(64)
+    made.clear()
+    for _ in range(6):
+        lane.round(64)
+    assert len(lane.batch.jobs) >= 4
+    assert made == []
+
+
+def test_what_fails_ends_every_answer(models):
+    """Also those whose prompts are not read yet: none is left for somebody to wait for."""
+
+    def fails(*args, **words):
+        raise RuntimeError("no memory")
+
+    lane = _Lane(models["base"].model, fails)
+    jobs = [job_of("base", [3] * 9, 5) for _ in range(3)]
+    lane.waiting.extend(jobs)
+    with pytest.raises(RuntimeError, match="no memory"):
+        lane.round(4)
+    lane.fail()
+    assert {job.finish for job in jobs} == {"failed"}
+    assert not lane.jobs()
 
 
 def test_base_and_adapters_of_several_methods_share_one_batch(models):
@@ -102,11 +187,11 @@ def test_base_and_adapters_of_several_methods_share_one_batch(models):
     assert Mixed(base, models).names == {"base", "rlora", "mtllora", "multilora", "lora"}
 
 
-def test_an_adapter_that_changes_more_than_layers_is_answered_beside_them(models):
+def test_an_adapter_that_changes_more_than_layers_is_answered_beside_them(models, right):
     jobs = answers(models, [("prompt", None), ("rlora", None)], Limits(), count=6)
     assert {job.model for job in jobs} == {"prompt", "rlora"}
     for job in jobs:
         if job.model == "rlora":
-            assert job.decoder.ids == alone(models, job)
+            assert job.decoder.ids == right(job)
         else:
             assert len(job.decoder.ids) == job.max_tokens or job.decoder.ids[-1] == 1
