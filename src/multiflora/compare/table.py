@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from multiflora.compare.search import first_rates
+from multiflora.compare.single_task import SIZES
 from multiflora.compare.statistics import Interval
 from multiflora.text_table import TextTable
 
@@ -63,7 +64,7 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTab
             f"; learning rates {', '.join(f'{rate:.3g}' for rate in rates)}, and more if the best is an end"
         )
     if spec.single_task:
-        singles = 2 * len(spec.seeds) * len(comparison.recipe.tasks)
+        singles = len(SIZES) * len(comparison.recipe.tasks) * each
         table.caption += f"; and {singles} of single tasks, each a share of the steps"
     return table
 
