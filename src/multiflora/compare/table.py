@@ -72,9 +72,9 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTab
 def summary_table(summary: Summary) -> TextTable:
     """The methods, best macro score first where there is one, with intervals over seeds."""
     table = TextTable()
-    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "verdict", "nats", "train s", "latency")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "verdict")
+    for header in (*headers, "nats", "train s", "latency", "learning rate"):
+        table.add_column(header, justify="left" if header in ("method", "learning rate") else "right", no_wrap=True)
     for row in sorted(summary.rows, key=_order):
         measure = row.score or row.nll
         table.add_row(
@@ -88,6 +88,7 @@ def summary_table(summary: Summary) -> TextTable:
             _interval(row.nll.mean if row.nll else None, 1, 4),
             "–" if row.seconds is None else f"{row.seconds.mean:.0f}",
             "–" if row.latency is None else f"{row.latency:+.0%}",
+            f"{row.learning_rate:.3g}" + ("" if row.tuning is None else f", {row.tuning.state}"),
         )
     return table
 
