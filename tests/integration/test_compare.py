@@ -17,8 +17,9 @@ import multiflora
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import read_comparison
 from multiflora.compare.single_task import steps_of_each
+from multiflora.compare.transfer import size_words
 from multiflora.compare.tuning import decide
-from multiflora.errors import EnvironmentProblem
+from multiflora.errors import ConfigError, EnvironmentProblem
 from multiflora.recipe import recipe_from
 from multiflora.report import report
 from tests.cli.parts import COMMAND, save_model, write_task
@@ -272,6 +273,47 @@ def test_single_tasks_are_trained_at_both_sizes_and_compared(place: Path) -> Non
     words = report(place / "singles", measure=False).page.read_text("utf-8")
     assert "Against one LoRA per task: the whole budget each" in words
     assert "What transfers, LoRAs of the budget together" in words
+
+
+def test_loras_of_single_tasks_are_tuned_from_the_same_grid(place: Path) -> None:
+    section = {
+        "methods": [{"lora": {"r": 4}}],
+        "seeds": 2,
+        "single_task": True,
+        "learning_rate": {"trials": 3, "grow": 0},
+    }
+    found = multiflora.compare(plan(place, "tuned-singles", **section), quiet=True)
+    (lora,) = found.rows
+    assert lora.tuning is not None
+    rates = [trial.rate for trial in lora.tuning.tried]
+    for size in found.single_task:
+        assert size.tuning is not None
+        assert [trial.rate for trial in size.tuning.tried] == rates
+        singles = [path for path in cells(place / "tuned-singles") if path.startswith(f"{size.size}-")]
+        own = [json.loads((place / "tuned-singles" / "cells" / f"{name}.json").read_text()) for name in singles]
+        assert {cell["learning_rate"] for cell in own if cell["kind"] == "single"} == {size.tuning.chosen}
+        assert {cell["split"] for cell in own if cell["kind"] == "trial"} == {"validation"}
+        # a trial of full length is the first seed's training: 3 rates, one seed more, for each of two tasks
+        runs = [path for path in (place / "tuned-singles" / "runs").iterdir() if path.name.startswith(f"{size.size}-")]
+        assert len(runs) == 2 * (3 + 1)
+        both = {lora.tuning.state, size.tuning.state} == {"tuned"}
+        assert both != ("lora" in size.missing)
+        assert both or f"Nothing is said of lora against one LoRA per task {size_words(size.size)} yet" in found.answer
+    words = report(place / "tuned-singles", measure=False).page.read_text("utf-8")
+    for size in found.single_task:
+        assert size.tuning is not None
+        assert f"with a learning rate of {size.tuning.chosen:.3g} ({size.tuning.state})" in words
+
+
+@pytest.mark.parametrize("section", [{}, {"learning_rate": {"max_steps": 1}}])
+def test_single_tasks_that_cannot_be_are_refused_before_anything_is_trained(
+    place: Path, section: dict[str, Any]
+) -> None:
+    wanted = plan(place, "early", single_task=True, **section)
+    wanted["train"] = wanted["train"] | ({} if section else {"max_steps": 1})
+    with pytest.raises(ConfigError, match=r"compare\.single_task trains one LoRA for each of 2 tasks"):
+        multiflora.compare(wanted, quiet=True)
+    assert not (place / "early" / "runs").exists()
 
 
 @pytest.mark.parametrize(

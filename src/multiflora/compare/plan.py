@@ -31,6 +31,7 @@ __all__ = [
     "competitors",
     "seed_cell",
     "single_cell",
+    "single_trial_cell",
     "trial_cell",
 ]
 
@@ -193,15 +194,7 @@ def trial_cell(comparison: Comparison, competitor: Competitor, seed: int, learni
     search = comparison.compare.learning_rate
     assert search is not None
     recipe = _recipe(comparison, competitor, seed, learning_rate, max_steps=search.max_steps)
-    unseen: dict[str, Any] = {"split": "validation", "extra_tasks": (), "harness_tasks": (), "during": None}
-    scored = recipe.evaluate.model_copy(update=unseen)
-    cell = _cell("trial", competitor.label, seed, recipe.model_copy(update={"evaluate": scored}))
-    if search.max_steps is not None:
-        return cell
-    whole = _cell("seed", competitor.label, seed, recipe)
-    shared = cell.recipe.model_copy(update={"output": whole.recipe.output})
-    # scores during training are of the test rows, so then the run must be trained as a seed is
-    return replace(cell, recipe=shared, training=whole.recipe if whole.recipe.evaluate.during else shared)
+    return _trial("seed", competitor.label, seed, recipe, in_full=search.max_steps is None)
 
 
 def clock_cell(comparison: Comparison, competitor: Competitor, number: int, steps: int) -> Cell:
@@ -226,10 +219,51 @@ def single_cell(
     label: str,
 ) -> Cell:
     """One training of a LoRA on one of the tasks, scored on that task, or on all where transfer is asked for."""
+    return _cell("single", label, seed, _single(comparison, competitor, task, seed, learning_rate, steps))
+
+
+def single_trial_cell(
+    comparison: Comparison,
+    competitor: Competitor,
+    task: TaskSpec,
+    seed: int,
+    learning_rate: float,
+    steps: int,
+    *,
+    label: str,
+) -> Cell:
+    """One training of the search for the learning rate of such LoRAs; see `trial_cell`."""
+    search = comparison.compare.learning_rate
+    assert search is not None
+    recipe = _single(comparison, competitor, task, seed, learning_rate, steps)
+    return _trial("single", label, seed, recipe, in_full=search.max_steps is None)
+
+
+def _trial(kind: Kind, label: str, seed: int, recipe: Recipe, *, in_full: bool) -> Cell:
+    """Score a training on the validation split; one of full length lies where the cell of the kind looks for it."""
+    unseen: dict[str, Any] = {"split": "validation", "extra_tasks": (), "harness_tasks": (), "during": None}
+    scored = recipe.evaluate.model_copy(update=unseen)
+    cell = _cell("trial", label, seed, recipe.model_copy(update={"evaluate": scored}))
+    if not in_full:
+        return cell
+    whole = _cell(kind, label, seed, recipe)
+    shared = cell.recipe.model_copy(update={"output": whole.recipe.output})
+    # scores during training are of the test rows, so then the run must be trained as a seed is
+    return replace(cell, recipe=shared, training=whole.recipe if whole.recipe.evaluate.during else shared)
+
+
+def _single(
+    comparison: Comparison,
+    competitor: Competitor,
+    task: TaskSpec,
+    seed: int,
+    learning_rate: float | None,
+    steps: int,
+) -> Recipe:
     recipe = _recipe(comparison, competitor, seed, learning_rate, max_steps=steps)
     others = tuple(other for other in recipe.tasks if other.name != task.name) if comparison.compare.transfer else ()
     scored = recipe.evaluate.model_copy(update={"extra_tasks": others, "harness_tasks": ()})
-    return _cell("single", label, seed, recipe.model_copy(update={"tasks": (task,), "evaluate": scored}))
+    return recipe.model_copy(update={"tasks": (task,), "evaluate": scored})
 
 
 def _cell(kind: Kind, label: str, number: int, recipe: Recipe) -> Cell:

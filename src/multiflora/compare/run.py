@@ -25,11 +25,17 @@ from multiflora.compare.plan import (
 )
 from multiflora.compare.results import Summary
 from multiflora.compare.saved import COMPARISON, SUMMARY
-from multiflora.compare.search import first_rates, grown, trial_of
-from multiflora.compare.single_task import single_trainings, with_single_tasks
+from multiflora.compare.search import first_rates, search_rates, trial_of
+from multiflora.compare.single_task import (
+    single_loras,
+    single_trainings,
+    single_trials,
+    trials_of_sizes,
+    with_single_tasks,
+)
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.compare.summary import summarise
-from multiflora.compare.tuning import Trial, Tuning, decide
+from multiflora.compare.tuning import Trial, Tuning
 from multiflora.compare.words import duration
 from multiflora.errors import EnvironmentProblem
 from multiflora.files import lock, saving, write_json, write_text
@@ -76,6 +82,9 @@ def compare(
     with _alone(folder), kept():
         planned = plan_of(comparison)
         _tell_of_misses(comparison, planned)
+        loras = {}
+        if comparison.compare.single_task:  # what cannot be is said before anything is trained
+            loras = single_loras(comparison, planned, load_config(comparison.recipe.model))
         # until it is made anew: a summary that is there speaks of the whole comparison, never of an earlier version
         (folder / SUMMARY).unlink(missing_ok=True)
         write_text(folder / COMPARISON, comparison.to_yaml(folder))
@@ -96,12 +105,8 @@ def compare(
             seen = number
             if not spec.until or not goes_on(summary, progress.hours(), spec.max_hours):
                 break
-        if comparison.compare.single_task:
-            rates = {label: tuning.chosen for label, tuning in tunings.items()}
-            singles = single_trainings(comparison, planned, load_config(comparison.recipe.model), rates)
-            progress.total += len(singles)
-            done = _finish([single.cell for single in singles], comparison, progress)
-            summary = with_single_tasks(comparison, summary, singles, found, done)
+        if loras:
+            summary = _with_single_tasks(comparison, loras, summary, found, progress)
             write_json(folder / SUMMARY, summary.to_dict())
         return summary
 
@@ -157,22 +162,40 @@ def _search(comparison: Comparison, planned: Sequence[Competitor], progress: _Pr
     if search is None:
         return {}
     seeds = comparison.compare.seeds[: search.seeds]
-    grid = first_rates(comparison, planned)
-    most = len(grid) + search.grow
-    while True:
-        progress.searches(grid)
+
+    def tried(grid: tuple[float, ...]) -> dict[str, list[Trial]]:
         # seed by seed and rate by rate, so that all methods get on alike
         cells = [trial_cell(comparison, item, seed, rate) for seed in seeds for rate in grid for item in planned]
+        progress.searches(grid, len(cells))
         found = _finish(cells, comparison, progress)
         trials: dict[str, list[Trial]] = {item.label: [] for item in planned}
         for cell in cells:
             trials[cell.label].append(trial_of(found[cell.name]))
-        tunings = {label: decide(own, search.max_steps) for label, own in trials.items()}
-        open_sides = {side for tuning in tunings.values() for side in tuning.open}
-        wider = grown(grid, open_sides, search.factor)
-        if not open_sides or len(wider) > most:
-            return tunings
-        grid = wider
+        return trials
+
+    return search_rates(search, first_rates(comparison, planned), tried)
+
+
+def _with_single_tasks(
+    comparison: Comparison, loras: Mapping[str, Competitor], summary: Summary, found: Cells, progress: _Progress
+) -> Summary:
+    """Train one LoRA for each task, tuned as the methods are, and sum up what training together brings."""
+    tunings: dict[str, Tuning] = {}
+    if comparison.compare.learning_rate is not None:
+
+        def tried(grid: tuple[float, ...]) -> dict[str, list[Trial]]:
+            trials = single_trials(comparison, loras, grid)
+            progress.searches(grid, len(trials))
+            return trials_of_sizes(trials, _finish([trial.cell for trial in trials], comparison, progress))
+
+        progress.trials = 0  # those of the methods are over
+        methods = sorted({trial.rate for row in summary.rows if row.tuning for trial in row.tuning.tried})
+        tunings = search_rates(comparison.compare.learning_rate, methods, tried)
+    rates = {size: tuning.chosen for size, tuning in tunings.items()}
+    singles = single_trainings(comparison, loras, rates)
+    progress.total += len(singles)
+    done = _finish([single.cell for single in singles], comparison, progress)
+    return with_single_tasks(comparison, summary, singles, tunings, found, done)
 
 
 def _finish(cells: Sequence[Cell], comparison: Comparison, progress: _Progress) -> Cells:
@@ -219,7 +242,6 @@ class _Progress:
     """One line for each cell, with the time that is left."""
 
     def __init__(self, comparison: Comparison, planned: Sequence[Competitor], *, quiet: bool) -> None:
-        self.comparison, self.methods = comparison, len(planned)
         self.total = 1 + len(planned) * len(comparison.compare.seeds) + len(clock_cells(comparison, planned))
         self.trials = 0
         self.done = self.ran = 0
@@ -227,11 +249,8 @@ class _Progress:
         self.start = time.perf_counter()
         self.quiet = quiet
 
-    def searches(self, grid: Sequence[float]) -> None:
+    def searches(self, grid: Sequence[float], trials: int) -> None:
         """Count the trials of a grid that has just been laid out or has grown."""
-        search = self.comparison.compare.learning_rate
-        assert search is not None
-        trials = self.methods * search.seeds * len(grid)
         self.total += trials - self.trials
         self.done -= self.trials  # those of the smaller grid are met again
         self.trials = trials

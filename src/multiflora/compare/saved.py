@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from multiflora.compare.plan import Competitor
     from multiflora.compare.tuning import Trial, Tuning
 
-__all__ = ["COMPARISON", "SUMMARY", "Saved", "read_comparison"]
+__all__ = ["COMPARISON", "SUMMARY", "Saved", "command_of", "read_comparison"]
 
 COMPARISON, SUMMARY = "comparison.yaml", "summary.json"
 """Files of a comparison: what it is, and, once it is finished, what it found."""
@@ -54,6 +54,12 @@ class Saved:
         order = [row.label for row in self.summary.rows]
         own = [cell for cell in found if cell["kind"] == "seed"]
         return sorted(own, key=lambda cell: (order.index(cell["label"]), self.summary.seeds.index(cell["seed"])))
+
+
+def command_of(comparison: Comparison) -> str:
+    """What goes on with a comparison, as one would type it in the current folder."""
+    path, here = comparison.recipe.output / COMPARISON, Path.cwd()
+    return f"multiflora compare {path.relative_to(here) if path.is_relative_to(here) else path}"
 
 
 def read_comparison(folder: str | Path) -> Saved:

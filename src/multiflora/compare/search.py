@@ -7,19 +7,19 @@ recipe's own, and the one each method is usually trained with. Every gap between
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from multiflora.compare.tuning import Side, Trial
-from multiflora.evaluate.results import LOWER_IS_BETTER
+from multiflora.compare.tuning import Side, Trial, Tuning, decide
+from multiflora.evaluate.results import macro_stderr
 from multiflora.methods import METHODS
 
 if TYPE_CHECKING:
     from multiflora.compare.plan import Competitor
-    from multiflora.compare.spec import Comparison
+    from multiflora.compare.spec import Comparison, SearchSpec
 
-__all__ = ["first_grid", "first_rates", "grown", "trial_of"]
+__all__ = ["first_grid", "first_rates", "grown", "search_rates", "trial_of"]
 
 _HAS_NLL = ("acc", "acc_bytes", "nll")
 _FEWEST = 3  # one rate with a neighbour on either side
@@ -81,14 +81,44 @@ def grown(grid: Sequence[float], sides: Collection[Side], factor: float) -> tupl
     return (*below, *grid, *above)
 
 
+def search_rates(
+    search: SearchSpec, grid: Sequence[float], tried: Callable[[tuple[float, ...]], Mapping[str, Sequence[Trial]]]
+) -> dict[str, Tuning]:
+    """Choose every method's rate from one grid, which grows while a best rate lies on its edge.
+
+    Args:
+        search: How often it may grow, and by which factor.
+        grid: The rates to begin with.
+        tried: Called with a grid; trains every method with every rate of it, as far as that was not done before.
+
+    Returns:
+        Method -> how well its rate is known.
+
+    Example:
+        >>> from multiflora.compare.spec import SearchSpec
+        >>> def tried(grid):
+        ...     return {"lora": [Trial(rate, 0, 0.5 - abs(rate - 0.009), 1.0) for rate in grid]}
+        >>> found = search_rates(SearchSpec(), (1e-3, 3e-3), tried)["lora"]
+        >>> found.state, [trial.rate for trial in found.tried]
+        ('tuned', [0.001, 0.003, 0.009, 0.027])
+    """
+    rates, most = tuple(grid), len(grid) + search.grow
+    while True:
+        tunings = {label: decide(trials, search.max_steps) for label, trials in tried(rates).items()}
+        open_sides = {side for tuning in tunings.values() for side in tuning.open}
+        wider = grown(rates, open_sides, search.factor)
+        if not open_sides or len(wider) > most:
+            return tunings
+        rates = wider
+
+
 def trial_of(cell: Mapping[str, Any]) -> Trial:
     """Read what a trial's training came to on the validation rows; neither score nor loss if it diverged."""
     tasks = cell["scores"]["tasks"]
     nats = [rows["nll"] for name, rows in cell["rows"].items() if tasks[name]["metric"] in _HAS_NLL]
     score, loss, error = cell["scores"]["macro"], None, None
     if score is not None:
-        counted = [task.get("stderr") or 0.0 for task in tasks.values() if task["metric"] not in LOWER_IS_BETTER]
-        error = math.hypot(*counted) / len(counted)
+        error = macro_stderr(tasks)
     if any(None in values for values in nats):
         score = error = None
     elif nats:

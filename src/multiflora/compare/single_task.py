@@ -2,6 +2,7 @@
 
 Two sizes: ``each`` has the comparison's budget for every task, ``together`` has it for all tasks together. A task's
 LoRA takes the task's share of a multi-task training's steps, so that all of them see what one such training sees.
+Each size is tuned as a method is: one rate for all its tasks, chosen from the methods' own grid.
 """
 
 from __future__ import annotations
@@ -12,17 +13,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from multiflora.compare.budget import rank_key
-from multiflora.compare.plan import Cell, Competitor, competitors, single_cell
+from multiflora.compare.plan import Cell, Competitor, competitors, single_cell, single_trial_cell
 from multiflora.compare.results import Summary
+from multiflora.compare.saved import command_of
+from multiflora.compare.search import trial_of
 from multiflora.compare.spec import BudgetSpec, Comparison, Entry
-from multiflora.compare.transfer import transfer_of, transfer_words
+from multiflora.compare.transfer import size_words, transfer_of, transfer_words
+from multiflora.compare.tuning import Trial, Tuning, not_tuned, waits_for
 from multiflora.data.mixture import allocate, task_rates
 from multiflora.errors import ConfigError
+from multiflora.evaluate.results import macro_average
 from multiflora.methods import describe
 from multiflora.recipe import Recipe
 from multiflora.tasks import load_split
 
-__all__ = ["SIZES", "Single", "single_trainings", "steps_of_each", "with_single_tasks"]
+__all__ = [
+    "SIZES",
+    "Single",
+    "single_loras",
+    "single_trainings",
+    "single_trials",
+    "steps_of_each",
+    "trials_of_sizes",
+    "with_single_tasks",
+]
 
 SIZES = ("each", "together")
 """The budget for each task's LoRA, or for all of them together."""
@@ -39,54 +53,111 @@ class Single:
     cell: Cell
 
 
-def single_trainings(
-    comparison: Comparison,
-    planned: Sequence[Competitor],
-    model_config: Any,
-    rates: Mapping[str, float | None],
-) -> list[Single]:
-    """Plan all trainings of single tasks.
+def single_loras(comparison: Comparison, planned: Sequence[Competitor], model_config: Any) -> dict[str, Competitor]:
+    """Solve the rank of a task's LoRA, for each size.
 
     Args:
-        comparison: The comparison; nothing where it does not ask for them.
+        comparison: The comparison.
         planned: Its competitors.
         model_config: The base model's transformers config.
-        rates: Label -> the learning rate that was found for it; that of the first LoRA is taken here, too.
 
     Raises:
         ConfigError: There is one task only, or a task would get no step.
     """
-    spec = comparison.compare
-    if not spec.single_task:
-        return []
-    tasks = comparison.recipe.tasks
+    spec, tasks = comparison.compare, comparison.recipe.tasks
     if len(tasks) < 2:
         raise ConfigError("compare.single_task is true, but there is one task only; add another, or set it to false.")
+    _trial_steps(comparison)  # the fewest of all: refused before anything is trained
     own = next((entry for entry in spec.methods if entry.name == "lora"), Entry(name="lora", label="lora"))
     budget = next(item for item in planned if item.label == (spec.budget.of or spec.reference())).parameters
     targets = {"each": budget, "together": max(budget // len(tasks), 1)}
-    lora = {size: _lora(comparison, own, target, model_config) for size, target in targets.items()}
+    return {size: _lora(comparison, own, targets[size], model_config) for size in SIZES}
+
+
+def single_trainings(
+    comparison: Comparison, loras: Mapping[str, Competitor], rates: Mapping[str, float]
+) -> list[Single]:
+    """Plan the trainings that are scored on the test rows.
+
+    Args:
+        comparison: The comparison.
+        loras: Size -> a task's LoRA.
+        rates: Size -> the learning rate that was found for it; a size without one takes what a LoRA is trained with.
+    """
     steps = steps_of_each(comparison.recipe)
     return [
         Single(
             size=size,
             task=task.name,
             seed=seed,
-            competitor=lora[size],
-            cell=single_cell(
-                comparison, lora[size], task, seed, rates.get(own.label), steps[number], label=f"{size}-{task.name}"
-            ),
+            competitor=lora,
+            cell=single_cell(comparison, lora, task, seed, rates.get(size), number, label=f"{size}-{task.name}"),
         )
-        for seed in spec.seeds
-        for size in SIZES
-        for number, task in enumerate(tasks)
+        for seed in comparison.compare.seeds
+        for size, lora in loras.items()
+        for task, number in zip(comparison.recipe.tasks, steps, strict=True)
     ]
+
+
+def single_trials(comparison: Comparison, loras: Mapping[str, Competitor], grid: Sequence[float]) -> list[Single]:
+    """Plan the search for each size's learning rate: every task's LoRA with every rate, scored on validation rows."""
+    search, steps = comparison.compare.learning_rate, _trial_steps(comparison)
+    assert search is not None
+    return [
+        Single(
+            size=size,
+            task=task.name,
+            seed=seed,
+            competitor=lora,
+            cell=single_trial_cell(comparison, lora, task, seed, rate, number, label=f"{size}-{task.name}"),
+        )
+        for seed in comparison.compare.seeds[: search.seeds]
+        for rate in grid
+        for size, lora in loras.items()
+        for task, number in zip(comparison.recipe.tasks, steps, strict=True)
+    ]
+
+
+def _trial_steps(comparison: Comparison) -> list[int]:
+    """Each task's steps in a trial; those of its training where nothing is searched, or trials run in full."""
+    search, recipe = comparison.compare.learning_rate, comparison.recipe
+    if search is not None and search.max_steps is not None:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": search.max_steps})})
+    return steps_of_each(recipe)
+
+
+def trials_of_sizes(singles: Sequence[Single], done: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Trial]]:
+    """Read what the search came to: size -> one trial for each rate and seed, all tasks' LoRAs together.
+
+    Args:
+        singles: The search's trainings.
+        done: Name -> cell.
+    """
+    together: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
+    for single in singles:
+        cell = done[single.cell.name]
+        together.setdefault((single.size, cell["learning_rate"], single.seed), []).append(cell)
+    found: dict[str, list[Trial]] = {}
+    for (size, _, _), cells in together.items():
+        found.setdefault(size, []).append(trial_of(_as_one(cells)))
+    return found
+
+
+def _as_one(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Cells of one task each as if one training had been scored on all tasks; it diverged if one of them did."""
+    diverged = [cell for cell in cells if not cell["scores"]["tasks"]]
+    if diverged:
+        return diverged[0]
+    tasks = {task: score for cell in cells for task, score in cell["scores"]["tasks"].items()}
+    rows = {task: own for cell in cells for task, own in cell["rows"].items()}
+    return {**cells[0], "rows": rows, "scores": {"tasks": tasks, "macro": macro_average(tasks)}}
 
 
 def with_single_tasks(
     comparison: Comparison,
     summary: Summary,
     singles: Sequence[Single],
+    tunings: Mapping[str, Tuning],
     found: Mapping[str, Mapping[str, Any]],
     done: Mapping[str, Mapping[str, Any]],
 ) -> Summary:
@@ -96,6 +167,7 @@ def with_single_tasks(
         comparison: The comparison.
         summary: Of all its methods.
         singles: The trainings of single tasks.
+        tunings: Size -> how well its learning rate is known; a size that is not there is not tuned.
         found: Name -> cell, of the methods and the untrained model.
         done: Name -> cell, of the single tasks.
     """
@@ -104,10 +176,14 @@ def with_single_tasks(
     # a method that diverged has no numbers to compare
     labels = [row.label for row in summary.rows if row.tasks]
     by_label = {label: [own[label, seed] for seed in summary.seeds] for label in labels}
+    of_methods = {row.label: row.tuning for row in summary.rows if row.tuning is not None}
+    command = command_of(comparison)
     transfers = []
     for size in SIZES:
         of = [single for single in singles if single.size == size and single.seed in summary.seeds]
         tasks = list(dict.fromkeys(single.task for single in of))
+        name = f"one LoRA per task {size_words(size)}"
+        known = of_methods | ({name: tunings[size]} if size in tunings else {})
         transfers.append(
             transfer_of(
                 size,
@@ -117,6 +193,8 @@ def with_single_tasks(
                 rank=of[0].competitor.rank,
                 parameters=of[0].competitor.parameters * len(tasks),
                 matrix=comparison.compare.transfer,
+                tuning=tunings.get(size) or not_tuned(done[of[0].cell.name]["learning_rate"]),
+                missing={label: waits_for((label, name), known, command) for label in labels},
             )
         )
     return replace(

@@ -173,7 +173,8 @@ class CompareSpec(Strict):
     """Search each method's learning rate; None: ``train.learning_rate`` for all, or each method's usual one; then
     no method is called better than another."""
     single_task: bool = False
-    """Train one LoRA per task, too, of the whole budget each and of a share of it: does training together pay?"""
+    """Train one LoRA per task, too, of the whole budget each and of a share of it: does training together pay?
+    Tuned as the methods are, where ``learning_rate`` is searched."""
     transfer: bool = False
     """Score each single task's LoRA on all tasks: the matrix of what transfers. Needs ``single_task``."""
     devices: int | None = Field(default=None, gt=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from multiflora.compare.paired import Cell, PairedCells, arrange
 from multiflora.compare.plan import Competitor
 from multiflora.compare.power import detectable
 from multiflora.compare.results import Measure, Row, Summary
-from multiflora.compare.saved import COMPARISON
+from multiflora.compare.saved import command_of
 from multiflora.compare.spec import Comparison
 from multiflora.compare.statistics import (
     Array,
@@ -67,7 +66,7 @@ def summarise(
         if tasks and fit
     }
     look = look_at(found.seeds, comparison.compare.looks(), taken)
-    command = f"multiflora compare {_here(comparison.recipe.output / COMPARISON)}"
+    command = command_of(comparison)
     waits = {item.label: missing(item.label, reference, tunings, command) for item in planned}
     margin = None if comparison.compare.margin is None else comparison.compare.margin / 100
     differences = {
@@ -281,11 +280,6 @@ def _curves(cell: Cell, tasks: Sequence[str]) -> dict[str, list[tuple[float, flo
         ]
         for task in tasks
     }
-
-
-def _here(path: Path) -> str:
-    """A path as one would type it in the current folder."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _budget(comparison: Comparison, planned: Sequence[Competitor]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from multiflora.compare.search import first_rates
+from multiflora.compare.single_task import SIZES
 from multiflora.compare.statistics import Interval
 from multiflora.text_table import TextTable
 
@@ -63,7 +64,7 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTab
             f"; learning rates {', '.join(f'{rate:.3g}' for rate in rates)}, and more if the best is an end"
         )
     if spec.single_task:
-        singles = 2 * len(spec.seeds) * len(comparison.recipe.tasks)
+        singles = len(SIZES) * len(comparison.recipe.tasks) * each
         table.caption += f"; and {singles} of single tasks, each a share of the steps"
     return table
 
@@ -71,9 +72,9 @@ def plan_table(planned: Sequence[Competitor], comparison: Comparison) -> TextTab
 def summary_table(summary: Summary) -> TextTable:
     """The methods, best macro score first where there is one, with intervals over seeds."""
     table = TextTable()
-    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "verdict", "nats", "train s", "latency")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    headers = ("method", "rank", "parameters", "macro", "± to baseline", "p", "verdict")
+    for header in (*headers, "nats", "train s", "latency", "learning rate"):
+        table.add_column(header, justify="left" if header in ("method", "learning rate") else "right", no_wrap=True)
     for row in sorted(summary.rows, key=_order):
         measure = row.score or row.nll
         table.add_row(
@@ -87,6 +88,7 @@ def summary_table(summary: Summary) -> TextTable:
             _interval(row.nll.mean if row.nll else None, 1, 4),
             "–" if row.seconds is None else f"{row.seconds.mean:.0f}",
             "–" if row.latency is None else f"{row.latency:+.0%}",
+            f"{row.learning_rate:.3g}" + ("" if row.tuning is None else f", {row.tuning.state}"),
         )
     return table
 

@@ -11,13 +11,14 @@ rows and corrected for all methods and tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from multiflora.compare.forgetting import corrected, listed, outcomes_of
 from multiflora.compare.statistics import CLAIM, Difference, Interval, crossed_tests, paired_t, t_interval
+from multiflora.compare.tuning import Tuning
 from multiflora.evaluate.results import LOWER_IS_BETTER
 
 __all__ = ["Transfer", "delta_m", "transfer_of", "transfer_words"]
@@ -45,9 +46,13 @@ class Transfer:
     p_tasks: Mapping[str, Mapping[str, float | None]]
     """Label -> task -> p of that difference, corrected for all methods and tasks."""
     negative: Mapping[str, tuple[str, ...]]
-    """Label -> the tasks that do worse together than alone, beyond chance."""
+    """Label -> the tasks that do worse together than alone, beyond chance; none where a verdict waits."""
     matrix: Mapping[str, Mapping[str, float]]
     """Task trained on -> task scored on -> gain over the untrained model, mean over seeds; empty if not asked for."""
+    tuning: Tuning | None = None
+    """Whether their learning rate is tuned, and what was tried; None in a summary from before they were."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Label -> what a verdict waits for; empty where the method and the single-task LoRAs are tuned."""
 
 
 def delta_m(together: Mapping[str, float], alone: Mapping[str, float], lower: Sequence[str] = ()) -> float | None:
@@ -77,6 +82,8 @@ def transfer_of(
     rank: int | None,
     parameters: int,
     matrix: bool,
+    tuning: Tuning | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> Transfer:
     """Compare methods with single-task LoRAs.
 
@@ -88,6 +95,8 @@ def transfer_of(
         rank: Of each LoRA.
         parameters: Of all of them together.
         matrix: Whether each was scored on every task.
+        tuning: How well their learning rate is known.
+        missing: Label -> what a verdict waits for, see `multiflora.compare.tuning.waits_for`; nothing is claimed of it.
     """
     tasks = list(single)
     lower = [task for task in tasks if base["scores"]["tasks"][task]["metric"] in LOWER_IS_BETTER]
@@ -102,11 +111,13 @@ def transfer_of(
         for task in tasks
     }
     p_tasks = corrected({f"{label}\n{task}": found for (label, task), found in differences.items()})
+    waits = {label: why for label, why in (missing or {}).items() if why}
     worse = {
         (label, task)
         for (label, task), found in differences.items()
         if (p := p_tasks[f"{label}\n{task}"]) is not None
         and p < CLAIM
+        and label not in waits
         and found.interval.mean * (-1 if task in lower else 1) < 0
     }
     return Transfer(
@@ -125,7 +136,14 @@ def transfer_of(
         }
         if matrix
         else {},
+        tuning=tuning,
+        missing=waits,
     )
+
+
+def size_words(size: str) -> str:
+    """A size in words."""
+    return "of the whole budget each" if size == "each" else "that share the budget"
 
 
 def _score(cell: Cell, task: str) -> float:
@@ -146,9 +164,11 @@ def transfer_words(found: Sequence[Transfer]) -> str:
     """Say what training together brought, a sentence or two for each size; nothing where there is nothing to say."""
     told = []
     for each in found:
-        size = "of the whole budget each" if each.size == "each" else "that share the budget"
+        size = size_words(each.size)
         shown, open_ = [], []
         for label, difference in each.delta_m.items():
+            if label in each.missing:
+                continue
             p, mean = each.p[label], difference.interval.mean
             if p is None or p >= CLAIM or mean == 0:
                 open_.append(f"{label} ({mean:+.1%})")
@@ -158,6 +178,12 @@ def transfer_words(found: Sequence[Transfer]) -> str:
             shown.append(f"no gain or loss could be shown for {listed(open_)}")
         if shown:
             told.append(f"Against one LoRA per task {size}, on average over tasks (Δm): {'; '.join(shown)}.")
+        if each.missing:
+            # one reason and one command: the others wait for the same search
+            told.append(
+                f"Nothing is said of {listed(list(each.missing))} against one LoRA per task {size} yet: "
+                f"{next(iter(each.missing.values()))}."
+            )
         suffering = [f"{listed(tasks)} with {label}" for label, tasks in each.negative.items() if tasks]
         if suffering:
             told.append(f"Tasks that do worse together than alone: {'; '.join(suffering)}.")

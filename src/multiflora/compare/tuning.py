@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["Side", "State", "Trial", "Tuning", "decide", "missing", "not_tuned"]
+__all__ = ["Side", "State", "Trial", "Tuning", "decide", "missing", "not_tuned", "waits_for"]
 
 State = Literal["tuned", "at the edge", "not tuned"]
 Side = Literal["below", "above"]
@@ -105,14 +105,18 @@ def missing(label: str, reference: str, tunings: Mapping[str, Tuning], command: 
         the learning rates of rlora and lora are not tuned, only one was tried (multiflora compare c.yaml --set
         compare.learning_rate.trials=5 tries others)
     """
-    pair = (label, reference)
-    untuned = [name for name in pair if name not in tunings or tunings[name].state == "not tuned"]
-    at_edge = [name for name in pair if name in tunings and tunings[name].state == "at the edge"]
+    return waits_for((label, reference), tunings, command)
+
+
+def waits_for(names: Sequence[str], tunings: Mapping[str, Tuning], command: str) -> str:
+    """The same for any number of methods."""
+    untuned = [name for name in names if name not in tunings or tunings[name].state == "not tuned"]
+    at_edge = [name for name in names if name in tunings and tunings[name].state == "at the edge"]
     parts = []
     if untuned:
         which = "rates of" if len(untuned) > 1 else "rate of"
         verb = "are" if len(untuned) > 1 else "is"
-        parts.append(f"the learning {which} {' and '.join(untuned)} {verb} not tuned, only one was tried")
+        parts.append(f"the learning {which} {_listed(untuned)} {verb} not tuned, only one was tried")
     parts += [f"the best learning rate of {name}, {_edge(tunings[name])}" for name in at_edge]
     if not parts:
         return ""
@@ -120,6 +124,10 @@ def missing(label: str, reference: str, tunings: Mapping[str, Tuning], command: 
     number = 5 if untuned else 2 * len({trial.rate for name in at_edge for trial in tunings[name].tried})
     setting = f"compare.learning_rate.{'trials' if untuned else 'grow'}={number}"
     return f"{'; '.join(parts)} ({command} --set {setting} tries others)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _edge(tuning: Tuning) -> str:

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from multiflora.compare.search import first_grid, grown, trial_of
+from multiflora.compare.search import first_grid, grown, search_rates, trial_of
+from multiflora.compare.spec import SearchSpec
 from multiflora.compare.tuning import Trial
 
 
@@ -43,7 +44,7 @@ def test_the_grid_grows_on_the_sides_that_are_open():
 
 
 def cell(nll: list[float | None], metric: str = "acc", macro: float | None = 0.25) -> dict:
-    scores = {"tasks": {"a": {"metric": metric, "stderr": 0.1}}, "macro": macro}
+    scores = {"tasks": {"a": {"metric": metric, "stderr": 0.1, "score": 0.25, "group": "tasks"}}, "macro": macro}
     return {"rows": {"a": {"nll": nll}}, "scores": scores, "learning_rate": 1e-3, "seed": 4}
 
 
@@ -52,3 +53,26 @@ def test_a_trial_has_the_headline_s_score_and_the_loss_where_there_are_any():
     assert trial_of(cell([None, None], "verifier")) == Trial(1e-3, 4, 0.25, None, 0.1)
     assert trial_of(cell([1.0, None])) == Trial(1e-3, 4, None, None)  # diverged
     assert trial_of({**cell([]), "rows": {}, "scores": {"tasks": {}, "macro": None}}) == Trial(1e-3, 4, None, None)
+
+
+@pytest.mark.parametrize(
+    ("best", "grow", "rates", "states"),
+    [
+        ({"a": 3e-3, "b": 3e-3}, 6, 3, ["tuned", "tuned"]),  # nothing is open, nothing grows
+        ({"a": 3e-3, "b": 2.7e-2}, 6, 5, ["tuned", "tuned"]),  # all methods go along
+        ({"a": 3e-3, "b": 1e3}, 2, 5, ["tuned", "at the edge"]),  # a rate that no grid reaches ends it, too
+        ({"a": 1e-9, "b": 1e3}, 3, 5, ["at the edge", "at the edge"]),
+    ],
+)
+def test_the_grid_grows_while_a_best_rate_is_an_end_of_it_and_no_further_than_it_may(best, grow, rates, states):
+    asked = []
+
+    def tried(grid):
+        asked.append(grid)
+        off = {label: [abs(math.log(rate / peak)) for rate in grid] for label, peak in best.items()}
+        return {label: [Trial(r, 0, -far, 1.0) for r, far in zip(grid, own, strict=True)] for label, own in off.items()}
+
+    found = search_rates(SearchSpec(grow=grow, factor=3), (1e-3, 3e-3, 9e-3), tried)
+    assert [tuning.state for tuning in found.values()] == states
+    assert {len({trial.rate for trial in tuning.tried}) for tuning in found.values()} == {rates}
+    assert len(asked[-1]) == rates <= 3 + grow

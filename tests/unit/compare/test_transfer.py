@@ -54,6 +54,16 @@ def test_negative_transfer_is_found_where_it_is_and_nowhere_else() -> None:
         assert ("do worse together than alone" in transfer_words([found])) == bool(expected)
 
 
+def test_nothing_is_claimed_against_loras_that_are_not_tuned() -> None:
+    waits = {"lora": "", "rlora": "the rate is not tuned (multiflora compare c.yaml)"}
+    found = transfer_of("together", *cells_of(harm=True), rank=2, parameters=1000, matrix=False, missing=waits)
+    assert dict(found.negative) == {"lora": (TASKS[0],), "rlora": ()}
+    said = transfer_words([found])
+    assert "Nothing is said of rlora against one LoRA per task that share the budget yet: the rate is not tuned" in said
+    assert "rlora" not in said.replace("Nothing is said of rlora", "")
+    assert f"Tasks that do worse together than alone: {TASKS[0]} with lora." in said
+
+
 def test_the_words_say_what_was_shown_and_no_more() -> None:
     found = transfer_of("each", *cells_of(), rank=8, parameters=4000, matrix=False)
     start = "Against one LoRA per task of the whole budget each, on average over tasks (Δm): "

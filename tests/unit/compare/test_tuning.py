@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from multiflora.compare.tuning import Trial, decide, missing
+from multiflora.compare.tuning import Trial, decide, missing, waits_for
 
 COMMAND = "multiflora compare out/comparison.yaml"
 
@@ -63,5 +63,7 @@ def test_what_is_missing_comes_with_the_command_that_adds_it():
     said = missing("a", "b", {"a": tuned, "b": edge}, COMMAND)
     assert "the best learning rate of b, 0.1, is the largest one that was tried" in said
     assert f"{COMMAND} --set compare.learning_rate.grow=6 " in said
+    said = waits_for(["a", "b", "c"], {}, COMMAND)
+    assert said.startswith("the learning rates of a, b and c are not tuned")
     assert "of a is not tuned" in missing("a", "b", {"b": edge}, COMMAND)
     assert f"{COMMAND} --set compare.learning_rate.trials=5 " in missing("a", "b", {"b": edge}, COMMAND)
