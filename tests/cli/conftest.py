@@ -1,19 +1,46 @@
-"""The installed command in a temporary folder, and the smallest real parts it can run on."""
+"""The command line in a temporary folder, and the smallest real parts it can run on."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from multiflora.cli import main
 
 from .parts import COMMAND, Command, Ended, save_model, write_task
 
 
 @pytest.fixture
-def multiflora(tmp_path: Path) -> Command:
-    """Run the installed command in ``tmp_path``, without a network and with plain output."""
+def multiflora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command in ``tmp_path``, in this process: a process of its own imports torch anew, which takes seconds.
+
+    A bug is no ``SystemExit`` and so fails the test with its traceback.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["multiflora", *words])
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
+            main()
+        return Ended(int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Command:
+    """Run the installed command in ``tmp_path``, without a network and with plain output.
+
+    For what only a process of its own shows: what it prints besides, limits of the system, its exit code.
+    """
 
     def run(*words: str, **options: object) -> Ended:
         env = os.environ | {

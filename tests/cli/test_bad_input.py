@@ -1,4 +1,4 @@
-"""Bad input through the installed command: one paragraph that says what to mend, exit code 2, nothing lost."""
+"""Bad input on the command line: one paragraph that says what to mend, exit code 2, nothing lost."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def change(recipe: Path, old: str, new: str) -> None:
     recipe.write_text(text.replace(old, new), "utf-8")
 
 
-def test_a_missing_recipe(multiflora: Command) -> None:
-    refused(multiflora("train", "absent.yaml"), "absent.yaml does not exist", "Check the path")
+def test_a_missing_recipe(installed: Command) -> None:
+    refused(installed("train", "absent.yaml"), "absent.yaml does not exist", "Check the path")
 
 
 def test_a_missing_data_file(multiflora: Command, recipe: Path) -> None:
@@ -59,7 +59,7 @@ def test_an_empty_task(multiflora: Command, recipe: Path) -> None:
 
 def test_a_task_whose_condition_keeps_nothing(multiflora: Command, recipe: Path) -> None:
     change(recipe, "tulips.jsonl]", "{name: tulips, source: tulips.jsonl, keep: answer > 5}]")
-    refused(multiflora("train", "recipe.yaml"), "tulips is empty", "answer > 5")
+    refused(multiflora("train", "recipe.yaml"), "tulips.jsonl", "the task is empty", "(answer > 5)", "Mend 'keep'")
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_examples_that_are_too_long_are_left_out_and_counted(multiflora: Command
     assert "examples are longer than train.max_length = 128 tokens" in " ".join(ended.out.split())
 
 
-def test_no_space_left_loses_nothing_that_was_there(multiflora: Command, recipe: Path) -> None:
+def test_no_space_left_loses_nothing_that_was_there(installed: Command, recipe: Path) -> None:
     def small_files() -> None:
         # the system's own refusal: a file may not grow beyond this, as on a disk that is nearly full
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
     before = {path: path.read_bytes() for path in recipe.parent.iterdir() if path.is_file()}
-    ended = multiflora("train", "recipe.yaml", preexec_fn=small_files)
+    ended = installed("train", "recipe.yaml", preexec_fn=small_files)
     refused(ended, "No space left", "run")
     assert not recipe.with_name("run").joinpath("adapter_model.safetensors").exists()
     assert {path: path.read_bytes() for path in before} == before
@@ -194,9 +194,9 @@ def test_a_mistyped_command_line(multiflora: Command, words: list[str]) -> None:
     assert ended.out == ""
 
 
-def test_debug_shows_the_traceback_wherever_it_stands(multiflora: Command) -> None:
+def test_debug_shows_the_traceback_wherever_it_stands(installed: Command) -> None:
     for words in (["--debug", "train", "absent.yaml"], ["train", "absent.yaml", "--debug"]):
-        ended = multiflora(*words)
+        ended = installed(*words)
         assert ended.code == 2
         assert "Traceback (most recent call last)" in ended.err
         assert "Error: absent.yaml does not exist" in ended.err.replace("\n", " ")
@@ -207,8 +207,8 @@ def test_an_unknown_method_and_task_to_show(multiflora: Command) -> None:
     refused(multiflora("tasks", "show", "bolq"), "'bolq' is not a shipped task", "did you mean boolq?")
 
 
-def test_json_goes_to_stdout_alone(multiflora: Command) -> None:
-    ended = multiflora("methods", "--json")
+def test_json_goes_to_stdout_alone(installed: Command) -> None:
+    ended = installed("methods", "--json")
     assert ended.code == 0
     assert json.loads(ended.out)["rlora"]["config"] == "RLoraConfig"
     assert ended.err == ""

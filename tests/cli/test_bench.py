@@ -1,4 +1,4 @@
-"""The benchmark through the installed command: measured, gone on with, judged, refused."""
+"""The benchmark on the command line: measured, gone on with, judged, refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .test_bad_input import refused
 MEMORY = ("bench", "--quick", "--only", "memory")
 
 
-def test_a_small_run_is_saved_judged_and_gone_on_with(multiflora: Command, tmp_path: Path) -> None:
-    first = multiflora(*MEMORY, "--page", "pages/speed.md")
+def test_a_small_run_is_saved_judged_and_gone_on_with(installed: Command, multiflora: Command, tmp_path: Path) -> None:
+    first = installed(*MEMORY, "--page", "pages/speed.md")
     assert first.code == 0, first.err
     assert "memory kept a token" in first.out
     assert "not measured" in first.out
@@ -21,7 +21,7 @@ def test_a_small_run_is_saved_judged_and_gone_on_with(multiflora: Command, tmp_p
     assert len(saved["memory"]) == 2
     assert saved["machine"]["threads"] == 1
 
-    more = multiflora("bench", "--quick", "--only", "shared", "--only", "memory", "--rounds", "1", "--resume", "--json")
+    more = installed("bench", "--quick", "--only", "shared", "--only", "memory", "--rounds", "1", "--resume", "--json")
     assert more.code == 0, more.err
     judged = {verdict["target"]: verdict for verdict in json.loads(more.out)["verdicts"]}
     assert judged["memory kept a token / published loop"]["verdict"] == "held"

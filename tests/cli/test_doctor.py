@@ -1,4 +1,4 @@
-"""``multiflora doctor`` through the installed command."""
+"""``multiflora doctor`` on the command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from .parts import Command
 
 
-def test_without_a_recipe_it_always_ends_well(multiflora: Command) -> None:
-    ended = multiflora("doctor")
+def test_without_a_recipe_it_always_ends_well(installed: Command) -> None:
+    ended = installed("doctor")
     assert ended.code == 0, ended.err
     for title in ("Packages", "Features", "This machine"):
         assert title in ended.out

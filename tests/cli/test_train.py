@@ -1,4 +1,4 @@
-"""The main job through the installed command: what it prints, what it leaves, and that the dry run told the truth."""
+"""The main job on the command line: what it prints, what it leaves, and that the dry run told the truth."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from .parts import Command
 
 
-def test_from_recipe_to_table_and_back(multiflora: Command, recipe: Path) -> None:
+def test_from_recipe_to_table_and_back(installed: Command, multiflora: Command, recipe: Path) -> None:
     said = multiflora("train", "recipe.yaml", "--dry-run", "--json")
     assert said.code == 0, said.err
     told = json.loads(said.out)
     assert not recipe.with_name("run").exists()
 
-    ended = multiflora("train", "recipe.yaml", "--json")
+    ended = installed("train", "recipe.yaml", "--json")
     assert ended.code == 0, ended.err
     done = json.loads(ended.out)
     run = Path(done.pop("output"))

@@ -87,7 +87,7 @@ def test_a_full_disk_loses_nothing_and_the_run_can_be_started_again(model_folder
     full = pytest.raises(EnvironmentProblem, match=r"No space left to write the run to .*run.*Free some space")
     with full, files_of_at_most(4096):
         multiflora.train(recipe, quiet=True)
-    assert list(recipe.output.iterdir()) == []
+    assert not recipe.output.exists()
     assert (multiflora.train(recipe, quiet=True).output / "adapter_model.safetensors").exists()
 
 

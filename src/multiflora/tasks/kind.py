@@ -85,7 +85,12 @@ def facts_of(source: FilesSource, keep: str | None = None) -> Facts:
             if condition is None or evaluated(condition, row, "keep", where):
                 _look_at(facts, row, where)
     if not facts.number:
-        raise DataError(f"{files[0]} has no rows{'' if condition is None else f' that keep ({condition}) takes'}.")
+        if condition is None:
+            raise DataError(f"{files[0]} has no rows. Check the file, or leave the task out.")
+        raise DataError(
+            f"{files[0]} has no rows that 'keep' ({condition}) takes, so the task is empty. Mend 'keep', or leave the "
+            "task out."
+        )
     return facts
 
 

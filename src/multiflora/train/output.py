@@ -74,9 +74,10 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
         )
     written = load_recipe(folder / CHECKPOINTS / "recipe.yaml")
     if written != recipe:
-        keys = listed(_differences(written.model_dump(mode="json"), recipe.model_dump(mode="json")), 10)
+        keys = list(_differences(written.model_dump(mode="json"), recipe.model_dump(mode="json")))
         raise ConfigError(
-            f"The checkpoints in {folder} come from another recipe: {keys} differ. Resume with that one "
+            f"The checkpoints in {folder} come from another recipe: {listed(keys, 10)} "
+            f"{'differs' if len(keys) == 1 else 'differ'}. Resume with that one "
             f"({folder / CHECKPOINTS / 'recipe.yaml'}), or choose another output folder."
         )
     before, now = processes_of(checkpoint), num_processes()
