@@ -1,8 +1,8 @@
 """The tasks of the study "when do many branches pay?": the same questions under several label codes.
 
 A task asks for the type of a question (six types, TREC). Its code says which word stands for which type. Tasks *conflict*
-where their codes differ: at conflict 0 all tasks have one code; at conflict c each task has words of its own for a share
-c of the types. The prompt names the code, so that every method can know which task a row belongs to.
+where their codes differ: at conflict 0 all tasks have the plain code, in which every word means itself; at conflict c
+each task's code moves a share c of the words, drawn for that task. The prompt names the code, so that every method can know which task a row belongs to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def code(draw: random.Random, types: int, conflict: float) -> list[int]:
 
 
 def codes(seed: int, tasks: int, types: int, conflict: float) -> list[list[int]]:
-    """A code for each task, all different where there is conflict."""
+    """A code for each task, all different where there is conflict; one's tasks are the first of more tasks'."""
     draw, found = random.Random(f"codes {seed}"), []
     while len(found) < tasks:
         one = code(draw, types, conflict)
@@ -63,16 +63,16 @@ def write_tasks(folder: Path, rows: dict[str, Sequence[Any]], *, seed: int, task
         draw = random.Random(f"rows {seed} {name}")
         for split, number in SPLITS.items():
             drawn = draw.sample(list(rows[split]), min(number, len(rows[split])))
-            lines = [json.dumps(_under(name, words, row)) for row in drawn]
+            lines = [json.dumps(_under(seed, name, words, row)) for row in drawn]
             (place / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         written.append(place)
     return written
 
 
-def _under(name: str, words: Sequence[int], row: Any) -> dict[str, Any]:
+def _under(seed: int, name: str, words: Sequence[int], row: Any) -> dict[str, Any]:
     answer = words[row["answer"]]
     return {
-        "id": row["id"],
+        "id": f"{seed}-{name}-{row['id']}",  # under another seed's code it is another row
         "prompt": f"Code {name}. {row['prompt']}",
         "completion": row["choices"][answer],
         "choices": row["choices"],
