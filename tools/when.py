@@ -83,7 +83,7 @@ class Study:
     """``time.monotonic()`` after which no training begins."""
 
 
-class OutOfTime(Exception):
+class TimeIsUp(Exception):  # noqa: N818 - nothing went wrong
     """The hours are over."""
 
 
@@ -103,6 +103,7 @@ def comparison(each: Condition, seed: int, study: Study, split: str) -> Comparis
     entries: list[dict[str, Any]] = [{"name": "lora", "r": each.rank}]
     entries += [{"name": name, heads.get(name, "num_heads"): each.tasks} for name in METHODS[1:-1]]
     data = study.output / "data" / f"{each.name}-seed-{seed}"
+    cells = study.output / "cells" / f"{each.name}-{recipe_digest(each, study)}-{code_digest()}"
     return load_comparison(
         {
             "model": str((study.output / "base").absolute()),
@@ -121,7 +122,7 @@ def comparison(each: Condition, seed: int, study: Study, split: str) -> Comparis
                 "shared": {"target_modules": "all-linear"},
                 "single_task": True,
             },
-            "output": str((study.output / "cells" / f"{each.name}-{recipe_digest(each, study)}-{code_digest()}").absolute()),
+            "output": str(cells.absolute()),
         }
     )
 
@@ -261,9 +262,7 @@ def _seed(each: Condition, study: Study, seed: int, methods: Mapping[str, Any]) 
     return found
 
 
-def _cells(
-    asked: Comparison, planned: Mapping[str, Competitor], label: str, seed: int, rate: float
-) -> Iterator[Cell]:
+def _cells(asked: Comparison, planned: Mapping[str, Competitor], label: str, seed: int, rate: float) -> Iterator[Cell]:
     """The trainings of a method: one, or one for each task."""
     if label == "single":
         yield from (single.cell for single in _singles(asked, planned, seed, rate))
@@ -281,11 +280,12 @@ def _run(cell: Cell, asked: Comparison, study: Study) -> dict[str, Any]:
     folder = asked.recipe.output
     times = folder / "seconds" / f"{cell.name}.json"
     if not times.is_file() and time.monotonic() > study.until:
-        raise OutOfTime
+        raise TimeIsUp
     start = time.process_time()
     # a trial is trained and scored, and neither timed nor looked into; one that diverges says so
     found = run_cell(replace(cell, kind="trial"), folder)
     if not times.is_file():
+        times.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(times, json.dumps(time.process_time() - start).encode())
         shutil.rmtree(cell.recipe.output, ignore_errors=True)
     seconds = json.loads(times.read_text("utf-8"))
@@ -299,7 +299,7 @@ def read_packed(path: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
     if found["format"] != _FORMAT:
-        raise SystemExit(f"{path} has format {found['format']}, and this tool reads {_FORMAT}; take the tool beside it.")
+        raise SystemExit(f"{path} has format {found['format']}, but this tool reads {_FORMAT}.")
     return found
 
 
@@ -345,7 +345,7 @@ def main() -> None:
             prepare_base(study)
             for each in wanted:
                 run_condition(each, study, SEEDS[: given.seeds])
-        except OutOfTime:
+        except TimeIsUp:
             print(f"{given.hours:g} hours are over; the same command goes on", flush=True)
         except MultifloraError as error:
             raise SystemExit(f"{error}") from error

@@ -1,15 +1,16 @@
 """The tasks of the study "when do many branches pay?": the same questions under several label codes.
 
-A task asks for the type of a question (six types, TREC). Its code says which word stands for which type. Tasks *conflict*
-where their codes differ: at conflict 0 all tasks have the plain code, in which every word means itself; at conflict c
-each task's code moves a share c of the words, drawn for that task. The prompt names the code, so that every method can know which task a row belongs to.
+A task asks for the type of a question (six types, TREC). Its code says which word stands for which type. Tasks
+*conflict* where their codes differ: at conflict 0 all tasks have the plain code, in which every word means itself; at
+conflict c each task's code moves a share c of the words, drawn for that task. The prompt names the code, so that every
+method can know which task a row belongs to.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def codes(seed: int, tasks: int, types: int, conflict: float) -> list[list[int]]
     return found
 
 
-def write_tasks(folder: Path, rows: dict[str, Sequence[Any]], *, seed: int, tasks: int, conflict: float) -> list[Path]:
+def write_tasks(
+    folder: Path, rows: Mapping[str, Sequence[Any]], *, seed: int, tasks: int, conflict: float
+) -> list[Path]:
     """Write the tasks of one condition and seed, and return their folders.
 
     Args:
