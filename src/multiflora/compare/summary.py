@@ -29,7 +29,7 @@ from multiflora.compare.statistics import (
 from multiflora.compare.tuning import Tuning, missing, not_tuned
 from multiflora.compare.words import Claim, answer, sentence, verdict_of
 
-__all__ = ["summarise"]
+__all__ = ["claims_of", "summarise"]
 
 
 def summarise(
@@ -75,7 +75,7 @@ def summarise(
         if reference in methods
         for label, difference in crossed_tests(methods, reference, shared_rows=found.shared_rows).items()
     }
-    claims = _claims(differences, look, margin, waits)
+    claims = claims_of(differences, look, margin, waits)
     by_task = {
         task: crossed_tests(
             {label: found.outcomes(label, [task], "score") for label in fit}, reference, shared_rows=found.shared_rows
@@ -176,7 +176,7 @@ def _row(
     )
 
 
-def _claims(
+def claims_of(
     differences: Mapping[tuple[str, str], Difference],
     look: Look,
     margin: float | None,
