@@ -15,8 +15,8 @@ from multiflora.methods.settings import setting_problems
 
 __all__ = ["METHODS", "MethodCard", "build_config", "describe", "merges", "settings_of"]
 
-# of peft's own methods: what `multiflora.adapter_folder` refuses to load, so that nothing should be trained with it; our
-# config classes say themselves what they do not take
+# of peft's own methods: what `multiflora.adapter_folder` refuses to load, so that nothing should be trained with it;
+# our config classes say themselves what they do not take
 _NOT_FROM_A_FILE = ("megatron_config", "layer_replication")
 
 
