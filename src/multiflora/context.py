@@ -108,8 +108,17 @@ class Pass:
             self._resolved[id(config)] = self._resolve(config, None)
         return self._resolved[id(config)]
 
-    def one_task(self, config: Any) -> int | None:
-        """The one task of all rows by an adapter's own list, or None where there are several or none is known."""
+    def one_task(self, config: Any, rows: Sequence[int] | None = None) -> int | None:
+        """The one task of all rows by an adapter's own list, or None where there are several or none is known.
+
+        Args:
+            config: The adapter's.
+            rows: The rows that the adapter serves, in a batch of several adapters, of which it may know the others'
+                tasks not at all: then None, too, unless one id was given for all rows. None: all rows.
+        """
+        if rows is not None:
+            ids = self.ids_for(config, rows)
+            return int(ids) if ids is not None and ids.numel() == 1 else None
         if id(config) not in self._one:
             ids = self.ids_for(config)
             first = None if ids is None or not ids.numel() else int(ids.reshape(-1)[0])

@@ -75,7 +75,7 @@ def test_task_names_need_not_be_ids(case, tiny_llama):
         ({"num_tasks": 3}, "num_tasks is 3 but task_names has 2 names"),
         ({"task_names": ["a", "a"]}, "task_names has a name twice"),
         ({"bias": "some"}, "bias is 'some'; it must be one of"),
-        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0; it must be a number above 0"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0; it must be a whole number of at least 1"),
         ({"target_parameters": ["w"]}, "only modules can be adapted"),
         ({"num_haeds": 3}, "num_haeds is not a setting of"),
     ],

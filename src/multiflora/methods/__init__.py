@@ -15,7 +15,8 @@ from multiflora.methods.settings import setting_problems
 
 __all__ = ["METHODS", "MethodCard", "build_config", "describe", "merges", "settings_of"]
 
-# what `multiflora.adapter_folder` refuses to load, so that nothing should be trained with it
+# of peft's own methods: what `multiflora.adapter_folder` refuses to load, so that nothing should be trained with it;
+# our config classes say themselves what they do not take
 _NOT_FROM_A_FILE = ("megatron_config", "layer_replication")
 
 
@@ -82,7 +83,7 @@ def build_config(name: str, settings: Mapping[str, Any]) -> Any:
         problems = list(setting_problems(_config_class(card), settings, extra=card.training))
         if problems:
             raise ConfigError(" ".join(f"method.{problem}" for problem in problems))
-        refused = [key for key in _NOT_FROM_A_FILE if settings.get(key)]
+        refused = [key for key in _NOT_FROM_A_FILE if card.module is None and settings.get(key)]
         if refused:
             raise ConfigError(
                 f"method.{refused[0]} is not available: an adapter with it is not loaded again, as it has peft import "

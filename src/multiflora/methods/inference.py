@@ -9,7 +9,7 @@ What is prepared is kept on the layer until something that it was made of change
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,11 +93,13 @@ class Store:
         """Give the memory back."""
         self._kept.clear()
 
-    def get(self, layer: BranchLinear, plan: Plan, adapter_name: str, x: Tensor) -> Kept | None:
+    def get(
+        self, layer: BranchLinear, plan: Plan, adapter_name: str, x: Tensor, rows: Sequence[int] | None = None
+    ) -> Kept | None:
         """The adapter's branches for this input, as they were kept or made anew; None where they must not be prepared.
 
         They are not in training, where gradients are on or gates are recorded, under ``torch.compile``, and of methods
-        that have no prepared form.
+        that have no prepared form. `rows` are those of x, in a batch of several adapters.
         """
         routing = layer.routing
         if (
@@ -108,7 +110,8 @@ class Store:
             or torch.compiler.is_compiling()
         ):
             return None
-        wanted = Wanted(adapter_name, x.dtype, routing.now().one_task(plan.config) if plan.needs_task else None)
+        task = routing.now().one_task(plan.config, rows) if plan.needs_task else None
+        wanted = Wanted(adapter_name, x.dtype, task)
         kept = self._kept.get(wanted)
         settings = (layer.scaling[adapter_name], plan.config.changes)
         if kept is not None and kept.holds(settings, routing.number):

@@ -300,7 +300,7 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
         plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
-        kept = self._prepared.get(self, plan, adapter_name, x)
+        kept = self._prepared.get(self, plan, adapter_name, x, rows)
         if kept is not None:
             return ops.infer(x, kept.branches, base, y=y, gate=self._gate(kept, plan, x, rows, of))
         loss = self._loss(adapter_name, plan)
