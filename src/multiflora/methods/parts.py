@@ -126,7 +126,9 @@ def misfits(config: PartsConfig) -> list[str]:
             "'mean', or 'token' with router_init='zero' and without top_k."
         )
     if config.top_k is not None and config.router_init == "zero":
-        found.append("router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'.")
+        found.append(
+            "router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'."
+        )
     alike = config.stem == "shared" and not random and equal and config.head_dropout == 0
     if alike and config.num_heads > 1 and config.init_weights is not False:
         found.append(

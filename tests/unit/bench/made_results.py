@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from multiflora.bench.results import GenerateCase, LayerCase, Machine, MemoryCase, Results, SharedCase, StepCase, TrainingCase
+from multiflora.bench.results import (
+    GenerateCase,
+    LayerCase,
+    Machine,
+    MemoryCase,
+    Results,
+    SharedCase,
+    StepCase,
+    TrainingCase,
+)
 
 
 def made(rounds: int = 4, **totals: float) -> dict[str, dict[str, dict[str, list[float]]]]:

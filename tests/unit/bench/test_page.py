@@ -97,7 +97,8 @@ def test_it_says_how_many_rounds_there_were(tmp_path):
     )
     write_page(results(layers=(*results().layers, longer)), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    assert "- **Rounds:** layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, generation 4." in page
+    wanted = "layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, generation 4."
+    assert f"- **Rounds:** {wanted}" in page
 
 
 def test_it_says_that_bfloat16_is_emulated(tmp_path):
