@@ -217,15 +217,17 @@ def _training(preset: Preset, tasks: tuple[str, ...]) -> list[Job]:
 
 
 def _generate(preset: Preset, dtype: Dtype) -> list[Job]:
-    tokens, rounds = {"quick": (4, 2), "standard": (16, 7), "full": (32, 15)}[preset]
+    # one prompt tells most, in half a minute; a batch and a long prompt take thirteen competitors minutes
+    tokens, rounds = {"quick": (4, 3), "standard": (8, 3), "full": (32, 15)}[preset]
+    cases = ((1, 32), (16, 32), (1, 512)) if preset != "quick" else ((1, 32),)
     jobs = []
     for each in dict.fromkeys((dtype, "float32") if preset == "full" else (dtype,)):
-        for batch, prompt in ((1, 32), (16, 32), (1, 512)):
+        for batch, prompt in cases:
             settings = {"batch": batch, "prompt": prompt, "dtype": each}
-            # thirteen competitors; a token reads all weights, a prompt multiplies with them
-            cost = 13 * (rounds + 1) * (0.05 * tokens + batch * prompt * 2.7e8 / (5e10 if each == "float32" else 2e11))
             given = {**settings, "tokens": tokens if prompt == 32 else 1, "rounds": rounds}
-            jobs.append(Job("generate", given, settings, 10 + cost))
+            # a token reads all weights, a prompt multiplies with them
+            seconds = 0.05 * given["tokens"] + batch * prompt * 2.7e8 / (5e10 if each == "float32" else 2e11)
+            jobs.append(Job("generate", given, settings, 10 + 13 * (rounds + 1) * seconds))
     return jobs
 
 

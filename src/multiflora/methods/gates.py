@@ -109,7 +109,7 @@ class TokenRouter(Gate):
 
     reads: Reads = "token"
     zero: Callable[[Any], bool] = lambda config: False
-    std: float | None = None
+    std: Callable[[Any], float | None] = lambda config: None
     """Of a normal start; None: Kaiming-uniform."""
     top_k: Callable[[Any], int | None] = lambda config: config.top_k
     names = ("router",)
@@ -118,10 +118,11 @@ class TokenRouter(Gate):
         return {"router": (heads, d_in)}
 
     def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        std = self.std(config)
         if config.init_weights and self.zero(config):
             torch.nn.init.zeros_(parts["router"])
-        elif config.init_weights and self.std is not None:
-            normal(parts["router"], self.std, generator)
+        elif config.init_weights and std is not None:
+            normal(parts["router"], std, generator)
         else:
             kaiming_uniform(parts["router"], generator)
 

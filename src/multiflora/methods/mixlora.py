@@ -23,6 +23,9 @@ from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
 
+ROUTER_STD = 0.02
+"""Standard deviation of the router's start."""
+
 
 @dataclass
 class MixLoraConfig(RouterConfig):
@@ -59,7 +62,7 @@ METHOD = Method(
     config=MixLoraConfig,
     heads=lambda config: config.num_experts,
     shared_stem=False,
-    gate=TokenRouter(std=0.02),
+    gate=TokenRouter(std=lambda config: ROUTER_STD),
     start=start,
     loss=ROUTER_LOSS,
 )

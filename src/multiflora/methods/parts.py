@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from multiflora.methods import multilora, rlora
+from multiflora.methods import mixlora, multilora, rlora
 from multiflora.methods.base import Between, Method
 from multiflora.methods.config import above, at_least, one_of, probability
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
@@ -38,7 +38,10 @@ GATES: dict[str, Gate] = {
     "sum": Gate(),
     "mean": FixedGate(value=lambda config: 1 / config.num_heads),
     "scale": ScaleGate(width=multilora.scale_width),
-    "token": TokenRouter(zero=lambda config: config.router_init == "zero"),
+    "token": TokenRouter(
+        zero=lambda config: config.router_init == "zero",
+        std=lambda config: mixlora.ROUTER_STD if config.router_init == "normal" else None,
+    ),
     "task": TaskTemperatureGate(),
     "task_embedding": TaskEmbeddingGate(),
 }
@@ -71,7 +74,10 @@ set offset=True, which takes the start off, or heads='zero'.
     task_matrix: str = field(
         default="none", metadata={"help": "Matrix per task after a shared A: 'none', 'full' or 'diagonal'."}
     )
-    router_init: str = field(default="kaiming", metadata={"help": "Start of the router: 'kaiming' or 'zero'."})
+    router_init: str = field(
+        default="kaiming",
+        metadata={"help": "Start of the router: 'kaiming', 'normal' (MixLoRA's, of deviation 0.02) or 'zero'."},
+    )
     gamma: float = field(default=64.0, metadata={"help": "Divides the variance of a random start."})
     scale_shape: str = field(default="vector", metadata={"help": "Gate 'scale': per output feature, or 'scalar'."})
     temperature: float = field(default=0.1, metadata={"help": "Gate 'task': temperature of the tasks' softmax."})
@@ -86,7 +92,7 @@ set offset=True, which takes the start off, or heads='zero'.
             *one_of(self, "gate", tuple(GATES)),
             *one_of(self, "offset", (True, False)),
             *one_of(self, "task_matrix", ("none", "full", "diagonal")),
-            *one_of(self, "router_init", ("kaiming", "zero")),
+            *one_of(self, "router_init", ("kaiming", "normal", "zero")),
             *one_of(self, "scale_shape", ("vector", "scalar")),
             *one_of(self, "init_weights", (True, False)),
             *probability(self, "head_dropout"),
@@ -120,7 +126,9 @@ def misfits(config: PartsConfig) -> list[str]:
             "'mean', or 'token' with router_init='zero' and without top_k."
         )
     if config.top_k is not None and config.router_init == "zero":
-        found.append("router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming'.")
+        found.append(
+            "router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'."
+        )
     alike = config.stem == "shared" and not random and equal and config.head_dropout == 0
     if alike and config.num_heads > 1 and config.init_weights is not False:
         found.append(

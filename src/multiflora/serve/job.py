@@ -130,9 +130,9 @@ class Job:
 
     def _probability(self, token: int, logits: torch.Tensor, count: int) -> Told:
         found = logits.float().log_softmax(-1)
-        values, ids = found.topk(count) if count else (found[:0], [])
+        values, ids = found.topk(count)
         decode = self.decoder.tokenizer.decode
-        top = tuple((decode([int(i)]), float(value)) for i, value in zip(ids, values, strict=True))
+        top = tuple((decode([i]), value) for i, value in zip(ids.tolist(), values.tolist(), strict=True))
         return Told(decode([token]), float(found[token]), top)
 
     def cancel(self) -> None:

@@ -81,7 +81,8 @@ def _added(layer: Any, x: Tensor, y: Tensor) -> Tensor:
     if isinstance(layer, BranchLinear):
         return layer.add_to(x, y, name)
     A, B = layer.lora_A[name], layer.lora_B[name]
-    return y + (B(A(x.to(A.weight.dtype))) * layer.scaling[name]).to(y.dtype)
+    added: Tensor = B(A(x.to(A.weight.dtype))) * layer.scaling[name]
+    return y + added.to(y.dtype)
 
 
 class Mixed:
@@ -170,7 +171,7 @@ def _linear_layers(model: Any, known: set[int]) -> dict[str, Any] | None:
     if not hasattr(model, "get_base_model") or model.active_peft_config.is_prompt_learning:
         return None
     tree = model.get_base_model()
-    layers = {name: layer for name, layer in tree.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers: dict[str, Any] = {name: layer for name, layer in tree.named_modules() if isinstance(layer, BaseTunerLayer)}
     for layer in layers.values():
         plain = type(layer) is PlainLora and not layer.lora_variant and type(layer.base_layer) is nn.Linear
         ours = isinstance(layer, BranchLinear) and type(layer.base_layer) is nn.Linear

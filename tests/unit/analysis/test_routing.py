@@ -9,15 +9,17 @@ import torch
 
 import multiflora
 from multiflora.analysis.routing import RoutingCounter, recording
-from multiflora.context import Routing
+from multiflora.context import Pass, Routing, Side, Tokens
 from multiflora.methods import build_config
 
 
 def count(gate, tasks=None, num_tasks=2, mask=None):
     routing = Routing()
-    routing._mask = mask
     counter = RoutingCounter(routing, num_tasks)
-    counter("layer", torch.tensor(gate), None if tasks is None else torch.tensor(tasks))
+    lead = (len(gate),) if mask is None else mask.shape
+    side = Side(lead[0], None if mask is None else lead[1], mask)
+    with routing.reporting(Tokens(Pass(None), "layer", side, torch.Size(lead))):
+        counter("layer", torch.tensor(gate), None if tasks is None else torch.tensor(tasks))
     return counter
 
 
@@ -43,6 +45,28 @@ def test_padding_does_not_count():
     mask = torch.tensor([[1, 0], [1, 0]])
     layer = count([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], mask=mask).result()["layer"]
     assert layer.load == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_padding_of_a_batch_does_not_count_in_a_model(tiny_llama, loop):
+    from peft import get_peft_model
+
+    settings = {"num_heads": 3, "target_modules": ["up_proj"]}
+    model = get_peft_model(tiny_llama(), build_config("hydralora", settings)).eval()
+    ids, short = torch.arange(12).view(2, 6), torch.tensor([[0, 1, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+    multiflora.context.find(model).loop = loop
+    with recording(model, 1) as counter, torch.no_grad():
+        model(input_ids=short)
+        alone = counter.result()
+        model(input_ids=ids, attention_mask=mask)
+        padded = counter.result()
+        model(input_ids=ids)
+        whole = counter.result()
+    for layer, found in alone.items():
+        assert padded[layer].load == pytest.approx(found.load, abs=1e-5)
+        assert padded[layer].entropy == pytest.approx(found.entropy, abs=1e-5)
+    assert any(whole[layer].load != pytest.approx(found.load, abs=1e-5) for layer, found in alone.items())
 
 
 def test_batches_add_up_and_a_result_starts_anew():

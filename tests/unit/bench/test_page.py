@@ -11,7 +11,7 @@ from multiflora.bench.page import write_page
 from multiflora.bench.results import load
 from multiflora.bench.verdict import TARGETS
 
-from .made_results import layer, machine, made, results, serving, step
+from .made_results import generate, layer, machine, made, results, serving, step
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -45,6 +45,16 @@ def test_it_tells_what_was_served_and_why_the_opponent_was_not(tmp_path):
     assert "`transformers serve` was not measured: A server did not start: no fastapi." in page
 
 
+def test_generation_is_told_by_token_with_its_floor(tmp_path):
+    write_page(results(generate=(generate(16),)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8").partition("## Generation")[2]
+    assert "SmolLM2-135M, bfloat16, batch 16, prompt of 32 tokens:" in page
+    assert "| base | 20.0 |  | 100.0 |  |  |" in page
+    assert "| rlora | 21.0 | 1.05 (1.05–1.05) | 104.0 | 1.04 (1.04–1.04) | 8,000,000 |" in page
+    assert "| peft LoRA | 30.0 | 1.50 (1.50–1.50) |" in page
+    assert "| floor | 21.0 | 1.05 (1.05–1.05) | 101.0 | 1.01 (1.01–1.01) |  |" in page
+
+
 def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):
     slow = step(0.1, multilora=1390.0)
     write_page(results(steps=(slow,)), tmp_path / "performance.md")
@@ -76,10 +86,11 @@ def test_every_table_has_a_cell_for_every_column(tmp_path):
 
 
 def test_a_part_is_a_page_too(tmp_path):
-    nothing = {"layers": (), "heads": (), "memory": (), "shared": (), "steps": (), "training": (), "serve": ()}
-    write_page(results(**nothing), tmp_path / "performance.md")
+    sections = ("layers", "heads", "memory", "shared", "steps", "training", "generate", "serve")
+    write_page(results(**dict.fromkeys(sections, ())), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
     assert page.count("not measured") == len(TARGETS)
+    assert "## Generation" not in page
     assert "## Layers" not in page
     assert "## Where a target is missed" not in page
     assert not list((tmp_path / "performance").iterdir())
@@ -97,7 +108,8 @@ def test_it_says_how_many_rounds_there_were(tmp_path):
     )
     write_page(results(layers=(*results().layers, longer)), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    assert "- **Rounds:** layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, serving 3." in page
+    wanted = "layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, generation 4, serving 3."
+    assert f"- **Rounds:** {wanted}" in page
 
 
 def test_it_says_that_bfloat16_is_emulated(tmp_path):
