@@ -250,7 +250,7 @@ def test_a_client_that_hangs_up_frees_the_server(server, client, expected):
     assert httpx.get(f"{server}/health").json() == {"status": "ok"}
 
 
-def test_two_hundred_mixed_requests_lose_none(server, client, expected):
+def test_many_mixed_requests_lose_none(server, client, expected):
     keys = list(expected)
 
     def one(number):
@@ -260,7 +260,7 @@ def test_two_hundred_mixed_requests_lose_none(server, client, expected):
         return ask(client, *key, stream=number % 3 == 0, chat=number % 2 == 0, by_header=number % 5 == 0)
 
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(one, range(200)))
+        found = list(pool.map(one, range(64)))
     for number, answer in enumerate(found):
         if number % 20 == 7:
             assert answer.status_code == 400

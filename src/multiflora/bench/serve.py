@@ -150,17 +150,28 @@ def first_tokens(address: tuple[str, int], long: Order, short: Order, times: int
             before = so_far[0]
             while so_far[0] < before + 3 and not running.done():  # it runs, and the short one before has left
                 time.sleep(0.001)
-            sent, first = so_far[0], []
-            ask(address, short, lambda _, first=first: first.append(so_far[0]))  # type: ignore[misc]
+            sent, first = so_far[0], _Times(so_far)
+            ask(address, short, first)
             if running.done():
                 break
-            waited.append(first[0] - sent)
+            waited.append(first.seen[0] - sent)
         running.result()
     if not waited:
         raise EnvironmentProblem(
             f"The answer of {long.tokens} tokens was over before a short request was answered beside it."
         )
     return waited
+
+
+class _Times:
+    """Notes how long the long answer is, whenever the short one has a token."""
+
+    def __init__(self, so_far: Sequence[int]) -> None:
+        self.so_far = so_far
+        self.seen: list[int] = []
+
+    def __call__(self, number: int) -> None:
+        self.seen.append(self.so_far[0])
 
 
 def measure_serve(

@@ -243,10 +243,13 @@ def _whole(model: Any, job: Job) -> None:
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=GenerationConfig(max_new_tokens=job.max_tokens, do_sample=False, pad_token_id=0),
+        generation_config=GenerationConfig(
+            max_new_tokens=job.max_tokens, do_sample=False, pad_token_id=0, eos_token_id=sorted(job.ends) or None
+        ),
         logits_processor=LogitsProcessorList([_Feed(job)]),
         stopping_criteria=StoppingCriteriaList([_Ended(job)]),
     )
+    job.close("stop")  # where the model's own config has ended it
 
 
 def _alone(served: Served) -> Forward:

@@ -83,7 +83,7 @@ class Job:
         self._told: list[Told] = []
         self.watcher: Metrics | None = None
         self.started = time.perf_counter()
-        self._ends = frozenset(ends)
+        self.ends = frozenset(ends)
         self._loop = loop
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
 
@@ -109,7 +109,7 @@ class Job:
         if self.alternatives is not None:
             self._told.append(self._probability(token, logits, self.alternatives))
         text = self.decoder.add(token)
-        if token in self._ends or self.decoder.stopped:
+        if token in self.ends or self.decoder.stopped:
             self.close("stop", text)
         elif self.tokens >= self.max_tokens:
             self.close("length", text)

@@ -128,8 +128,8 @@ class Mixed:
         if ids.shape[1] > 1:
             self.groups[:] = self._grouped(rows, tasks, ids)
         else:
-            if self._decoding[0] != rows:  # a row has come or gone
-                self._decoding = rows, list(self._grouped(rows, tasks, ids))
+            if self._decoding[0] != (rows, tasks):  # a row has come or gone
+                self._decoding = (rows, list(tasks)), list(self._grouped(rows, tasks, ids))
             self.groups[:] = self._decoding[1]
         try:
             return self.model(input_ids=ids, **words)

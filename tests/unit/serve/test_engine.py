@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multiflora
 from multiflora.methods import inference
+from multiflora.methods.inference import Store
 from multiflora.serve.engine import Engine, _Lane
 from multiflora.serve.job import Job
 from multiflora.serve.limits import Limits
@@ -164,6 +165,17 @@ def test_no_branches_are_prepared_anew_while_rows_go_on(models, monkeypatch):
         lane.round(64)
     assert len(lane.batch.jobs) >= 4
     assert made == []
+
+
+def test_more_tasks_than_are_kept_prepared_are_computed_together(models, right, monkeypatch):
+    monkeypatch.setattr(Store, "MOST", 2)
+    lane, _ = lane_of(models)
+    jobs = [job_of("mtllora", [3 + k, 4], 4 + k, task=k % 2) for k in range(4)]
+    lane.waiting.extend(jobs)
+    while lane.jobs():
+        lane.round(64)
+    for job in jobs:
+        assert job.decoder.ids == right(job), job.task
 
 
 def test_what_fails_ends_every_answer(models):
