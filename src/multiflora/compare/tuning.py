@@ -79,7 +79,11 @@ def decide(trials: Sequence[Trial], max_steps: int | None = None) -> Tuning:
     worth = {rate: (min(score, enough), -_mean([t.loss for t in by_rate[rate]])) for rate, score in scores.items()}
     chosen = max(worth, key=lambda rate: worth[rate])  # of equal ones the first, which is the smallest
     worse = [rate for rate in worth if worth[rate] < worth[chosen]]
-    sides: dict[Side, bool] = {"below": any(r < chosen for r in worse), "above": any(r > chosen for r in worse)}
+    diverged = scores[best] == -math.inf  # where all did, only a smaller rate can help
+    sides: dict[Side, bool] = {
+        "below": any(r < chosen for r in worse),
+        "above": diverged or any(r > chosen for r in worse),
+    }
     open_sides = tuple(side for side, closed in sides.items() if not closed)
     state: State = "tuned" if not open_sides else "at the edge" if len(worth) > 1 else "not tuned"
     return Tuning(

@@ -32,8 +32,8 @@ def _gains(found: Transfer) -> Table:
         name=f"table-delta-m-{found.size}",
         title=f"Against one LoRA per task: {_SIZES[found.size]}",
         reading=f"Mean relative gain over the single-task LoRAs (Δm), over seeds. Theirs have rank {found.rank} and "
-        f"{found.parameters:,} parameters in all; each took its task's share of the steps{_rate(found)}. p is corrected "
-        "for all methods. A method without a number stands beside a LoRA that scored 0."
+        f"{found.parameters:,} parameters in all; each took its task's share of the steps{_rate(found)}. p is "
+        "corrected for all methods. A method without a number stands beside a LoRA that scored 0."
         + "".join(f" Nothing is said of {label} yet: {why}." for label, why in found.missing.items()),
         columns=[_METHOD, Column("Δm, %", ("delta_m", "delta_m_low", "delta_m_high")), Column("p, corrected", ("p",))],
         rows=[

@@ -23,7 +23,7 @@ def tried(*scores: float | None, loss: float | None = 1.0) -> list[Trial]:
         ((0.5, 0.5, 0.3), "at the edge", 1e-3, ("below",)),  # as good is not worse
         ((0.3, 0.5, None), "tuned", 1e-2, ()),  # diverged is worse
         ((None, 0.5, 0.4), "tuned", 1e-2, ()),
-        ((None, None), "at the edge", 1e-3, ("below", "above")),
+        ((None, None), "at the edge", 1e-3, ("below",)),  # a larger one diverges all the more
         ((0.5,), "not tuned", 1e-3, ("below", "above")),
     ],
 )
