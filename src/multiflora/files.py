@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,24 +13,89 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from multiflora.errors import EnvironmentProblem
+from multiflora.errors import ConfigError, EnvironmentProblem
+from multiflora.suggest import shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "beside",
     "cache_folder",
     "check_inside",
     "check_writable",
+    "expanded",
+    "lock",
     "matching",
     "saving",
+    "user_path",
     "write_bytes",
     "write_json",
     "write_text",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
     """Where something made once is kept for the user: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``multiflora/…``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "multiflora" / name
+
+
+def expanded(word: str | Path) -> Path:
+    """Put the user's home in the place of ``~``.
+
+    Raises:
+        ConfigError: There is no such user, or the path holds a NUL.
+    """
+    if "\0" in str(word):
+        raise ConfigError(f"{shown(str(word))} holds a NUL, which no path can have.")
+    try:
+        return Path(word).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{shown(str(word))}: there is no user of that name. Write the folder out.") from error
+
+
+def user_path(word: str | Path) -> Path:
+    """The path that a user wrote, ``~`` expanded; whether something is there is left open.
+
+    Raises:
+        ConfigError: It can name nothing: it is empty or too long, its links go round, it is no text that can be
+            printed, or see `expanded`.
+
+    Example:
+        >>> str(user_path("runs/rlora"))
+        'runs/rlora'
+    """
+    path = expanded(word)
+    try:
+        if not str(word):
+            raise ValueError("it is empty")
+        str(path).encode()
+        path.stat()
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (None, errno.ELOOP, errno.ENAMETOOLONG):
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)
+            raise ConfigError(f"{shown(str(word))} names no file or folder: {reason}. Check the path.") from error
+    return path
+
+
+def beside(word: str | Path, ending: str) -> Path:
+    """Where something made from a folder goes when nothing else is said: FOLDER-ending, in the same place.
+
+    Raises:
+        ConfigError: The folder has no name of its own, or see `user_path`.
+    """
+    path = user_path(word)
+    name = path.resolve().name
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not name:
+        raise ConfigError(f"{path} has no name to make another of; say where the result goes: --output FOLDER.")
+    return path.with_name(f"{name}-{ending}")
 
 
 @contextmanager
@@ -99,6 +165,27 @@ def check_inside(folder: Path, path: Path) -> None:
             f"{path} leads out of {folder}, to {path.resolve()}; nothing was written there. Remove the link, or name "
             "another folder to write to."
         )
+
+
+def lock(path: Path, handle: int) -> bool:
+    """Keep other processes from locking a file or folder; the system lets go when ``handle`` or the process ends.
+
+    Args:
+        path: As it is called in the log.
+        handle: Of the open file or folder.
+
+    Returns:
+        False where another process holds it. Where the system or the file system has no such lock, True: there it is
+        the user's to start one process at a time.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks
+        log.debug("%s cannot be locked: %s", path, error)
+    return True
 
 
 def matching(pattern: str) -> list[str]:

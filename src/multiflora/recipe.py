@@ -21,9 +21,10 @@ from pydantic import (
 )
 
 from multiflora.errors import ConfigError
+from multiflora.files import expanded
 from multiflora.methods import METHODS
 from multiflora.patterns import pattern_problems
-from multiflora.schema import Strict, absolute, as_mapping, build, expanded
+from multiflora.schema import Strict, absolute, as_mapping, build
 from multiflora.suggest import did_you_mean, shown
 from multiflora.tasks.resolve import expand_task
 from multiflora.tasks.spec import TaskSpec

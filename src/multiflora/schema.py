@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from multiflora.errors import ConfigError
+from multiflora.files import expanded
 from multiflora.suggest import did_you_mean, shown
 
 _TOLD = 30  # problems of one file; whoever has more has another kind of file
@@ -62,20 +63,6 @@ def absolute(path: str | Path, info: ValidationInfo) -> Path:
     """
     base = (info.context or {}).get("base") or Path.cwd()
     return Path(*_without_dots(Path(base).absolute() / expanded(path)))
-
-
-def expanded(path: str | Path) -> Path:
-    """Put the user's home in the place of ``~``.
-
-    Raises:
-        ConfigError: There is no such user, or the path holds a NUL.
-    """
-    if "\0" in str(path):
-        raise ConfigError(f"{shown(str(path))} holds a NUL, which no path can have.")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{shown(str(path))}: there is no user of that name. Write the folder out.") from error
 
 
 def _without_dots(path: Path) -> Iterator[str]:

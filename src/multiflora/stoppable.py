@@ -4,6 +4,8 @@ What a file from anybody asks for (a template, a regular expression) can be shor
 memory, often inside one call of C that nothing in Python can break off. So it runs in a process of its own. The kernel
 ends that process at `SECONDS` of processor time for one piece of work (a busy machine does not count) and gives it no
 more than `MEMORY`. The process is started once and serves all calls, so that a row costs a fraction of a millisecond.
+Where the system does not limit memory (macOS, Windows), that is said once; where it has no timers either (Windows), the
+process ends itself by the clock.
 
 Only plain values go either way: a value of any other type arrives as a `Closed`, which has nothing to look at.
 """
@@ -11,8 +13,10 @@ Only plain values go either way: a value of any other type arrives as a `Closed`
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import io
+import logging
 import os
 import pickle
 import signal
@@ -27,6 +31,10 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any, BinaryIO
 
+from multiflora.errors import EnvironmentProblem
+
+log = logging.getLogger(__name__)
+
 __all__ = ["MEMORY", "SECONDS", "Closed", "StoppedError", "restart_clock", "run"]
 
 SECONDS = 2.0
@@ -38,6 +46,7 @@ MEMORY = 512 * 2**20
 LONGEST = 64 * 2**20
 """Bytes of the longest result."""
 
+_TIMERS = [getattr(signal, name) for name in ("SIGPROF", "SIGALRM") if hasattr(signal, name)]
 _HEAD = struct.Struct("<Q")
 _SHARED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # what finding Python's own libraries may need
 
@@ -145,6 +154,18 @@ class _Process:
             env={name: os.environ[name] for name in _SHARED if name in os.environ},
         )
         self.last: Any = None
+        global _told
+        try:
+            is_limited = _receive(self.process.stdout)  # type: ignore[arg-type]
+        except EOFError:
+            self.end()
+            raise
+        if not is_limited and not _told:
+            _told = True
+            log.warning(
+                "This system does not limit the memory of a process: templates, regular expressions and looking for "
+                "files are stopped by time alone. Use only recipes, tasks and adapters that you trust."
+            )
 
     def ask(self, function: str, shared: Any, arguments: tuple[Any, ...]) -> Any:
         assert self.process.stdin is not None
@@ -166,6 +187,7 @@ class _Process:
 
 _lock = threading.Lock()
 _running: _Process | None = None
+_told = False
 
 
 def run(function: str, *arguments: Any, shared: Any = None) -> Any:
@@ -187,7 +209,13 @@ def run(function: str, *arguments: Any, shared: Any = None) -> Any:
     global _running
     with _lock:
         if _running is None or _running.owner != os.getpid():  # a fork must not share its parent's pipe
-            _running = _Process()
+            try:
+                _running = _Process()
+            except (EOFError, OSError) as error:
+                raise EnvironmentProblem(
+                    f"No process could be started for templates and patterns ({sys.executable}: {error or 'it ended'})."
+                    " Is the disk or the memory full, or Python's folder not readable?"
+                ) from error
         try:
             kind, value = _running.ask(function, shared, arguments)
         except (EOFError, BrokenPipeError) as error:
@@ -206,14 +234,15 @@ def run(function: str, *arguments: Any, shared: Any = None) -> Any:
     if kind == "value":
         return value
     if kind == "memory":
-        raise StoppedError(_why(-signal.SIGKILL))
+        raise StoppedError(_why(None))
     if kind == "long":
         raise StoppedError(f"it would give more than {LONGEST:,} bytes")
     raise ValueError(value)
 
 
-def _why(status: int) -> str:
-    if status in (-signal.SIGPROF, -signal.SIGALRM):
+def _why(status: int | None) -> str:
+    """Why the process ended: by a timer, its own watch (whose exit status is 1), or for want of memory."""
+    if status in (*(-number for number in _TIMERS), 1):
         return f"it takes more than {SECONDS:g} seconds"
     return f"it takes more than {MEMORY // 2**20:,} MiB of memory"
 
@@ -231,19 +260,33 @@ _seconds = [0.0]
 
 def restart_clock() -> None:
     """Give what follows its own time; for functions that do several pieces of work in one call."""
-    signal.setitimer(signal.ITIMER_PROF, _seconds[0])
-    signal.setitimer(signal.ITIMER_REAL, WAITING * _seconds[0])
+    seconds = _seconds[0]
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, WAITING * seconds)
+    elif seconds:
+        faulthandler.dump_traceback_later(WAITING * seconds, exit=True)  # a thread of C's, which waits for nobody
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _limit(memory: int) -> bool:
+    """Have the system limit this process's memory; False where it does not."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):
+        return False
+    return sys.platform != "darwin"  # which takes the limit and does not keep it
 
 
 def _serve(memory: int) -> None:
-    import resource
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, whose end closes the pipe
-    for ends in (signal.SIGPROF, signal.SIGALRM):  # whose default is the end, in whatever call
+    for ends in _TIMERS:  # whose default is the end, in whatever call
         signal.signal(ends, signal.SIG_DFL)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _send(sys.stdout.buffer, _packed(_limit(memory)))
     target, functions, held = sys.stdout.buffer, dict[str, Callable[..., Any]](), None
     while True:
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from zoneinfo import ZoneInfo
@@ -12,7 +14,8 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pytest
 
-from multiflora.stoppable import StoppedError, _Reader, run
+from multiflora.errors import EnvironmentProblem
+from multiflora.stoppable import Closed, StoppedError, _Reader, run
 
 SAME = {"n": [None, True, 1, 10**40, 1.5, float("inf"), "é", "\ud800", b"x"], "of": {"date": (date(2026, 1, 2),)}}
 
@@ -30,8 +33,10 @@ def test_what_only_resembles_a_plain_value_becomes_one():
 
 
 def test_any_other_value_is_closed():
-    with pytest.raises(ValueError, match="a value of type ndarray is no text"):
-        run("multiflora.tasks.jinja:rendered", "{{ a }}", False, shared={"a": np.ones(2)})
+    kind, value = run("multiflora.tasks.jinja:rendered", "{{ a }}", False, shared={"a": np.ones(2)})
+    assert (kind, type(value)) == ("no text", Closed)
+    with pytest.raises(TypeError, match="a value of type ndarray is no text"):
+        str(value)
 
 
 class Evil:
@@ -97,3 +102,46 @@ def test_nothing_in_the_current_folder_or_the_environment_is_imported(tmp_path, 
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr("multiflora.stoppable._running", None)
     assert run("multiflora.tasks.jinja:rendered", "{{ a }}", False, shared={"a": 1}) == ("value", "1")
+
+
+WINDOWS = """
+import signal, sys
+for name in ("resource", "fcntl"):
+    sys.modules[name] = None
+for name in ("setitimer", "SIGPROF", "SIGALRM", "SIGKILL"):
+    delattr(signal, name)
+"""
+
+
+def test_where_the_system_has_neither_limits_nor_timers_time_is_bounded_all_the_same(tmp_path):
+    """Windows, as Python shows it: in the process that asks, and in the one that works."""
+    python = tmp_path / "python"
+    (tmp_path / "windows.py").write_text(WINDOWS, "utf-8")
+    start = f"exec(open('{tmp_path}/windows.py').read())"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -c "{start}\n$3"\n', "utf-8")
+    python.chmod(0o755)
+    code = f"""import peft, transformers.trainer  # which know the system by its name
+{WINDOWS}
+import logging, os, multiflora, multiflora.train.output, multiflora.compare.run
+from multiflora import stoppable
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+sys.executable, stoppable.SECONDS, stoppable.WAITING = {str(python)!r}, 0.2, 1
+for function, arguments in (("operator:add", (1, 2)), ("builtins:pow", (10, 10**9)), ("operator:add", (2, 2))):
+    try:
+        print(stoppable.run(function, *arguments))
+    except stoppable.StoppedError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told, *answers = done.stdout.splitlines()
+    assert told.startswith("This system does not limit the memory of a process")
+    assert answers == ["3", "it takes more than 0.2 seconds", "4"]
+
+
+def test_a_python_that_does_not_start_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("multiflora.stoppable._running", None)
+    for program in ("/bin/false", str(tmp_path / "absent")):
+        monkeypatch.setattr("sys.executable", program)
+        with pytest.raises(EnvironmentProblem, match="No process could be started"):
+            run("operator:add", 1, 2)

@@ -21,7 +21,7 @@ from multiflora.compare.saved import COMPARISON, read_comparison
 from multiflora.errors import ConfigError
 from multiflora.evaluate.load import Loaded, load_base, load_target
 from multiflora.export.examples import read_examples
-from multiflora.files import check_inside, saving, write_json
+from multiflora.files import check_inside, check_writable, saving, user_path, write_json
 from multiflora.methods import METHODS, merges
 from multiflora.train.precision import weights_of
 
@@ -69,8 +69,10 @@ def analyze(
     Example:
         >>> multiflora.analyze("runs/rlora").findings  # doctest: +SKIP
     """
-    source = Path(target).expanduser()
-    place = Path(folder).expanduser() if folder is not None else source / FOLDER
+    source = user_path(target)
+    place = user_path(folder) if folder is not None else source / FOLDER
+    if folder is not None:
+        check_writable(place)  # what follows takes minutes
     if (source / COMPARISON).is_file():
         if against is not None:
             raise ConfigError(
@@ -82,7 +84,7 @@ def analyze(
             own = own_drawings(measures["runs"])
             drawings = [*shared_drawings(measures["runs"]), *(d for drawn in own.values() for d in drawn)]
     else:
-        measures = measure_run(source, examples=examples, against=None if against is None else Path(against))
+        measures = measure_run(source, examples=examples, against=None if against is None else user_path(against))
         found, drawings = [], run_drawings(measures) if draw else []
     if folder is None:
         check_inside(source, place)

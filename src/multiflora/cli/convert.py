@@ -10,6 +10,7 @@ import typer
 
 from multiflora.cli.screen import log_on_stderr, print_json, stdout
 from multiflora.errors import ConfigError
+from multiflora.files import beside
 
 if TYPE_CHECKING:
     from multiflora.export import Report
@@ -72,7 +73,7 @@ def convert(
         "limit": limit,
         "base": base,
     }
-    target = output or adapter.with_name(f"{adapter.resolve().name}-{to.value}")
+    target = output or beside(adapter, to.value)
     if score and to is not Target.lora:
         raise ConfigError(f"--score compares plain LoRA with the adapter; it cannot go with --to {to.value}.")
     with log_on_stderr():

@@ -9,6 +9,7 @@ import typer
 
 from multiflora.cli.screen import log_on_stderr, stdout
 from multiflora.errors import ConfigError
+from multiflora.files import beside
 
 __all__ = ["expand"]
 
@@ -37,7 +38,7 @@ def expand(
         if not equals:
             raise ConfigError(f"--set {item!r} has no '='; expected KEY=VALUE, such as head_dropout=0.1.")
         words[key.strip()] = yaml.safe_load(value)
-    target = output or lora.with_name(f"{lora.resolve().name}-{method}")
+    target = output or beside(lora, method)
     with log_on_stderr():
         from multiflora.export.expand import expand as run
 

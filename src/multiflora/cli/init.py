@@ -10,7 +10,7 @@ import typer
 
 from multiflora.cli.screen import stdout
 from multiflora.errors import ConfigError
-from multiflora.files import write_text
+from multiflora.files import user_path, write_text
 
 __all__ = ["init"]
 
@@ -20,6 +20,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is already there.")] = False,
 ) -> None:
     """Write a commented starter recipe."""
+    path = user_path(path)
     if path.is_dir():
         path = path / "recipe.yaml"
     if path.exists() and not force:

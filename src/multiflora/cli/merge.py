@@ -9,6 +9,7 @@ import typer
 
 from multiflora.cli.convert import show
 from multiflora.cli.screen import log_on_stderr
+from multiflora.files import beside
 
 __all__ = ["merge"]
 
@@ -35,7 +36,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Merge an adapter into its base model: one ordinary checkpoint with tokenizer and generation config."""
-    target = output or adapter.with_name(f"{adapter.resolve().name}-dense")
+    target = output or beside(adapter, "dense")
     with log_on_stderr():
         from multiflora.export.dense import merge as run
 

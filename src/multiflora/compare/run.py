@@ -32,7 +32,7 @@ from multiflora.compare.summary import summarise
 from multiflora.compare.tuning import Trial, Tuning, decide
 from multiflora.compare.words import duration
 from multiflora.errors import EnvironmentProblem
-from multiflora.files import saving, write_json, write_text
+from multiflora.files import lock, saving, write_json, write_text
 from multiflora.once import kept
 
 __all__ = ["compare", "plan_of"]
@@ -205,19 +205,13 @@ def _finish(cells: Sequence[Cell], comparison: Comparison, progress: _Progress) 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep a second process from running the same cells. The system lets go of the lock when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock; there, it is the user's to start one at a time
-        yield
-        return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    path = folder / ".lock"
+    with path.open("w") as file:
+        if not lock(path, file.fileno()):
             raise EnvironmentProblem(
                 f"Another process runs the comparison in {folder}. Wait for it, or choose another output folder; for "
                 "several trainings at a time, set compare.devices."
-            ) from error
+            )
         yield
 
 

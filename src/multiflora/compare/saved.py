@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from multiflora.compare.results import Summary
 from multiflora.compare.spec import Comparison, load_comparison
 from multiflora.errors import ConfigError
+from multiflora.files import user_path
 
 if TYPE_CHECKING:
     from multiflora.compare.plan import Competitor
@@ -64,7 +65,7 @@ def read_comparison(folder: str | Path) -> Saved:
     Raises:
         ConfigError: The folder holds no comparison, or none of its trainings has finished.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not (folder / COMPARISON).is_file():
         raise ConfigError(f"{folder} holds no comparison ({COMPARISON} is missing); give a comparison's output folder.")
     comparison = load_comparison(folder / COMPARISON)

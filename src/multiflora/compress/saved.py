@@ -11,7 +11,7 @@ import torch
 from multiflora.compress.layer import LoSparseLinear, compressed_layers, put_layers
 from multiflora.errors import ExportError
 from multiflora.export.tensors import write_tensors
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 
 __all__ = ["FORM", "load_compressed", "save_compressed"]
 
@@ -63,7 +63,7 @@ def load_compressed(folder: str | Path) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     if not (place / FORM).is_file() or not (place / WEIGHTS).is_file():
         raise ExportError(
             f"{place} holds no compressed model ({FORM} and {WEIGHTS}). A run with method: losparse writes one."

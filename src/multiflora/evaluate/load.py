@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from multiflora.adapter_folder import load_adapter
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.errors import AdapterError, ConfigError
+from multiflora.files import user_path
 from multiflora.methods import METHODS
 from multiflora.recipe import ModelSpec, Recipe, load_recipe
 
@@ -38,7 +39,7 @@ def load_target(target: str | Path) -> Loaded:
     """
     from multiflora.train.precision import weights_of
 
-    folder = Path(target).expanduser()
+    folder = user_path(target)
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
         if METHODS[recipe.method.name].trains == "weights":

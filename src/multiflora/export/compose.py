@@ -24,7 +24,7 @@ from multiflora.export.plain import Pair, PlainLora, read_config, read_lora, wri
 from multiflora.export.saved import method_of
 from multiflora.export.source import base_name, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +106,7 @@ def compose(
     """
     if examples is not None:
         load_nevergrad()  # before anything is read that takes time
-    folders, output = [Path(adapter).expanduser() for adapter in adapters], Path(folder).expanduser()
+    folders, output = [user_path(adapter) for adapter in adapters], user_path(folder)
     _check_words(folders, weights, examples, budget)
     check_free(output)
     names = tuple(map(str, adapters))

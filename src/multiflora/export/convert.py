@@ -18,7 +18,7 @@ from multiflora.export.report import AdapterReport, LayerReport, Report
 from multiflora.export.saved import SavedAdapter, method_of, open_adapter
 from multiflora.export.source import adapter_folder, base_name, load_adapted, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 
 __all__ = ["to_lora"]
 
@@ -77,7 +77,7 @@ def to_lora(
         >>> report.exact  # doctest: +SKIP
         True
     """
-    output = Path(folder).expanduser()
+    output = user_path(folder)
     if rank is not None and rank < 1:
         raise ExportError(f"rank is {rank}; expected a whole number of at least 1.")
     check_free(output)

@@ -19,7 +19,7 @@ from multiflora.export.same import check_logits, logits_of
 from multiflora.export.source import base_name, load_adapted, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
 from multiflora.export.tensors import check_shards
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 from multiflora.tied import tied_modules, untie
 
 __all__ = ["merge"]
@@ -62,7 +62,7 @@ def merge(
     Example:
         >>> merge("runs/mlora", "runs/mlora-dense")  # doctest: +SKIP
     """
-    source, output = Path(adapter).expanduser(), Path(folder).expanduser()
+    source, output = user_path(adapter), user_path(folder)
     check_free(output)
     name = base_name(source, base)
     _refuse_quantised(name)

@@ -26,7 +26,7 @@ from multiflora.export.plain import CONFIG, KEPT, ROOT, WEIGHTS, Pair, PlainLora
 from multiflora.export.saved import Layer, method_of, open_adapter, rank_and_alpha
 from multiflora.export.stage import check_free, staged
 from multiflora.export.tensors import write_tensors
-from multiflora.files import saving
+from multiflora.files import saving, user_path
 from multiflora.methods import build_config
 from multiflora.methods.base import Method
 from multiflora.suggest import did_you_mean
@@ -61,11 +61,11 @@ def expand(
     Example:
         >>> expand("runs/lora", "runs/warm", method="rlora", heads=5)  # doctest: +SKIP
     """
-    output = Path(folder).expanduser()
+    output = user_path(folder)
     if method not in EXPANDABLE:
         raise ConfigError(f"method is {method!r}; a LoRA cannot be expanded to it; {did_you_mean(method, EXPANDABLE)}")
     check_free(output)
-    plain = read_lora(Path(lora).expanduser())
+    plain = read_lora(user_path(lora))
     config = build_config(method, _settings(plain, method, heads) | settings)
     # which base it was trained on is not a setting, but belongs to the adapter
     config.base_model_name_or_path, config.revision = plain.config.base_model_name_or_path, plain.config.revision

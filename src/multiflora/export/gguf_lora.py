@@ -23,7 +23,7 @@ from multiflora.export.plain import Pair, read_lora
 from multiflora.export.report import Report
 from multiflora.export.source import base_name
 from multiflora.export.stage import staged
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 
 __all__ = ["ARCHITECTURES", "interleave", "to_gguf"]
 
@@ -72,7 +72,7 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
     Example:
         >>> to_gguf("runs/mlora", "runs/mlora-gguf")  # doctest: +SKIP
     """
-    source, output = Path(adapter).expanduser(), Path(folder).expanduser()
+    source, output = user_path(adapter), user_path(folder)
     model_config = _model_config(base_name(source, base))
     with staged(output) as place, tempfile.TemporaryDirectory() as scratch:
         report = to_lora(source, Path(scratch) / "lora", base=base, **conversion)

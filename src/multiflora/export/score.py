@@ -8,7 +8,7 @@ from typing import Any
 
 from multiflora.errors import ExportError
 from multiflora.export.report import Report, TaskScores
-from multiflora.files import write_json
+from multiflora.files import user_path, write_json
 
 __all__ = ["with_scores"]
 
@@ -30,7 +30,7 @@ def with_scores(run: str | Path, report: Report, *, limit: int | None = None, sp
     from multiflora.evaluate import evaluate
     from multiflora.evaluate.load import load_target
 
-    folder = Path(run).expanduser()
+    folder = user_path(run)
     if not (folder / "recipe.yaml").is_file():
         raise ExportError(f"{folder} holds no recipe.yaml, so there are no tasks to score on; leave --score out.")
     adapted, tokenizer, recipe = load_target(folder)

@@ -11,6 +11,7 @@ from typing import Any
 from multiflora.adapter_folder import load_adapter
 from multiflora.errors import ExportError
 from multiflora.export.plain import CONFIG, read_config
+from multiflora.files import user_path
 
 __all__ = ["adapter_folder", "base_name", "load_adapted", "load_base", "load_tokenizer_of"]
 
@@ -23,7 +24,7 @@ def adapter_folder(model_or_folder: Any) -> Iterator[Path]:
         ExportError: No adapter is there, or several are active.
     """
     if isinstance(model_or_folder, str | Path):
-        folder = Path(model_or_folder).expanduser()
+        folder = user_path(model_or_folder)
         if not (folder / CONFIG).is_file():
             raise ExportError(
                 f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to, such as a "

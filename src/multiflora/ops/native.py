@@ -201,7 +201,7 @@ def _check_owner(*paths: Path) -> None:
         about = path.lstat()
         if not (stat.S_ISDIR(about.st_mode) or stat.S_ISREG(about.st_mode)):
             raise RefusedError(f"{path} is a link or no plain file, so the library is not loaded. Remove it")
-        if about.st_uid not in (os.getuid(), 0):
+        if hasattr(os, "getuid") and about.st_uid not in (os.getuid(), 0):
             raise RefusedError(
                 f"{path} belongs to another user ({about.st_uid}), so the library is not loaded. Remove it"
             )

@@ -10,7 +10,7 @@ from typing import Any
 from multiflora.analysis.plots import save_drawing
 from multiflora.compare.saved import COMPARISON, read_comparison
 from multiflora.errors import ConfigError
-from multiflora.files import check_inside, saving, write_text
+from multiflora.files import check_inside, saving, user_path, write_text
 from multiflora.recipe import load_recipe
 from multiflora.report.comparison import comparison_page
 from multiflora.report.inside import inside_comparison, inside_run
@@ -52,8 +52,8 @@ def report(target: str | Path, output: str | Path | None = None, *, measure: boo
         >>> multiflora.report("runs/comparison").page  # doctest: +SKIP
         PosixPath('runs/comparison/report.html')
     """
-    source = Path(target).expanduser()
-    place = source / PAGE if output is None else Path(output).expanduser()
+    source = user_path(target)
+    place = source / PAGE if output is None else user_path(output)
     if place.is_dir():
         raise ConfigError(f"{place} is a folder; give the name of the page, e.g. --output {place / PAGE}.")
     page = _page_of(source, measure=measure)

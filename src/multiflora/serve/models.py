@@ -14,6 +14,7 @@ from multiflora.adapter_folder import load_adapter
 from multiflora.adapter_tensors import method_of
 from multiflora.context import configs_of
 from multiflora.errors import AdapterError, ConfigError
+from multiflora.files import user_path
 
 __all__ = ["Served", "load_served", "name_adapters", "share_weights"]
 
@@ -61,7 +62,7 @@ def name_adapters(words: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for word in words:
         name, equals, place = word.partition("=")
-        folder = Path(place if equals else word).expanduser()
+        folder = user_path(place if equals else word)
         name = name if equals else folder.resolve().name
         if not (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{folder} holds no adapter: adapter_config.json is missing. Give the folder of one.")

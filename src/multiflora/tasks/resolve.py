@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import ConfigError, DataError
-from multiflora.schema import Strict, build, expanded
+from multiflora.files import expanded
+from multiflora.schema import Strict, build
 from multiflora.suggest import did_you_mean, listed, shown
 from multiflora.tasks.files import SUFFIXES, split_files
 from multiflora.tasks.kind import facts_of, is_conversation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import ConfigError, EnvironmentProblem
-from multiflora.files import check_writable, saving
+from multiflora.files import check_writable, lock, saving
 from multiflora.recipe import Recipe, load_recipe
 from multiflora.suggest import listed
 from multiflora.train.checkpoint import CHECKPOINTS, DATA, SEAL, last_checkpoint, processes_of
@@ -177,23 +176,21 @@ def only_run(folder: Path) -> Iterator[None]:
     with saving(folder):
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        # Windows neither opens folders nor has the lock
+        handle = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if handle is not None and not lock(folder, handle):
             raise ConfigError(
                 f"output is {folder}, which another run is writing to at this moment; nothing was changed there. Wait "
                 "until it ends, or choose another output folder."
-            ) from error
-        except OSError as error:  # a file system without locks
-            log.debug("%s cannot be locked: %s", folder, error)
+            )
         yield
     finally:
         for path in made:
             with suppress(OSError):  # not empty: the run has written to it
                 path.rmdir()
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 class disk_guard:  # noqa: N801  # used as a function is, `with disk_guard(folder):`
