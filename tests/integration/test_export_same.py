@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_adapters import save
+from made_adapters import adapted, save
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from multiflora.adapter_folder import load_adapter
 from multiflora.errors import AdapterError, ExportError
+from multiflora.export import to_lora
 from multiflora.export.dense import merge
+from multiflora.export.gguf_lora import to_gguf
 from multiflora.export.same import check_logits, logits_of
 from multiflora.methods import build_config
 from multiflora.train.adapter import put_on
@@ -120,3 +122,83 @@ def test_a_merge_that_computes_something_else_is_not_put_in_place(tied, tmp_path
 def test_logits_that_are_no_numbers_are_never_the_same():
     with pytest.raises(ExportError, match="logits are off by up to nan"):
         check_logits(torch.full((1, 1, 2), torch.nan), torch.ones(1, 1, 2), "It")
+
+
+def logits_in(folder: Path) -> torch.Tensor:
+    return logits_of(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+@pytest.mark.parametrize("name", ["lora", "multilora", "moelora"])
+@pytest.mark.parametrize("to", [to_lora, to_gguf])
+def test_a_conversion_that_computes_something_else_is_not_put_in_place(
+    tiny_llama, tmp_path, monkeypatch, caplog, name, to
+):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    adapter = save(adapted(name, tiny_llama()), tmp_path / "adapter")
+    to(adapter, tmp_path / "whole", base=tmp_path / "base")
+    assert not caplog.messages
+    if to is to_gguf:
+        pytest.importorskip("gguf")
+        monkeypatch.setattr("multiflora.export.gguf_lora._check", lambda *_: None)
+        monkeypatch.setattr(
+            "multiflora.export.gguf_lora._reordered",
+            lambda pair, _, back=False: pair.B if back else pair.B.flip(0),
+        )
+    else:
+        monkeypatch.setattr("multiflora.export.convert.write_lora", _without_last())
+    with pytest.raises(ExportError, match="does not compute what the adapter does: its logits are off by up to"):
+        to(adapter, tmp_path / "broken", base=tmp_path / "base")
+    assert not (tmp_path / "broken").exists()
+
+
+def _without_last():
+    from multiflora.export.plain import write_lora
+
+    return lambda folder, pairs, *more: write_lora(folder, pairs[:-1], *more)
+
+
+def test_without_its_base_model_a_conversion_says_how_far_it_was_compared(tiny_llama, tmp_path, caplog):
+    adapter = save(adapted("multilora", tiny_llama()), tmp_path / "adapter")
+    to_lora(adapter, tmp_path / "plain")
+    assert "is compared layer by layer, and not by the logits" in caplog.text
+    with pytest.raises(ExportError, match="No base model could be loaded"):
+        to_lora(adapter, tmp_path / "other", base=tmp_path / "absent")
+
+
+@pytest.mark.parametrize("settings", TIED, ids=str)
+def test_what_the_refusal_of_gguf_recommends_works(tied, tmp_path, settings):
+    pytest.importorskip("gguf")
+    adapter = trained(tmp_path / "base", tmp_path / "adapter", **settings)
+    with pytest.raises(ExportError, match="--to dense"):
+        to_gguf(adapter, tmp_path / "gguf", base=tmp_path / "base")
+    merge(adapter, tmp_path / "dense", base=tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = logits_of(PeftModel.from_pretrained(base, str(adapter)).eval())
+    torch.testing.assert_close(logits_in(tmp_path / "dense"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", [merge, to_lora, to_gguf])
+def test_a_base_in_many_files_is_exported(tied, tmp_path, to):
+    tied.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    (tmp_path / "base/model.safetensors").unlink()
+    adapter = save(adapted("mlora", AutoModelForCausalLM.from_pretrained(tmp_path / "many")), tmp_path / "adapter")
+    to(adapter, tmp_path / "made", base=tmp_path / "many")
+    next((tmp_path / "many").glob("*.safetensors")).unlink()
+    with pytest.raises(ExportError, match="No base model could be loaded"):
+        to(adapter, tmp_path / "again", base=tmp_path / "many")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("rows", [60, 40])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_vocabulary_that_was_resized_is_exported(tiny_llama, tmp_path, monkeypatch, rows, is_tied):
+    monkeypatch.setattr("multiflora.export.dense.load_tokenizer_of", lambda *_: _NoTokenizer())
+    tiny_llama(tie_word_embeddings=is_tied).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(rows)
+    adapter = save(adapted("lora", model, target_modules=["q_proj"]), tmp_path / "adapter")
+    expected = logits_of(model.eval())
+    merge(adapter, tmp_path / "dense", base=tmp_path / "base")
+    torch.testing.assert_close(logits_in(tmp_path / "dense"), expected, rtol=1e-4, atol=1e-4)
+    to_lora(adapter, tmp_path / "plain", base=tmp_path / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from multiflora.context import index_of
+from multiflora.context import task as task_of
 from multiflora.errors import ExportError
 from multiflora.export.exact import exact_pairs
 from multiflora.export.low_rank import truncate
 from multiflora.export.plain import Pair, read_config, read_lora, write_lora
 from multiflora.export.report import AdapterReport, LayerReport, Report
+from multiflora.export.same import base_or_warning, check_logits, logits_of, put_in, with_pairs
 from multiflora.export.saved import SavedAdapter, method_of, open_adapter
-from multiflora.export.source import adapter_folder, base_name, load_adapted, load_tokenizer_of
+from multiflora.export.source import adapter_folder, base_name, load_adapted, load_tokenizer_of, put_on
 from multiflora.export.stage import check_free, staged
 from multiflora.files import user_path, write_json
 
@@ -47,9 +52,10 @@ def to_lora(
     LoRAMoE                examples, or B' is fitted to the layer's output on them; the error is reported
     =====================  ==========================================================================================
 
-    From a folder, exact methods are converted layer by layer without the base model. What is written is read back and
-    compared before this returns; ``folder`` appears whole or not at all. ``report.json`` beside the adapters holds
-    every layer's numbers.
+    From a folder, exact methods are converted layer by layer. What is written is read back by peft and must give the
+    adapter's logits on the base model before this returns (where that is not named or not at hand, a warning says so,
+    and exact methods are compared layer by layer); ``folder`` appears whole or not at all. ``report.json`` beside the
+    adapters holds every layer's numbers.
 
     Args:
         model: A model with one active adapter, or the folder an adapter was saved to.
@@ -94,8 +100,9 @@ def to_lora(
             jobs = _routed_jobs(open_adapter(source), examples, task, per_task, fit, rank)
         else:
             jobs = _exact_jobs(open_adapter(source), task, rank)
+        compared = _Compared(model, source, base, config, task)
         with staged(output) as scratch:
-            adapters = [_write(job, scratch, config) for job in jobs]
+            adapters = [_write(job, scratch, config, compared) for job in jobs]
             how = "exact" if not calibrated else "fit" if fit else "mean gate"
             report = Report(getattr(config, "method_name", "lora"), how, output, tuple(adapters))
             write_json(scratch / "report.json", report.to_dict())
@@ -128,13 +135,61 @@ def _check_options(source: Path, config: Any, calibrated: bool, calibration: Any
         raise ExportError(f"{source} is a {name} adapter, which converts exactly; leave {given} out.")
 
 
-def _write(job: _Job, folder: Path, config: Any) -> AdapterReport:
+class _Compared:
+    """What was written, compared with the adapter by the logits of the whole model, where the base model is at hand."""
+
+    def __init__(self, model: Any, source: Path, base: str | Path | None, config: Any, task: str | int | None) -> None:
+        self.source, self.base, self.model = source, base, model
+        self.is_at_hand, self.expected = True, dict[str | None, Tensor]()
+        bare = self._bare()
+        if bare is None:
+            self.is_at_hand = False
+            return
+        method = method_of(config)
+        if method is None or method.merges() != "no":
+            adapted = put_on(bare, source, may_untie=True)
+            if method is None or not method.needs_task():
+                self.expected[None] = logits_of(adapted)
+                return
+            names = _names(config)
+            for index in range(len(names)) if task is None else [index_of(config, task)]:
+                with task_of(adapted, index):
+                    self.expected[names[index]] = logits_of(adapted)
+
+    def _bare(self) -> Any:
+        """The base model, loaded; or a copy of the one in memory without its adapter."""
+        if hasattr(self.model, "unload"):
+            return copy.deepcopy(self.model).unload().eval()
+        return base_or_warning(self.source, self.base, "The plain LoRA")
+
+    def check(self, folder: Path, job: _Job, pairs: Sequence[Pair], is_whole: bool) -> None:
+        """Read a LoRA back as peft does, and compare: with the adapter, or with the update it could only approximate.
+
+        Raises:
+            ExportError: They differ.
+        """
+        if not self.is_at_hand:
+            return
+        expected = self.expected.get(job.task if job.task in self.expected else None) if is_whole else None
+        if expected is None:
+            lora = read_lora(folder)
+            model = self._bare()
+            put_in(model, job.extras, self.source, lora.config)
+            with with_pairs(model, pairs):
+                expected = logits_of(model)
+            del model
+        found = logits_of(put_on(self._bare(), folder, may_untie=True))
+        check_logits(found, expected, f"The plain LoRA made from {self.source}")
+
+
+def _write(job: _Job, folder: Path, config: Any, compared: _Compared) -> AdapterReport:
     pairs, reports = [], []
     for pair, report in job.layers:
         pairs.append(pair)
         reports.append(report)
     write_lora(folder / job.folder, pairs, config, job.extras)
     whole = all(report.energy_lost < 1e-12 for report in reports)
+    compared.check(folder / job.folder, job, pairs, job.exact and whole)
     return AdapterReport(job.folder, job.task, job.exact and whole, tuple(reports))
 
 

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from multiflora.errors import ExportError
 from multiflora.export.convert import to_lora
-from multiflora.export.plain import ROOT, Pair, PlainLora, read_lora
+from multiflora.export.plain import Pair, PlainLora, read_lora
 from multiflora.export.report import Report
-from multiflora.export.same import check_logits, logits_of
+from multiflora.export.same import check_logits, logits_of, put_in
 from multiflora.export.source import base_name, load_adapted, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
 from multiflora.export.tensors import check_shards
@@ -117,15 +117,9 @@ def _save(model: Any, place: Path, shard_size: str) -> None:
 def _merged(lora: PlainLora, name: str, dtype: Any) -> Any:
     """The base model with a plain LoRA merged in, and what was trained in full put in its place."""
     model = load_base(name, dtype)
-    # peft saves the base weight of an adapted output layer, too: it may have grown with the vocabulary
-    extras = {key.removeprefix(ROOT).replace(".base_layer.", "."): tensor for key, tensor in lora.extras().items()}
-    unknown = sorted(extras.keys() - model.state_dict().keys())
-    if unknown:
-        raise ExportError(f"{lora.folder} holds {unknown[0]}, for which {name} has no place; it cannot be merged.")
-    tied = tied_modules(model)
-    if any(name.rpartition(".")[0] in tied for name in extras) or tied.keys() & lora.layers.keys():
+    if tied_modules(model).keys() & lora.layers.keys():
         untie(model)
-    model.load_state_dict(extras, strict=False)
+    put_in(model, lora.extras(), lora.folder, lora.config)
     for pair in lora.pairs():
         _add(model, pair, name)
     return model

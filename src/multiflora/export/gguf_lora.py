@@ -21,6 +21,7 @@ from multiflora.errors import EnvironmentProblem, ExportError
 from multiflora.export.convert import to_lora
 from multiflora.export.plain import Pair, read_lora
 from multiflora.export.report import Report
+from multiflora.export.same import base_or_warning, check_logits, logits_of, with_pairs
 from multiflora.export.source import base_name
 from multiflora.export.stage import staged
 from multiflora.files import user_path, write_json
@@ -61,7 +62,8 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
     Args:
         adapter: The folder an adapter was saved to.
         folder: Where the files go; it must not hold anything yet.
-        base: The base model's folder or hub id, where the adapter names none; only its config is read.
+        base: The base model's folder or hub id, where the adapter names none. Its config says how llama.cpp stores it;
+            its weights are read to compare logits, where they are at hand.
         conversion: ``task``, ``calibration``, ``fit``, ``rank``, ... as for `multiflora.to_lora`.
 
     Raises:
@@ -75,6 +77,7 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
     source, output = user_path(adapter), user_path(folder)
     model_config = _model_config(base_name(source, base))
     with staged(output) as place, tempfile.TemporaryDirectory() as scratch:
+        model = base_or_warning(source, base, "The GGUF adapter")
         report = to_lora(source, Path(scratch) / "lora", base=base, **conversion)
         for made in report.adapters:
             lora = read_lora(Path(scratch) / "lora" / made.folder)
@@ -85,10 +88,19 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
                     f"{source} holds {others[0]} besides its layers, which a llama.cpp adapter has no place for. Use "
                     "--to dense and llama.cpp's own convert_hf_to_gguf.py."
                 )
-            write_gguf(place / f"{made.folder or 'adapter'}.gguf", list(lora.pairs()), model_config)
+            file, pairs = place / f"{made.folder or 'adapter'}.gguf", list(lora.pairs())
+            write_gguf(file, pairs, model_config)
+            if model is not None:
+                found = _logits(model, read_gguf(file, model_config, [name for name, _ in model.named_modules()]))
+                check_logits(found, _logits(model, pairs), f"{file.name}, made from {source},")
         write_json(place / "report.json", report.to_dict())
     log.info("%d GGUF adapter(s) written to %s and read back", len(report.adapters), output)
     return Report(report.method, report.how, output, report.adapters)
+
+
+def _logits(model: Any, pairs: list[Pair]) -> Tensor:
+    with with_pairs(model, pairs):
+        return logits_of(model)
 
 
 def _model_config(name: str) -> Any:
@@ -157,16 +169,16 @@ def _stored_name(gguf: Any, family: str, blocks: int, name: str) -> str:
     return str(stored)
 
 
-def _reordered(pair: Pair, model_config: Any) -> Tensor:
+def _reordered(pair: Pair, model_config: Any, *, back: bool = False) -> Tensor:
     layer = pair.name.rpartition(".")[2]
     if layer == "q_proj":
-        return interleave(pair.B, model_config.num_attention_heads)
+        return interleave(pair.B, model_config.num_attention_heads, back=back)
     if layer == "k_proj":
-        return interleave(pair.B, model_config.num_key_value_heads or model_config.num_attention_heads)
+        return interleave(pair.B, model_config.num_key_value_heads or model_config.num_attention_heads, back=back)
     return pair.B
 
 
-def interleave(rows: Tensor, heads: int) -> Tensor:
+def interleave(rows: Tensor, heads: int, *, back: bool = False) -> Tensor:
     """Put the rows of each attention head, (first half, second half), into rotary pairs, (one of each, one of each, …).
 
     transformers rotates coordinate i with i + d/2, llama.cpp (for this family) coordinate 2i with 2i + 1.
@@ -174,10 +186,44 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     Example:
         >>> interleave(torch.arange(8).view(8, 1), heads=2).flatten().tolist()
         [0, 2, 1, 3, 4, 6, 5, 7]
+
+    ``back`` undoes it.
     """
-    width = rows.shape[0] // heads
-    order = torch.arange(rows.shape[0]).view(heads, 2, width // 2).transpose(1, 2).reshape(-1)
+    half = rows.shape[0] // heads // 2
+    shape = (heads, half, 2) if back else (heads, 2, half)
+    order = torch.arange(rows.shape[0]).view(shape).transpose(1, 2).reshape(-1)
     return rows[order]
+
+
+def read_gguf(path: Path, model_config: Any, names: list[str]) -> list[Pair]:
+    """Read an adapter file back: every layer's update, as transformers has it.
+
+    Args:
+        path: The file.
+        model_config: The base model's transformers config.
+        names: Of the base model's modules.
+    """
+    gguf = _gguf()
+    family = ARCHITECTURES[model_config.model_type]
+    reader = gguf.GGUFReader(str(path))
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    held = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        for tensor in reader.tensors
+    }
+    kinds = {word: kind for kind, word in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(kinds[family.name], model_config.num_hidden_layers)
+    pairs = []
+    for name in names:
+        stored = known.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if f"{stored}.lora_a" not in held:
+            continue
+        A, B = held.pop(f"{stored}.lora_a"), held.pop(f"{stored}.lora_b")
+        pair = Pair(name, A, B * (alpha / A.shape[0]))
+        pairs.append(Pair(name, A, _reordered(pair, model_config, back=True)) if family.interleaved else pair)
+    if held:
+        raise ExportError(f"{path.name} was read back and holds {min(held)}, which is no layer of the base model.")
+    return pairs
 
 
 def _check(gguf: Any, path: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> None:

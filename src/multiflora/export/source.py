@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from multiflora.adapter_folder import load_adapter
 from multiflora.errors import ExportError
-from multiflora.export.plain import CONFIG, read_config
+from multiflora.export.plain import CONFIG, ROOT, WEIGHTS, read_config
 from multiflora.files import user_path
+from multiflora.tensor_file import TensorFile
 
-__all__ = ["adapter_folder", "base_name", "load_adapted", "load_base", "load_tokenizer_of"]
+__all__ = ["adapter_folder", "base_name", "load_adapted", "load_base", "load_tokenizer_of", "put_on", "resize"]
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def load_base(name: str, dtype: Any = "auto") -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # a quantised one needs packages and devices
         raise ExportError(_not_loaded("base model", name, error)) from error
 
 
@@ -104,7 +105,24 @@ def load_tokenizer_of(folder: Path, name: str) -> Any:
 
 def load_adapted(folder: Path, name: str, dtype: Any = "auto", *, may_untie: bool = False) -> Any:
     """Load the base model and put the adapter on it."""
-    return load_adapter(load_base(name, dtype), folder, may_untie=may_untie).eval()
+    return put_on(load_base(name, dtype), folder, may_untie=may_untie)
+
+
+def put_on(model: Any, folder: Path, *, may_untie: bool = False) -> Any:
+    """Put an adapter on a base model, whose vocabulary grows (or shrinks) to the adapter's where that has its own."""
+    with TensorFile(folder / WEIGHTS, ExportError) as file:
+        shapes = {name.removeprefix(ROOT).replace(".base_layer.", "."): file.shape(name) for name in file.names}
+    resize(model, shapes)
+    return load_adapter(model, folder, may_untie=may_untie).eval()
+
+
+def resize(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give a model's embedding as many rows as an adapter's tensor of that name has, if there is one."""
+    embedding = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    rows = next(iter(shapes.get(f"{name}.weight", ())), None)
+    if rows is not None and rows != embedding.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
