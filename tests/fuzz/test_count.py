@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import test_adapters, test_data_files, test_recipes, test_settings
+from . import test_adapters, test_conversations, test_data_files, test_recipes, test_settings
 
 
 def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
@@ -11,6 +11,7 @@ def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
         "task files": test_recipes.TASKS,
         "data files": sum(test_data_files.EACH.values()),
         "settings": test_settings.EACH * len(test_settings.KINDS),
+        "conversations and tokenizers": sum(test_conversations.EACH.values()),
         "adapters": test_adapters.EACH * len(test_adapters.KINDS),
     }
     print(refused, sum(refused.values()))

@@ -1,0 +1,157 @@
+"""Conversations in every form that files have, odd ones, and odd tokenizers: words, or ids that the model has."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from multiflora.data.prepare import encode_tasks
+from multiflora.recipe import recipe_from
+
+from .conftest import World, fuzz
+from .junk import TEMPLATES as HOSTILE
+from .junk import changed, odd, odd_text, spoiled
+from .test_data_files import as_lines
+
+EACH = {"conversations": 400, "tokenizers": 150}
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"up": 1}'}}
+U, A = {"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}
+TALKS: list[dict[str, Any]] = [
+    {"messages": [{"role": "system", "content": "Be brief."}, U, A, U, {**A, "weight": 0}, U, A]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Is it"}]}, {**A, "reasoning_content": "Hm."}]},
+    {
+        "messages": [U, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                     {"role": "tool", "content": "red", "tool_call_id": "1"}, A],
+        "tools": [TOOL],
+    },
+    {"conversations": [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]},
+    {"prompt": [U], "completion": [A]},
+    {"prompt": [{**U, "name": "Ada"}], "completion": [{**A, "content": [{"type": "text", "text": "Y"}]}]},
+]  # fmt: skip
+CHATML = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+GOOD: dict[str, Any] = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "</s>",
+    "unk_token": None,
+    "frame": "<s> $A",
+    "chat_template": CHATML,
+    "rows": 300,
+    "positions": 128,
+}
+
+
+@cache
+def core() -> str:
+    """A byte-level tokenizer without a merge, as JSON."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    made = Tokenizer(models.BPE(words, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>", "<pad>"])
+    return str(made.to_str())
+
+
+def tokenizer(given: dict[str, Any]) -> PreTrainedTokenizerFast:
+    inner = Tokenizer.from_str(core())
+    inner.post_processor = processors.TemplateProcessing(
+        single=given["frame"], special_tokens=[(word, inner.token_to_id(word)) for word in ("<s>", "</s>")]
+    )
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    words = {name: given[name] for name in names if given[name] is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=given["chat_template"], **words)
+
+
+@st.composite
+def tokenizers(draw: Any) -> dict[str, Any]:
+    """What comes first and last, what pads, which template: some do not go together, some have ids beyond the model."""
+    word = st.sampled_from([None, "<s>", "</s>", "<pad>", "<beyond>", " ", "é"])
+    return {
+        "bos_token": draw(word),
+        "eos_token": draw(word),
+        "pad_token": draw(word),
+        "unk_token": draw(word),
+        "frame": draw(st.sampled_from(["$A", "<s> $A", "$A </s>", "<s> $A </s>"])),
+        "chat_template": draw(st.one_of(st.none(), st.just(CHATML), st.sampled_from(HOSTILE), odd_text)),
+        "rows": draw(st.sampled_from([3, 100, 258, 259, 260, 300])),
+        "positions": draw(st.sampled_from([1, 8, 128])),
+    }
+
+
+def read(given: dict[str, Any], chat_template: bool, train_on: str) -> None:
+    task = {"name": "talk", "source": {"train": "fuzzed.jsonl"}, "split_sizes": {}, "train_on": train_on}
+    recipe = recipe_from(
+        {
+            "model": {"name": "none/none", "chat_template": chat_template},
+            "method": "lora",
+            "tasks": [task],
+            "train": {"max_steps": 1},
+            "output": "out",
+        }
+    )
+    config = GPT2Config(vocab_size=given["rows"], n_positions=given["positions"])
+    words = tokenizer(given)
+    pad = words.pad_token
+    found = encode_tasks(recipe, words, config)
+    assert words.pad_token == pad
+    for example in found.store:
+        assert 0 < len(example["input_ids"]) == len(example["labels"]) <= given["positions"]
+        assert max(example["input_ids"]) < given["rows"]
+        assert {label for label in example["labels"] if label >= 0} <= set(example["input_ids"])
+        assert any(label >= 0 for label in example["labels"][1:])
+
+
+@pytest.fixture
+def each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was encoded from another file of the same name is not taken again."""
+    monkeypatch.setattr("multiflora.data.prepare.once", lambda _, make: make())
+
+
+def test_conversations(world: World, each_time: None) -> None:
+    modes: list[Any] = []
+    lines = st.one_of(
+        changed([[talk, talk] for talk in TALKS]).map(as_lines),
+        changed([[talk] for talk in TALKS]).map(lambda rows: (json.dumps(rows) + "\n").encode()),
+        st.sampled_from(TALKS).flatmap(lambda talk: spoiled((json.dumps(talk) + "\n").encode())),
+        odd.map(lambda value: (json.dumps({"messages": value}) + "\n").encode()),
+    )
+
+    def write(example: Any) -> None:
+        data, *mode = example
+        Path("fuzzed.jsonl").write_bytes(data)
+        modes[:] = mode
+
+    fuzz(
+        world,
+        st.tuples(lines, st.booleans(), st.sampled_from(["last", "all"])),
+        EACH["conversations"],
+        write,
+        lambda: read(GOOD, *modes),
+        tries=2.5,
+    )
+
+
+def test_tokenizers(world: World, each_time: None) -> None:
+    given: list[Any] = []
+    Path("fuzzed.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS[:1] * 2), "utf-8")
+    fuzz(
+        world,
+        st.tuples(tokenizers(), st.booleans(), st.sampled_from(["last", "all"])),
+        EACH["tokenizers"],
+        lambda example: given.__setitem__(slice(None), example),
+        lambda: read(*given),
+        tries=2.5,
+    )
