@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -114,13 +113,7 @@ def read(given: dict[str, Any], chat_template: bool, train_on: str) -> None:
         assert any(label >= 0 for label in example["labels"][1:])
 
 
-@pytest.fixture
-def each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was encoded from another file of the same name is not taken again."""
-    monkeypatch.setattr("multiflora.data.prepare.once", lambda _, make: make())
-
-
-def test_conversations(world: World, each_time: None) -> None:
+def test_conversations(world: World) -> None:
     modes: list[Any] = []
     lines = st.one_of(
         changed([[talk, talk] for talk in TALKS]).map(as_lines),
@@ -144,7 +137,7 @@ def test_conversations(world: World, each_time: None) -> None:
     )
 
 
-def test_tokenizers(world: World, each_time: None) -> None:
+def test_tokenizers(world: World) -> None:
     given: list[Any] = []
     Path("fuzzed.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS[:1] * 2), "utf-8")
     fuzz(

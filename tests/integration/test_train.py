@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,9 +105,53 @@ def test_an_interrupted_run_resumes_to_the_same_results(model_folder: str, tmp_p
                 multiflora.train(recipe, quiet=True)
             for path in (recipe.output / CHECKPOINTS / "checkpoint-6").iterdir():
                 path.unlink()
+            rows = tmp_path / place / "tasks/echo/train.jsonl"
+            before = rows.read_text("utf-8")
+            rows.write_text(before + before.splitlines()[0] + "\n", "utf-8")
+            with pytest.raises(ConfigError, match=r"trained on other data: echo \(48 training rows then, 49 now\)"):
+                multiflora.train(recipe, resume=True, quiet=True)
+            rows.write_text(before, "utf-8")
             finished = multiflora.train(recipe, resume=True, quiet=True)
         results.append((finished.output / "results.json").read_bytes())
     assert results[0] == results[1]
+
+
+STOPS = """
+import sys, multiflora
+from multiflora.train import fit
+from transformers import TrainerCallback
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            print("here", flush=True)
+            sys.stdin.read()
+
+trainer = fit.MultitaskTrainer
+fit.MultitaskTrainer = lambda **words: trainer(**words | {"callbacks": [Stop(), *words["callbacks"]]})
+multiflora.train(sys.argv[1], quiet=True)
+"""
+
+
+def test_a_folder_belongs_to_one_run_and_is_free_when_that_was_killed_with_nothing_saved(
+    model_folder: str, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, model_folder, max_steps=3, save_every=3)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+    first = subprocess.Popen(
+        [sys.executable, "-c", STOPS, str(tmp_path / "recipe.yaml")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert first.stdout is not None
+    try:
+        assert first.stdout.readline() == b"here\n"
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"which another run is writing to at this moment"):
+                multiflora.train(recipe, resume=resume, quiet=True)
+    finally:
+        first.kill()
+        first.communicate()
+    assert any(recipe.output.iterdir())
+    assert (multiflora.train(recipe, quiet=True).output / "adapter_model.safetensors").exists()
 
 
 def test_an_empty_task_is_refused_before_the_model_is_loaded(model_folder: str, tmp_path: Path) -> None:
