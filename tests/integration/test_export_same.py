@@ -37,6 +37,9 @@ def tied(tiny_llama, tmp_path, monkeypatch):
 
 
 class _NoTokenizer:
+    def __len__(self):
+        return 0
+
     def save_pretrained(self, folder):
         """The tiny models have none."""
 
@@ -145,16 +148,16 @@ def test_a_conversion_that_computes_something_else_is_not_put_in_place(
             lambda pair, _, back=False: pair.B if back else pair.B.flip(0),
         )
     else:
-        monkeypatch.setattr("multiflora.export.convert.write_lora", _without_last())
+        monkeypatch.setattr("multiflora.export.convert.write_lora", _twice_the_last())
     with pytest.raises(ExportError, match="does not compute what the adapter does: its logits are off by up to"):
         to(adapter, tmp_path / "broken", base=tmp_path / "base")
     assert not (tmp_path / "broken").exists()
 
 
-def _without_last():
+def _twice_the_last():
     from multiflora.export.plain import write_lora
 
-    return lambda folder, pairs, *more: write_lora(folder, pairs[:-1], *more)
+    return lambda folder, pairs, *more: write_lora(folder, [*pairs[:-1], pairs[-1]._replace(B=pairs[-1].B * 2)], *more)
 
 
 def test_without_its_base_model_a_conversion_says_how_far_it_was_compared(tiny_llama, tmp_path, caplog):
@@ -184,6 +187,12 @@ def test_a_base_in_many_files_is_exported(tied, tmp_path, to):
     (tmp_path / "base/model.safetensors").unlink()
     adapter = save(adapted("mlora", AutoModelForCausalLM.from_pretrained(tmp_path / "many")), tmp_path / "adapter")
     to(adapter, tmp_path / "made", base=tmp_path / "many")
+    if to is merge:
+        to(adapter, tmp_path / "parts", base=tmp_path / "many", shard_size=" 10.5 kb")
+        assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+        for size in ("2", "GB", "0GB", "two GB", "-1GB", "infGB"):
+            with pytest.raises(ExportError, match="expected a number of KB, MB, GB or TB"):
+                to(adapter, tmp_path / "no", base=tmp_path / "many", shard_size=size)
     next((tmp_path / "many").glob("*.safetensors")).unlink()
     with pytest.raises(ExportError, match="No base model could be loaded"):
         to(adapter, tmp_path / "again", base=tmp_path / "many")

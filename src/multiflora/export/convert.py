@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from multiflora.context import index_of
@@ -25,7 +26,7 @@ from multiflora.export.source import adapter_folder, base_name, load_adapted, lo
 from multiflora.export.stage import check_free, staged
 from multiflora.files import user_path, write_json
 
-__all__ = ["to_lora"]
+__all__ = ["check_options", "to_lora"]
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,7 @@ def to_lora(
     with adapter_folder(model) as source:
         config = read_config(source)
         method = method_of(config)
-        calibrated = method is not None and method.merges() == "no"
-        _check_options(source, config, calibrated, calibration, fit, per_task)
+        calibrated = check_options(source, config, calibration, fit, per_task)
         if method is None:
             jobs: Iterator[_Job] = iter([_plain_job(source, rank)])
         elif calibrated:
@@ -121,8 +121,12 @@ class _Job:
     extras: Mapping[str, Any]
 
 
-def _check_options(source: Path, config: Any, calibrated: bool, calibration: Any, fit: bool, per_task: bool) -> None:
-    """Refuse what is missing, and what would be without effect."""
+def check_options(
+    source: Path, config: Any, calibration: Any = None, fit: bool = False, per_task: bool = False
+) -> bool:
+    """Refuse what is missing, and what would be without effect; say whether the adapter needs calibration."""
+    method = method_of(config)
+    calibrated = method is not None and method.merges() == "no"
     name = getattr(config, "method_name", None) or "LoRA"
     if calibrated and calibration is None:
         raise ExportError(
@@ -133,6 +137,7 @@ def _check_options(source: Path, config: Any, calibrated: bool, calibration: Any
     if not calibrated and (calibration is not None or fit or per_task):
         given = "calibration" if calibration is not None else "fit" if fit else "per_task"
         raise ExportError(f"{source} is a {name} adapter, which converts exactly; leave {given} out.")
+    return calibrated
 
 
 class _Compared:
@@ -140,27 +145,27 @@ class _Compared:
 
     def __init__(self, model: Any, source: Path, base: str | Path | None, config: Any, task: str | int | None) -> None:
         self.source, self.base, self.model = source, base, model
+        self.dtype: Any = "auto"
         self.is_at_hand, self.expected = True, dict[str | None, Tensor]()
-        bare = self._bare()
-        if bare is None:
-            self.is_at_hand = False
-            return
         method = method_of(config)
-        if method is None or method.merges() != "no":
-            adapted = put_on(bare, source, may_untie=True)
-            if method is None or not method.needs_task():
-                self.expected[None] = logits_of(adapted)
+        if method is not None and method.merges() == "no":
+            return  # it can only be approximated: see `check`
+        for self.dtype in ("auto", torch.float32):  # a large update may be more than the base model's type can hold
+            bare = self._bare()
+            if bare is None:
                 return
-            names = _names(config)
-            for index in range(len(names)) if task is None else [index_of(config, task)]:
-                with task_of(adapted, index):
-                    self.expected[names[index]] = logits_of(adapted)
+            self.expected = _logits_by_task(put_on(bare, source, may_untie=True), config, task)
+            if all(logits.isfinite().all() for logits in self.expected.values()):
+                return
 
     def _bare(self) -> Any:
         """The base model, loaded; or a copy of the one in memory without its adapter."""
         if hasattr(self.model, "unload"):
-            return copy.deepcopy(self.model).unload().eval()
-        return base_or_warning(self.source, self.base, "The plain LoRA")
+            bare = copy.deepcopy(self.model).unload().eval()
+            return bare if self.dtype == "auto" else bare.to(self.dtype)
+        bare = base_or_warning(self.source, self.base, "The plain LoRA", self.dtype) if self.is_at_hand else None
+        self.is_at_hand = bare is not None
+        return bare
 
     def check(self, folder: Path, job: _Job, pairs: Sequence[Pair], is_whole: bool) -> None:
         """Read a LoRA back as peft does, and compare: with the adapter, or with the update it could only approximate.
@@ -168,18 +173,29 @@ class _Compared:
         Raises:
             ExportError: They differ.
         """
+        expected = self.expected.get(job.task if job.task in self.expected else None) if is_whole else None
+        model = self._bare() if expected is None and self.is_at_hand else None
         if not self.is_at_hand:
             return
-        expected = self.expected.get(job.task if job.task in self.expected else None) if is_whole else None
         if expected is None:
-            lora = read_lora(folder)
-            model = self._bare()
-            put_in(model, job.extras, self.source, lora.config)
+            put_in(model, job.extras, self.source, read_lora(folder).config)
             with with_pairs(model, pairs):
                 expected = logits_of(model)
             del model
         found = logits_of(put_on(self._bare(), folder, may_untie=True))
         check_logits(found, expected, f"The plain LoRA made from {self.source}")
+
+
+def _logits_by_task(adapted: Any, config: Any, task: str | int | None) -> dict[str | None, Tensor]:
+    """The adapter's logits: for each task, or for the one given, where they depend on it; else once, under None."""
+    method = method_of(config)
+    if method is None or not method.needs_task():
+        return {None: logits_of(adapted)}
+    names, found = _names(config), dict[str | None, Tensor]()
+    for index in range(len(names)) if task is None else [index_of(config, task)]:
+        with task_of(adapted, index):
+            found[names[index]] = logits_of(adapted)
+    return found
 
 
 def _write(job: _Job, folder: Path, config: Any, compared: _Compared) -> AdapterReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from multiflora.errors import ExportError
-from multiflora.export.convert import to_lora
-from multiflora.export.plain import Pair, PlainLora, read_lora
+from multiflora.export.convert import check_options, to_lora
+from multiflora.export.plain import Pair, PlainLora, read_config, read_lora
 from multiflora.export.report import Report
 from multiflora.export.same import check_logits, logits_of, put_in
 from multiflora.export.source import base_name, load_adapted, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
 from multiflora.export.tensors import check_shards
 from multiflora.files import user_path, write_json
+from multiflora.suggest import shown
 from multiflora.tied import tied_modules, untie
 
 __all__ = ["merge"]
 
 log = logging.getLogger(__name__)
+
+_SIZE = re.compile(r"\s*(?=[\d.]*[1-9])\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+_OPTIONS = ("calibration", "fit", "per_task")
 
 
 def merge(
@@ -64,6 +69,9 @@ def merge(
     """
     source, output = user_path(adapter), user_path(folder)
     check_free(output)
+    if not _SIZE.fullmatch(shard_size):
+        raise ExportError(f"shard_size is {shown(shard_size)}; expected a number of KB, MB, GB or TB, such as 2GB.")
+    check_options(source, read_config(source), **{k: conversion[k] for k in _OPTIONS if k in conversion})
     name = base_name(source, base)
     _refuse_quantised(name)
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +85,10 @@ def merge(
         model = _merged(read_lora(plain), name, dtype)
         with staged(output) as place:
             _save(model, place, shard_size)
-            load_tokenizer_of(source, name).save_pretrained(str(place))
+            tokenizer, rows = load_tokenizer_of(source, name), model.get_input_embeddings().weight.shape[0]
+            if len(tokenizer) > rows:
+                log.warning("The tokenizer has %d tokens, but the model has rows for %d only.", len(tokenizer), rows)
+            tokenizer.save_pretrained(str(place))
             files = check_shards(place, model.state_dict())
             del model  # so that one is in memory at a time
             expected = logits_of(load_adapted(plain, name, dtype, may_untie=True))

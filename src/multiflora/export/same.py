@@ -59,19 +59,20 @@ def check_logits(found: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
-def base_or_warning(source: Path, base: str | Path | None, what: str) -> Any:
+def base_or_warning(source: Path, base: str | Path | None, what: str, dtype: Any = "auto") -> Any:
     """The base model to compare on; None, and a warning, where it is not named or not at hand.
 
     Args:
         source: The adapter's folder.
         base: What the user named it; then it must be there.
         what: What cannot be compared by logits without it.
+        dtype: Of its weights; ``auto``: its own.
 
     Raises:
         ExportError: ``base`` is given and cannot be loaded.
     """
     try:
-        return load_base(base_name(source, base))
+        return load_base(base_name(source, base), dtype)
     except ExportError as error:
         if base is not None:
             raise

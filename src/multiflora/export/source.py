@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.adapter_folder import load_adapter
-from multiflora.errors import ExportError
+from multiflora.errors import AdapterError, ExportError
 from multiflora.export.plain import CONFIG, ROOT, WEIGHTS, read_config
 from multiflora.files import user_path
 from multiflora.tensor_file import TensorFile
@@ -113,7 +113,10 @@ def put_on(model: Any, folder: Path, *, may_untie: bool = False) -> Any:
     with TensorFile(folder / WEIGHTS, ExportError) as file:
         shapes = {name.removeprefix(ROOT).replace(".base_layer.", "."): file.shape(name) for name in file.names}
     resize(model, shapes)
-    return load_adapter(model, folder, may_untie=may_untie).eval()
+    try:
+        return load_adapter(model, folder, may_untie=may_untie).eval()
+    except AdapterError as error:
+        raise ExportError(f"{error} Name the base model with --base if it is another.") from error
 
 
 def resize(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
