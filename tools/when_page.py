@@ -339,8 +339,8 @@ def generated(found: Mapping[Condition, Packed], picture: str) -> str:
 
 CAPTION = (
     "*Who wins where.* A name stands where at least one method did better than LoRA: the one with the highest score, "
-    "and its gain in points (those that did better are not tested against each other). *undecided*: nothing did better, "
-    "and not everything did worse. *LoRA*: everything else did worse. A number of seeds: too few for a claim."
+    "and its gain in points (those that did better are not tested against each other). *undecided*: nothing did "
+    "better, and not everything did worse. *LoRA*: everything else did worse. A number of seeds: too few for a claim."
 )
 
 

@@ -148,3 +148,10 @@ def test_tokenizers(world: World) -> None:
         lambda: read(*given),
         tries=2.5,
     )
+
+
+def test_what_is_not_odd_is_taken(world: World) -> None:
+    for talk in TALKS:
+        Path("fuzzed.jsonl").write_bytes(as_lines([talk]))
+        for chat_template in (False, True):
+            read(GOOD, chat_template, "all")
