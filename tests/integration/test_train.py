@@ -150,7 +150,6 @@ def test_a_folder_belongs_to_one_run_and_is_free_when_that_was_killed_with_nothi
     finally:
         first.kill()
         first.communicate()
-    assert any(recipe.output.iterdir())
     assert (multiflora.train(recipe, quiet=True).output / "adapter_model.safetensors").exists()
 
 
