@@ -223,8 +223,9 @@ def _generate(preset: Preset, dtype: Dtype) -> list[Job]:
     for each in dict.fromkeys((dtype, "float32") if preset == "full" else (dtype,)):
         for batch, prompt in cases:
             settings = {"batch": batch, "prompt": prompt, "dtype": each}
-            given = {**settings, "tokens": tokens if prompt == 32 else 1, "rounds": rounds}
+            generated = tokens if prompt == 32 else 1
+            given = {**settings, "tokens": generated, "rounds": rounds}
             # a token reads all weights, a prompt multiplies with them
-            seconds = 0.05 * given["tokens"] + batch * prompt * 2.7e8 / (5e10 if each == "float32" else 2e11)
+            seconds = 0.05 * generated + batch * prompt * 2.7e8 / (5e10 if each == "float32" else 2e11)
             jobs.append(Job("generate", given, settings, 10 + 13 * (rounds + 1) * seconds))
     return jobs
