@@ -115,7 +115,6 @@ def test_any_bit_changes_the_digest(dtype):
     assert ops.digest(tensors) == whole
     assert len(seen) == 1 + 8 * sum(tensor.nbytes for tensor in tensors)
     assert ops.digest(tensors[::-1]) != whole
-    assert ops.digest([torch.zeros(3)]) != ops.digest([torch.zeros(4)])
 
 
 @needs_compiled
