@@ -339,15 +339,15 @@ def generated(found: Mapping[Condition, Packed], picture: str) -> str:
 
 CAPTION = (
     "*Who wins where.* A name stands where at least one method did better than LoRA: the one with the highest score, "
-    "and its gain in points (those that did better are not tested against each other). *undecided*: nothing did better, "
-    "and not everything did worse. *LoRA*: everything else did worse. A number of seeds: too few for a claim."
+    "and its gain in points (those that did better are not tested against each other). *undecided*: nothing did "
+    "better, and not everything did worse. *LoRA*: everything else did worse. A number of seeds: too few for a claim."
 )
 
 
 def _overview(findings: Mapping[Condition, Finding]) -> str:
     others = METHODS[1:]
     lines = [
-        "Difference to LoRA at the end, in points. **Bold**: better or worse beyond chance; *n*: no worse by two.",
+        "Difference to LoRA at the end, in points. **Bold**: better or worse by the tests; *n*: no worse by two.",
         "",
         f"| condition | seeds | LoRA, % | {' | '.join(TITLES[label] for label in others)} |",
         "|" + "---|" * (len(others) + 3),
