@@ -56,7 +56,8 @@ def _results() -> TextTable:
 
 def _mixture() -> TextTable:
     row = {"examples": 12_345_678, "share_of_examples": 0.5, "tokens": 123_456_789, "share_of_tokens": 0.123}
-    return mixture_table({"a_task_with_a_long_name": {**row, "loss_tokens": 12_345_678, "passes": 12.5}})
+    row |= {"loss_tokens": 12_345_678, "share_of_loss_tokens": 0.89, "passes": 12.5}
+    return mixture_table({"a_task_with_a_long_name": row})
 
 
 TABLES: dict[str, Callable[[], Any]] = {

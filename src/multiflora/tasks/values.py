@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from math import isfinite
+from reprlib import Repr
 from typing import Any
 
 from multiflora.errors import DataError
+
+# a list may hold itself many times over: small to keep, endless to write
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 4, 20, 20, 121, 121
 
 __all__ = ["as_list", "is_text", "kind_of", "shown", "text_of"]
 
@@ -55,7 +60,7 @@ def kind_of(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

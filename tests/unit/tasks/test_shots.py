@@ -68,7 +68,7 @@ def test_in_a_conversation_they_are_earlier_turns_behind_the_one_system_turn() -
     asked = shown_before(Example("t", "t-2", "p", " c", messages=(turns[0], Message("user", "v"), turns[2])), [shot])
     assert [turn.content for turn in asked.messages] == ["s", "u", "a", "v", "a"]
     plain = shown_before(Example("t", "t-2", "p", " c"), [Example("t", "t-1", "q", " b")])
-    assert [tuple(turn) for turn in plain.messages] == [
+    assert [(turn.role, turn.content) for turn in plain.messages] == [
         ("user", "q"),
         ("assistant", "b"),
         ("user", "p"),
