@@ -59,7 +59,7 @@ docs-contract: $(DEV) ## run the contract and write its table into docs/contract
 # the tasks of the training case, where they are; without them it trains on generated ones
 BENCH_TASKS ?= $(wildcard ../shared/data/tasks)
 
-bench: $(DEV) ## measure the speed on this machine, twenty minutes, and write docs/performance.md from it
+bench: $(DEV) ## measure the speed on this machine, twenty-five minutes, and write docs/performance.md from it
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/multiflora bench $(if $(BENCH_TASKS),--tasks $(BENCH_TASKS)) \
 		--output docs/performance/results.json --page docs/performance.md
 

@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 Preset = Literal["quick", "standard", "full"]
 PRESETS: tuple[Preset, ...] = ("quick", "standard", "full")
-"""A few minutes (under five on a core without bfloat16), twenty, and an hour or two, on one core of a server."""
+"""A few minutes (under five on a core without bfloat16), twenty-five, and three hours, on one core."""
 
 TASKS = ("sst2", "trec", "agnews", "commonsenseqa")
 """Folders of four tasks with short answers."""
