@@ -347,7 +347,7 @@ CAPTION = (
 def _overview(findings: Mapping[Condition, Finding]) -> str:
     others = METHODS[1:]
     lines = [
-        "Difference to LoRA at the end, in points. **Bold**: better or worse beyond chance; *n*: no worse by two.",
+        "Difference to LoRA at the end, in points. **Bold**: better or worse by the tests; *n*: no worse by two.",
         "",
         f"| condition | seeds | LoRA, % | {' | '.join(TITLES[label] for label in others)} |",
         "|" + "---|" * (len(others) + 3),
