@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from when_data import NAMES, SPLITS, write_tasks
+from when_data import NAMES, SPLITS, read_rows, write_tasks
 
 import multiflora
 from multiflora.base_model import load_config
@@ -160,7 +160,7 @@ def prepare_base(study: Study) -> None:
 
 def run_condition(each: Condition, study: Study, seeds: Sequence[int]) -> None:
     """Train what is missing of a condition, seed by seed, and pack each seed when all its methods are finished."""
-    rows = {split: _read_rows(study.source / f"{split}.jsonl") for split in SPLITS}
+    rows = read_rows(study.source)
     found = read_packed(study.packed / f"{each.name}.json.gz")
     if found is None or found["recipe"] != recipe_digest(each, study):
         found = None  # of another design: it is made anew
@@ -176,10 +176,6 @@ def run_condition(each: Condition, study: Study, seeds: Sequence[int]) -> None:
         write_packed(study.packed / f"{each.name}.json.gz", found)
         shutil.rmtree(folder)
         print(f"{each.name}: seed {seed} packed", flush=True)
-
-
-def _read_rows(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _tuned(each: Condition, study: Study, seed: int) -> dict[str, Any]:

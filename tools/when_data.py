@@ -4,10 +4,15 @@ A task asks for the type of a question (six types, TREC). Its code says which wo
 *conflict* where their codes differ: at conflict 0 all tasks have the plain code, in which every word means itself; at
 conflict c each task's code moves a share c of the words, drawn for that task. The prompt names the code, so that every
 method can know which task a row belongs to.
+
+    python tools/when_data.py ../shared/data/tasks/trec runs/when-tasks/8-1 --tasks 8 --conflict 1
+
+writes them as folders of JSONL, for a comparison of your own.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -81,3 +86,22 @@ def _under(seed: int, name: str, words: Sequence[int], row: Any) -> dict[str, An
         "choices": row["choices"],
         "answer": answer,
     }
+
+
+def read_rows(source: Path) -> dict[str, list[Any]]:
+    """The questions of every split."""
+    return {
+        split: [json.loads(line) for line in (source / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        for split in SPLITS
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder of the questions")
+    parser.add_argument("folder", type=Path, help="where the tasks are written")
+    parser.add_argument("--tasks", type=int, choices=range(2, len(NAMES) + 1), required=True)
+    parser.add_argument("--conflict", type=float, choices=(0.0, 0.5, 1.0), required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of codes and rows")
+    given = parser.parse_args()
+    write_tasks(given.folder, read_rows(given.source), seed=given.seed, tasks=given.tasks, conflict=given.conflict)
