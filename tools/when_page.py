@@ -448,7 +448,7 @@ def paragraph(found: Mapping[Condition, Packed], picture: str) -> str:
 
 # ---- the picture ----
 
-_W, _H, _LEFT, _TOP = 150, 56, 90, 64
+_W, _H, _LEFT, _TOP = 150, 56, 90, 44
 
 
 def describe(findings: Mapping[Condition, Finding]) -> str:

@@ -159,6 +159,8 @@ class TrainSpec(Strict):
     """Forward passes per optimiser step."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Highest learning rate; not given: what the method is usually trained with, see ``multiflora methods show``."""
+    router_lr_ratio: float | None = Field(default=None, gt=0)
+    """Learning rate of the token routers over that of the rest (R-LoRA, HydraLoRA ...); None: one rate for all."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
     lr_scheduler: Literal[

@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import when  # noqa: E402
 import when_data  # noqa: E402
 import when_page  # noqa: E402
+import when_router  # noqa: E402
 
+from multiflora.compare.spec import load_comparison  # noqa: E402
 from multiflora.errors import MultifloraError  # noqa: E402
 
 QUESTIONS = [
@@ -233,3 +235,19 @@ def test_the_pages_are_as_the_packed_cells_have_them(tmp_path: Path) -> None:
     for name in names:
         same = (docs / name).read_text("utf-8") == (ROOT / "docs" / name).read_text("utf-8")
         assert same, f"{name}: run python tools/when.py --page"
+
+
+def test_information_of_head_and_task() -> None:
+    shared = when_router.head_task_information([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
+    assert shared == pytest.approx(2 / 3)  # I = log 2, H(t) = log 2, H(h) = log 4
+    assert when_router.head_task_information([[2.0, 0.0], [0.0, 0.5]]) == pytest.approx(1.0)
+    assert when_router.head_task_information([[0.3, 0.7], [0.3, 0.7]]) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "results" / "when").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_recipes_are_read(path: Path) -> None:
+    spec = load_comparison(path).compare
+    assert len(spec.seeds) == 5
+    assert spec.learning_rate is not None

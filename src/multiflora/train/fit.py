@@ -109,6 +109,7 @@ def fit(
             fingerprints=fingerprints,
             callbacks=[*bars, *schedule, *training_callbacks(model)],
             loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
+            router_lr_ratio=recipe.train.router_lr_ratio,
         )
         if score is not None and recipe.evaluate.during:
 

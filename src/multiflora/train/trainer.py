@@ -26,6 +26,7 @@ from multiflora.train.baselines import loraplus_optimizer, orthogonality, restor
 from multiflora.train.checkpoint import DATA, Window, remove_older, seal
 from multiflora.train.guard import Guard
 from multiflora.train.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.train.router_rate import give_routers_their_rate
 from multiflora.train.watch import RoutingWatch
 
 __all__ = ["MultitaskTrainer", "own_forward"]
@@ -77,6 +78,7 @@ class MultitaskTrainer(SFTTrainer):
         epoch_size: Examples in one epoch of the mixture; the log's ``epoch`` counts these. None: the whole
             data set.
         loraplus_lr_ratio: LoRA+'s rate of B over that of A; None: one rate for all.
+        router_lr_ratio: The token routers' rate over that of the rest; None: one rate for all.
         num_examples: Examples to be trained on; rows after them only fill the last step up. None: all.
         guard: Told of every batch's losses; stops the run when they go bad or somebody asks it to stop.
         recipe: Text of the recipe, laid beside the checkpoints for a resumed run to compare with.
@@ -99,6 +101,7 @@ class MultitaskTrainer(SFTTrainer):
         max_length: int = 1024,
         epoch_size: int | None = None,
         loraplus_lr_ratio: float | None = None,
+        router_lr_ratio: float | None = None,
         num_examples: int | None = None,
         guard: Guard | None = None,
         recipe: str | None = None,
@@ -140,6 +143,7 @@ class MultitaskTrainer(SFTTrainer):
         self.recipe = recipe
         self.fingerprints = fingerprints
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.router_lr_ratio = router_lr_ratio
         self.routing = find(model)
         self._watch = None if self.routing is None else RoutingWatch(self.routing)
         # sums over the log window, on the device: the steps' losses, nats and labelled tokens of each task, and all
@@ -244,11 +248,14 @@ class MultitaskTrainer(SFTTrainer):
         ]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimiser, with two rates for LoRA+."""
+        """Make the optimiser, with two rates for LoRA+, and where the routers have one of their own."""
+        is_new = self.optimizer is None  # type: ignore[has-type]  # transformers' own
         if self.loraplus_lr_ratio is not None and self.optimizer is None:  # type: ignore[has-type]  # transformers' own
             own = {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
             self.optimizer = loraplus_optimizer(self.model, *self.get_optimizer_cls_and_kwargs(self.args), **own)
         made: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new and self.router_lr_ratio is not None:
+            give_routers_their_rate(made, self.model, self.router_lr_ratio)
         return made
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

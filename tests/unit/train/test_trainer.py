@@ -21,6 +21,7 @@ import multiflora
 from multiflora.context import find
 from multiflora.data.collate import Collator
 from multiflora.data.weights import task_weights
+from multiflora.errors import ConfigError
 from multiflora.methods import build_config
 from multiflora.train.trainer import MultitaskTrainer
 
@@ -383,3 +384,31 @@ def test_adapters_that_route_by_task_are_told_the_task_of_every_row_or_token(tmp
             one, tokens = plain_loss(model, Dataset.from_list([row]))
         total, count = total + one, count + int(tokens)
     torch.testing.assert_close(loss.detach(), total / count, atol=1e-6, rtol=1e-5)
+
+
+def test_routers_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    model = make_model(build_config("rlora", {"num_heads": 2, "r": 2, "target_modules": ["q_proj", "up_proj"]}))
+    trainer = make_trainer(model, tmp_path)
+    trainer.router_lr_ratio = 10.0
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    optimizer = trainer.optimizer
+    rates = {id(part): group["lr"] for group in optimizer.param_groups for part in group["params"]}
+    routers = {name for name, _ in model.named_parameters() if "router" in name}
+    assert routers
+    trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
+    assert len(rates) == len(trained)
+    most = max(rates[id(part)] for name, part in trained.items() if name not in routers)
+    for name, part in trained.items():
+        assert rates[id(part)] == pytest.approx(most * (10.0 if name in routers else 1.0)), name
+    trainer.create_optimizer()
+    assert max(group["initial_lr"] for group in optimizer.param_groups) == pytest.approx(
+        10 * min(group["initial_lr"] for group in optimizer.param_groups)
+    )
+
+
+def test_a_rate_for_routers_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    model = make_model(build_config("mlora", {"num_heads": 2, "r": 2, "target_modules": ["q_proj"]}))
+    trainer = make_trainer(model, tmp_path)
+    trainer.router_lr_ratio = 10.0
+    with pytest.raises(ConfigError, match="router_lr_ratio is 10, but this method has no token router"):
+        trainer.create_optimizer()
