@@ -343,6 +343,8 @@ def main() -> None:
                 run_condition(each, study, SEEDS[: given.seeds])
         except TimeIsUp:
             print(f"{given.hours:g} hours are over; the same command goes on", flush=True)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on") from None
         except MultifloraError as error:
             raise SystemExit(f"{error}") from error
     if given.page:
