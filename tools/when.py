@@ -167,6 +167,7 @@ def run_condition(each: Condition, study: Study, seeds: Sequence[int]) -> None:
     for seed in seeds:
         if found is not None and str(seed) in found["seeds"]:
             continue
+        prepare_base(study)
         folder = study.output / "data" / f"{each.name}-seed-{seed}"
         write_tasks(folder, rows, seed=seed, tasks=each.tasks, conflict=each.conflict)
         with kept():
@@ -323,7 +324,6 @@ def main() -> None:
         number, of = (int(part) for part in given.part.split("/"))
         wanted = [each for each in conditions() if not given.only or each.name in given.only][number - 1 :: of]
         try:
-            prepare_base(study)
             for each in wanted:
                 run_condition(each, study, SEEDS[: given.seeds])
         except TimeIsUp:
