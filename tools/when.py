@@ -20,7 +20,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ import multiflora
 from multiflora.base_model import load_config
 from multiflora.compare.cell import run_cell
 from multiflora.compare.plan import Cell, Competitor, competitors, seed_cell
-from multiflora.compare.search import first_grid, grown, trial_of
-from multiflora.compare.single_task import single_trainings
-from multiflora.compare.spec import Comparison, load_comparison
-from multiflora.compare.tuning import Trial, Tuning, decide
+from multiflora.compare.search import search_rates, trial_of
+from multiflora.compare.single_task import single_loras, single_trainings, trials_of_sizes
+from multiflora.compare.spec import Comparison, SearchSpec, load_comparison
+from multiflora.compare.tuning import Trial
 from multiflora.errors import MultifloraError
 from multiflora.files import write_bytes
 from multiflora.once import kept
@@ -49,7 +49,7 @@ METHODS = ("lora", "multilora", "rlora", "hydralora", "mlora", "mtllora", "moelo
 STEPS, BATCH, SHARES = 300, 16, (0.125, 0.25, 0.5)
 BASE = {"max_steps": 400, "batch_size": 16, "learning_rate": 2e-3, "max_length": 128}
 RATES, FACTOR, GROW = (1e-3, 3e-3, 1e-2, 3e-2), 3.0, 3
-"""The first learning rates, the step by which the grid grows where a best rate is on its edge, and how often."""
+"""The first learning rates, the step by which the grid grows where a best rate is on its edge, by how many rates."""
 
 _FORMAT = 1
 _CODE = ("data", "evaluate", "methods", "ops", "tasks", "train")  # parts of the library that make a cell's numbers
@@ -167,6 +167,7 @@ def run_condition(each: Condition, study: Study, seeds: Sequence[int]) -> None:
     for seed in seeds:
         if found is not None and str(seed) in found["seeds"]:
             continue
+        prepare_base(study)
         folder = study.output / "data" / f"{each.name}-seed-{seed}"
         write_tasks(folder, rows, seed=seed, tasks=each.tasks, conflict=each.conflict)
         with kept():
@@ -181,19 +182,13 @@ def run_condition(each: Condition, study: Study, seeds: Sequence[int]) -> None:
 def _tuned(each: Condition, study: Study, seed: int) -> dict[str, Any]:
     """A condition without seeds: every method's rank, and its best rate on one seed's validation rows."""
     asked = comparison(each, seed, study, "validation")
-    planned = {item.label: item for item in competitors(asked, load_config(asked.recipe.model))}
-    grid = first_grid(RATES, trials=len(RATES), factor=FACTOR)
-    tunings: dict[str, Tuning] = {}
-    for grows in itertools.count():  # one grid for all methods, as in a comparison
-        for label in METHODS:
-            trials = [_trial(asked, planned, label, seed, rate, study) for rate in grid]
-            tunings[label] = decide(trials)
-        sides = {side for tuning in tunings.values() for side in tuning.open}
-        if not sides or grows == GROW:
-            break
-        grid = grown(grid, sides, FACTOR)
-    single = _singles(asked, planned, seed, grid[0])[0].competitor
-    cost = {label: planned.get(label, single) for label in METHODS}
+    planned = _planned(asked)
+
+    def tried(grid: Sequence[float]) -> dict[str, list[Trial]]:
+        return {label: [_trial(asked, planned[label], label, rate, study) for rate in grid] for label in METHODS}
+
+    # one grid for all methods, as in a comparison
+    tunings = search_rates(SearchSpec(factor=FACTOR, grow=GROW), RATES, tried)
     return {
         "format": _FORMAT,
         "recipe": recipe_digest(each, study),
@@ -201,8 +196,8 @@ def _tuned(each: Condition, study: Study, seed: int) -> dict[str, Any]:
         "steps": study.steps,
         "methods": {
             label: {
-                "rank": cost[label].rank,
-                "parameters": cost[label].parameters * (each.tasks if label == "single" else 1),
+                "rank": planned[label].rank,
+                "parameters": planned[label].parameters * (each.tasks if label == "single" else 1),
                 "rate": tuning.chosen,
                 "state": tuning.state,
                 "tried": [[trial.rate, trial.score, trial.loss] for trial in tuning.tried],
@@ -213,33 +208,30 @@ def _tuned(each: Condition, study: Study, seed: int) -> dict[str, Any]:
     }
 
 
-def _trial(
-    asked: Comparison, planned: Mapping[str, Competitor], label: str, seed: int, rate: float, study: Study
-) -> Trial:
-    cells = [_run(cell, asked, study) for cell in _cells(asked, planned, label, seed, rate)]
-    trials = [trial_of({**cell, "learning_rate": rate, "seed": seed}) for cell in cells]
-    if len(trials) == 1:
-        return trials[0]
-    if any(trial.score is None for trial in trials):
-        return Trial(rate, seed, None, None)
-    # K LoRAs are one method: its score is the mean over their tasks
-    number = len(trials)
-    return Trial(
-        rate,
-        seed,
-        sum(trial.score or 0 for trial in trials) / number,
-        sum(trial.loss or 0 for trial in trials) / number,
-        sum((trial.error or 0) ** 2 for trial in trials) ** 0.5 / number,
-    )
+def _planned(asked: Comparison) -> dict[str, Competitor]:
+    """Every method with its rank; of the K LoRAs, one."""
+    config = load_config(asked.recipe.model)
+    planned = competitors(asked, config)
+    single = single_loras(asked, planned, config)["together"]
+    return {**{item.label: item for item in planned}, "single": single}
+
+
+def _trial(asked: Comparison, item: Competitor, label: str, rate: float, study: Study) -> Trial:
+    """One rate; K LoRAs are one method."""
+    if label == "single":
+        singles = single_trainings(asked, {label: item}, {label: rate})
+        return trials_of_sizes(singles, {each.cell.name: _run(each.cell, asked, study) for each in singles})[label][0]
+    (cell,) = _cells(asked, item, label, rate)
+    return trial_of(_run(cell, asked, study))
 
 
 def _seed(each: Condition, study: Study, seed: int, methods: Mapping[str, Any]) -> dict[str, Any]:
     """All methods with one seed: right or wrong and nats of every test row, and the scores on the way."""
     asked = comparison(each, seed, study, "test")
-    planned = {item.label: item for item in competitors(asked, load_config(asked.recipe.model))}
+    planned = _planned(asked)
     found: dict[str, Any] = {"code": code_digest(), "ids": {}, "cells": {}}
     for label in METHODS:
-        cells = [_run(cell, asked, study) for cell in _cells(asked, planned, label, seed, methods[label]["rate"])]
+        cells = [_run(cell, asked, study) for cell in _cells(asked, planned[label], label, methods[label]["rate"])]
         if any(not cell["rows"] for cell in cells):
             found["cells"][label] = None  # diverged
             continue
@@ -258,17 +250,11 @@ def _seed(each: Condition, study: Study, seed: int, methods: Mapping[str, Any]) 
     return found
 
 
-def _cells(asked: Comparison, planned: Mapping[str, Competitor], label: str, seed: int, rate: float) -> Iterator[Cell]:
+def _cells(asked: Comparison, item: Competitor, label: str, rate: float) -> list[Cell]:
     """The trainings of a method: one, or one for each task."""
     if label == "single":
-        yield from (single.cell for single in _singles(asked, planned, seed, rate))
-    else:
-        yield seed_cell(asked, planned[label], seed, rate)
-
-
-def _singles(asked: Comparison, planned: Mapping[str, Competitor], seed: int, rate: float) -> list[Any]:
-    every = single_trainings(asked, list(planned.values()), load_config(asked.recipe.model), {"lora": rate})
-    return [single for single in every if single.size == "together"]
+        return [each.cell for each in single_trainings(asked, {label: item}, {label: rate})]
+    return [seed_cell(asked, item, asked.compare.seeds[0], rate)]
 
 
 def _run(cell: Cell, asked: Comparison, study: Study) -> dict[str, Any]:
@@ -338,7 +324,6 @@ def main() -> None:
         number, of = (int(part) for part in given.part.split("/"))
         wanted = [each for each in conditions() if not given.only or each.name in given.only][number - 1 :: of]
         try:
-            prepare_base(study)
             for each in wanted:
                 run_condition(each, study, SEEDS[: given.seeds])
         except TimeIsUp:

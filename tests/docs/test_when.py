@@ -58,7 +58,7 @@ def test_rows_are_under_their_code_and_no_seed_has_another_s(tmp_path: Path) -> 
         for folder, words in zip(folders, codes, strict=True):
             for line in (folder / "test.jsonl").read_text("utf-8").splitlines():
                 row = json.loads(line)
-                plain = next(q for q in QUESTIONS if row["id"].endswith(f"-{q['id']}"))
+                plain = next(q for q in QUESTIONS if q["id"] == row["id"].split("-")[-1])
                 assert row["answer"] == words[plain["answer"]] != plain["answer"]
                 assert row["completion"] == row["choices"][row["answer"]]
                 assert row["prompt"] == f"Code {folder.name}. {plain['prompt']}"
@@ -247,7 +247,18 @@ def test_information_of_head_and_task() -> None:
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "docs" / "results" / "when").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_the_recipes_are_read(path: Path) -> None:
-    spec = load_comparison(path).compare
-    assert len(spec.seeds) == 5
-    assert spec.learning_rate is not None
+def test_the_recipes_are_read(path: Path, tmp_path: Path) -> None:
+    """Where their tasks have been written as the page says."""
+    root = tmp_path / "project"
+    rows = dict.fromkeys(when_data.SPLITS, QUESTIONS)
+    for name, tasks, conflict in (("8-1", 8, 1.0), ("8-0", 8, 0.0), ("2-1", 2, 1.0)):
+        when_data.write_tasks(root / "runs" / "when-tasks" / name, rows, seed=0, tasks=tasks, conflict=conflict)
+    for name in ("sst2", "trec", "agnews", "arc_easy", "commonsenseqa", "rte"):
+        shutil.copytree(root / "runs" / "when-tasks" / "2-1" / "one", tmp_path / "shared" / "data" / "tasks" / name)
+    place = root / "docs" / "results" / "when"
+    place.mkdir(parents=True)
+    found = load_comparison(Path(shutil.copy(path, place)))
+    assert len(found.compare.seeds) == 5
+    assert found.compare.learning_rate is not None
+    assert found.recipe.train.max_steps == 300
+    assert found.recipe.train.batch_size == 16
