@@ -53,8 +53,9 @@ def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
     """r and alpha of a layer, with the patterns of the config."""
     from peft.utils.other import get_pattern_key
 
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}  # a file may say null
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return int(r), float(alpha)
 
 

@@ -182,7 +182,13 @@ def test_a_search_that_was_stopped_goes_on_and_says_the_same(searched: Summary, 
     before = runs(folder)
     again = multiflora.compare(folder / "comparison.yaml", quiet=True)
     assert runs(folder) == before
-    assert again.to_dict() == searched.to_dict()
+
+    def told(summary: Summary) -> dict[str, Any]:
+        """All but the time of a forward pass, which is taken anew."""
+        plain = summary.to_dict()
+        return {**plain, "rows": [{**row, "latency": None} for row in plain["rows"]]}
+
+    assert told(again) == told(searched)
 
 
 def test_what_is_read_of_an_unfinished_search_is_what_was_found(searched: Summary, place: Path) -> None:

@@ -188,8 +188,8 @@ def test_steps_follow_the_mixture(model_folder: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "train", "message"),
     [
-        ({"budget": 0}, {}, r"method.budget is 0; it must be a whole number of evaluations"),
-        ({"examples": 2.5}, {}, r"method.examples is 2.5; it must be a whole number of training examples"),
+        ({"budget": 0}, {}, r"method.budget is 0; it must be a whole number of at least 1"),
+        ({"examples": 2.5}, {}, r"method.examples is 2.5; it must be a whole number of at least 1"),
         ({"use_dora": True}, {}, r"method.use_dora is not a setting of lorahub"),
         ({}, {"save_every": 2}, r"train.save_every is 2, but lorahub trains a LoRA for each task"),
     ],

@@ -133,7 +133,7 @@ def test_the_card_tells_the_whole_story(tmp_path: Path) -> None:
         "| sky | 100 | acc | 0.500 ± 0.050 | 0.700 | +0.200 |",
         "| far (not trained on) | 100 | nll | – | 1.500 ± 0.050 | – |",
         "| arc_easy (harness) | 100 | acc | – | 0.400 ± 0.050 | – |",
-        "| **macro average** |  |  | 0.300 | **0.650** | +0.350 |",
+        "| **macro average** |  |  | 0.300 ±0.035 | **0.650** | +0.350 |",
         r"| sums | Adds \| numbers. | reasoning-gym basic_arithmetic | MIT |",
         "| sky |  | some/set |  |",
         "| sums | 80 | 50.0% | 1,200 | 25.0% |",

@@ -57,9 +57,12 @@ class Saved:
 
 
 def command_of(comparison: Comparison) -> str:
-    """What goes on with a comparison, as one would type it in the current folder."""
+    """What goes on with a comparison, to be typed in the current folder, or else in its own.
+
+    Where things lie on a machine is nobody's business, and sentences are shown to others.
+    """
     path, here = comparison.recipe.output / COMPARISON, Path.cwd()
-    return f"multiflora compare {path.relative_to(here) if path.is_relative_to(here) else path}"
+    return f"multiflora compare {path.relative_to(here) if path.is_relative_to(here) else COMPARISON}"
 
 
 def read_comparison(folder: str | Path) -> Saved:

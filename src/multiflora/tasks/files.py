@@ -28,7 +28,7 @@ LONGEST_LINE = 64 * 2**20
 """Characters of the longest line; a file without line ends is not read into memory to find that out."""
 MOST_FILES = 10_000
 """Files that one pattern may match."""
-MOST_ROWS = 10_000_000
+MOST_ROWS = 2_000_000
 """Rows of one file: each is a mapping in memory."""
 ROW_BYTES = 400
 """The least that a row takes in memory: the mapping, its place and a short value."""

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from math import isfinite
 from reprlib import Repr
 from typing import Any
 
 from multiflora.errors import DataError
 
+
 # a list may hold itself many times over: small to keep, endless to write
-_SHORT = Repr()
+class _Short(Repr):
+    """Writes a mapping in its own order."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0 and x:
+            return "{...}"
+        pairs = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(x.items(), self.maxdict)]
+        return "{" + ", ".join([*pairs, *(["..."] if len(x) > self.maxdict else [])]) + "}"
+
+
+_SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 4, 20, 20, 121, 121
 
 __all__ = ["as_list", "is_text", "kind_of", "shown", "text_of"]

@@ -50,9 +50,9 @@ def test_generation_is_told_by_token_with_its_floor(tmp_path):
     page = (tmp_path / "performance.md").read_text("utf-8").partition("## Generation")[2]
     assert "SmolLM2-135M, bfloat16, batch 16, prompt of 32 tokens:" in page
     assert "| base | 20.0 |  | 100.0 |  |  |" in page
-    assert "| rlora | 21.0 | 1.05 (1.05–1.05) | 104.0 | 1.04 (1.04–1.04) | 8,000,000 |" in page
-    assert "| peft LoRA | 30.0 | 1.50 (1.50–1.50) |" in page
-    assert "| floor | 21.0 | 1.05 (1.05–1.05) | 101.0 | 1.01 (1.01–1.01) |  |" in page
+    assert "| rlora | 21.0 | 1.05 (1.05 to 1.05) | 104.0 | 1.04 (1.04 to 1.04) | 8,000,000 |" in page
+    assert "| peft LoRA | 30.0 | 1.50 (1.50 to 1.50) |" in page
+    assert "| floor | 21.0 | 1.05 (1.05 to 1.05) | 101.0 | 1.01 (1.01 to 1.01) |  |" in page
 
 
 def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):

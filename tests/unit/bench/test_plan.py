@@ -41,10 +41,14 @@ def test_the_standard_preset_measures_what_the_targets_ask_for():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generation_is_measured_for_one_prompt_and_in_full_for_a_batch_and_a_long_prompt(dtype):
+def test_generation_is_measured_quickly_for_one_prompt_and_else_for_a_batch_and_a_long_prompt(dtype):
     found = {preset: plan(preset, kind="cpu", **{**OPTIONS, "dtype": dtype}, only=["generate"]) for preset in PRESETS}
     cases = {name: {(job.identity["batch"], job.identity["prompt"]) for job in jobs} for name, jobs in found.items()}
-    assert cases == {"quick": {(1, 32)}, "standard": {(1, 32)}, "full": {(1, 32), (16, 32), (1, 512)}}
+    assert cases == {
+        "quick": {(1, 32)},
+        "standard": {(1, 32), (16, 32), (1, 512)},
+        "full": {(1, 32), (16, 32), (1, 512)},
+    }
     assert {job.identity["dtype"] for job in found["full"]} == {dtype, "float32"}
     assert {job.settings["tokens"] for job in found["full"] if job.identity["prompt"] == 512} == {1}
 

@@ -43,14 +43,14 @@ def test_before_after_and_change_with_the_macro_average_last() -> None:
         ["piqa", "1,319", "acc", "–", "0.630", "±0.035", "–"],
         ["lm-evaluation-harness"],
         ["arc_easy", "1,319", "acc", "–", "0.560", "±0.035", "–"],
-        ["macro", "average", "0.250", "0.500", "+0.250"],
+        ["macro", "average", "0.250", "±0.035", "0.500", "±0.035", "+0.250"],
     ]
 
 
 def test_one_model_alone_has_one_column_of_scores() -> None:
     lines = shown(results_table(ADAPTED))
     assert lines[0] == ["task", "n", "metric", "score"]
-    assert lines[-1] == ["macro", "average", "0.500"]
+    assert lines[-1] == ["macro", "average", "0.500", "±0.035"]
 
 
 def test_green_is_better_even_where_lower_is_better() -> None:

@@ -186,7 +186,7 @@ def test_equal_rows_that_are_packed_into_nothing_are_refused_before_they_are_unp
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000_000, np.int8)), pa.array(["a" * 100]))
     pq.write_table(pa.table({"prompt": column}), path)
     assert path.stat().st_size < 1_000_000
-    with pytest.raises(DataError, match="has more than 10,000,000 rows, which are all held in memory"):
+    with pytest.raises(DataError, match="has more than 2,000,000 rows, which are all held in memory"):
         check_size([path])
 
 

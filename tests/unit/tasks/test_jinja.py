@@ -25,12 +25,12 @@ TOO_MUCH = [
 ]
 TOO_LONG = [
     # each list holds the one before it three times: small to keep, endless to print
-    "{% set s = namespace(x=[1]) %}{% for i in range(99) %}{% set s.x = [s.x, s.x, s.x] %}{% endfor %}{{ s.x | string }}",
+    "{% set s = namespace(x=[1]) %}{% for i in range(99) %}{% set s.x = [s.x] * 3 %}{% endfor %}{{ s.x | string }}",
     "{{ 3 ** (3 ** (3 ** 3)) }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     # much within one call: nothing between its beginning and its end could count
     "{% set s = text * 500 %}{% for i in range(99999) %}{{ s.count('ab') }}{% endfor %}",
-    "{% set s = text * 500 %}{% for i in range(99999) %}{{ 'wordwordx' in s }}{% endfor %}",
+    "{% set s = text * 500 %}{% for i in range(99999) %}{{ ('wordwordx' in s) | string }}{% endfor %}",
     "{% set r = range(99999) | list %}{% for i in r %}{{ r | sum }}{{ r | max }}{% endfor %}",
     "{{ (9 ** 99999 * 9 ** 99999) ** 40 % 7 }}",
     r"{{ ('word' * 400 ~ '!') | without('(?:(?:[a-z]*)*\\s?)*\\d') }}",
