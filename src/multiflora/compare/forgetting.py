@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from multiflora.compare.statistics import CLAIM, Difference, Interval, Outcomes, crossed_tests, holm, t_interval
+from multiflora.compare.paired import Cell, outcomes_of, share_rows
+from multiflora.compare.statistics import CLAIM, Difference, Interval, crossed_tests, holm, t_interval
 from multiflora.evaluate.results import LOWER_IS_BETTER
 
-__all__ = ["Forgetting", "corrected", "forgetting", "forgetting_words", "listed", "outcomes_of"]
-
-Cell = Mapping[str, Any]
+__all__ = ["Forgetting", "corrected", "forgetting", "forgetting_words", "listed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +59,14 @@ def forgetting(
     outcomes = {label: outcomes_of(cells, kept) for label, cells in by_label.items()}
     before = np.mean([np.mean(base["rows"][task]["score"]) for task in kept])
     after = {label: np.mean([rows.mean(1) for rows in own.values()], axis=0) for label, own in outcomes.items()}
-    differences = crossed_tests(outcomes, reference) if len(outcomes) > 1 else {}
+    shared = share_rows(by_label[reference], kept)
+    differences = crossed_tests(outcomes, reference, shared_rows=shared) if len(outcomes) > 1 else {}
     return Forgetting(
         tasks=kept,
         changes={label: t_interval(values - before) for label, values in after.items()},
         differences=differences,
         p=corrected(differences),
     )
-
-
-def outcomes_of(cells: Sequence[Cell], tasks: Sequence[str]) -> Outcomes:
-    """Task -> score of every row, (seeds, rows)."""
-    return {task: np.array([cell["rows"][task]["score"] for cell in cells], dtype=np.float64) for task in tasks}
 
 
 def corrected(differences: Mapping[str, Difference]) -> dict[str, float | None]:

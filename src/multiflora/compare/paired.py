@@ -10,11 +10,11 @@ import numpy as np
 
 from multiflora.compare.plan import Competitor
 from multiflora.compare.spec import Comparison
-from multiflora.compare.statistics import Array
+from multiflora.compare.statistics import Outcomes
 from multiflora.errors import DataError
 from multiflora.evaluate.results import LOWER_IS_BETTER
 
-__all__ = ["Cell", "PairedCells", "arrange"]
+__all__ = ["Cell", "PairedCells", "arrange", "outcomes_of", "share_rows"]
 
 Cell: TypeAlias = Mapping[str, Any]
 
@@ -44,15 +44,24 @@ class PairedCells:
         """The trained tasks whose right completions have a probability."""
         return [task for task in self.trained if None not in self.base["rows"][task]["nll"]]
 
-    def outcomes(self, label: str, tasks: Sequence[str], key: str) -> dict[str, Array]:
+    def outcomes(self, label: str, tasks: Sequence[str], key: str) -> Outcomes:
         """Task -> (seeds, rows)."""
-        own = self.by_label[label]
-        return {task: np.array([cell["rows"][task][key] for cell in own], dtype=np.float64) for task in tasks}
+        return outcomes_of(self.by_label[label], tasks, key)
 
     def diverged(self, label: str) -> int:
         """How many of a method's trainings ended in no number."""
         tasks = self.with_nll()
         return sum(any(None in cell["rows"][task]["nll"] for task in tasks) for cell in self.by_label[label])
+
+
+def outcomes_of(cells: Sequence[Cell], tasks: Sequence[str], key: str = "score") -> Outcomes:
+    """Task -> score (or nats) of every row, (seeds, rows), of one method's cells."""
+    return {task: np.array([cell["rows"][task][key] for cell in cells], dtype=np.float64) for task in tasks}
+
+
+def share_rows(cells: Sequence[Cell], tasks: Sequence[str]) -> bool:
+    """Whether one method's cells were all scored on the same rows of these tasks, not each on rows of its own."""
+    return all(cell["rows"][task]["id"] == cells[0]["rows"][task]["id"] for cell in cells for task in tasks)
 
 
 def arrange(comparison: Comparison, planned: Sequence[Competitor], cells: Sequence[Cell]) -> PairedCells:

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from multiflora.compare.forgetting import corrected, listed, outcomes_of
+from multiflora.compare.forgetting import corrected, listed
+from multiflora.compare.paired import Cell, outcomes_of, share_rows
 from multiflora.compare.statistics import CLAIM, Difference, Interval, crossed_tests, paired_t, t_interval
 from multiflora.compare.tuning import Tuning
 from multiflora.evaluate.results import LOWER_IS_BETTER
 
 __all__ = ["Transfer", "delta_m", "transfer_of", "transfer_words"]
-
-Cell = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,9 @@ def transfer_of(
     tested = {label: paired_t(own, [0.0] * len(own)) for label, own in gains.items() if own is not None}
     differences = {
         (label, task): crossed_tests(
-            {"alone": outcomes_of(single[task], [task]), label + " together": outcomes_of(cells, [task])}, "alone"
+            {"alone": outcomes_of(single[task], [task]), label + " together": outcomes_of(cells, [task])},
+            "alone",
+            shared_rows=share_rows(cells, [task]),
         )[label + " together"]
         for label, cells in by_label.items()
         for task in tasks

@@ -96,9 +96,9 @@ def _settings(plain: PlainLora, method: str, heads: int) -> dict[str, Any]:
 
 def _check_start(config: Any) -> None:
     """Refuse starts whose heads or gate would not sum to the LoRA."""
-    if getattr(config, "router_init", "zero") != "zero":
+    if (start := getattr(config, "router_init", "zero")) != "zero":
         raise ConfigError(
-            "router_init is 'kaiming': heads that differ would be weighed unequally from the first step, and the "
+            f"router_init is {start!r}: heads that differ would be weighed unequally from the first step, and the "
             "outputs would not be the LoRA's. Leave router_init at 'zero'."
         )
     if config.init_weights is not True and config.init_weights != "paper":

@@ -75,11 +75,10 @@ def _answer(results: Mapping[str, Any]) -> str:
     elif not before or before["macro"] is None:
         said = f"The macro score is {100 * after['macro']:.1f} points of 100; the base model was not scored."
     else:
-        way = "rose" if after["macro"] >= before["macro"] else "fell"
-        said = (
-            f"The macro score {way} from {100 * before['macro']:.1f} to {100 * after['macro']:.1f} points of 100 on "
-            "these test rows."
-        )
+        old, new = (f"{100 * results['macro']:.1f}" for results in (before, after))
+        way = "rose" if after["macro"] > before["macro"] else "fell"
+        moved = f"stayed at {old}" if old == new else f"{way} from {old} to {new}"
+        said = f"The macro score {moved} points of 100 on these test rows."
     return (
         f"{said} This is one training with one seed: how another would come out, and whether another method does "
         "better, is for multiflora compare to say."

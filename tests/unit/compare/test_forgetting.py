@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from multiflora.compare.forgetting import forgetting, forgetting_words
 from multiflora.compare.summary import summarise
@@ -64,3 +65,17 @@ def test_without_such_tasks_there_is_nothing_to_say():
 def test_one_seed_tells_no_forgetting():
     cells = cells_of(0.9, seeds=1)
     assert found_in(cells).shown("rlora") == 0
+
+
+def test_seeds_with_rows_of_their_own_are_tested_over_seeds_alone():
+    cells = cells_of(0.3)
+    shared = found_in(cells).differences["rlora"]
+    for cell in cells[1:]:
+        cell["rows"][EXTRA]["id"] = [f"{cell['seed']}-{k}" for k in range(300)]
+    own = found_in(cells).differences["rlora"]
+    gains = [
+        np.mean(rlora["rows"][EXTRA]["score"]) - np.mean(lora["rows"][EXTRA]["score"])
+        for rlora, lora in zip(*([c for c in cells if c["label"] == name] for name in ("rlora", "lora")), strict=True)
+    ]
+    assert own.p == pytest.approx(stats.ttest_1samp(gains, 0.0).pvalue, rel=2e-3)  # rounding is allowed for
+    assert shared.p != pytest.approx(own.p, rel=2e-2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from multiflora.compare.transfer import delta_m, transfer_of, transfer_words
 from tests.unit.compare.made_cells import TASKS, made_cells
@@ -52,6 +53,23 @@ def test_negative_transfer_is_found_where_it_is_and_nowhere_else() -> None:
         found = transfer_of("together", *cells_of(harm), rank=2, parameters=1000, matrix=False)
         assert dict(found.negative) == dict.fromkeys(LABELS, expected)
         assert ("do worse together than alone" in transfer_words([found])) == bool(expected)
+
+
+def test_seeds_with_rows_of_their_own_are_tested_over_seeds_alone() -> None:
+    by_label, single, base = cells_of(harm=True)
+    shared = transfer_of("together", by_label, single, base, rank=2, parameters=1000, matrix=False)
+    for cell in (cell for cells in (*by_label.values(), *single.values()) for cell in cells):
+        for rows in cell["rows"].values():
+            rows["id"] = [f"{cell['seed']}-{k}" for k in range(400)]
+    own = transfer_of("together", by_label, single, base, rank=2, parameters=1000, matrix=False)
+    gains = [
+        np.mean(rlora["rows"][TASKS[1]]["score"]) - np.mean(alone["rows"][TASKS[1]]["score"])
+        for rlora, alone in zip(by_label["rlora"], single[TASKS[1]], strict=True)
+    ]
+    assert own.tasks["rlora"][TASKS[1]].p == pytest.approx(
+        stats.ttest_1samp(gains, 0.0).pvalue, rel=2e-3
+    )  # rounding is allowed for
+    assert shared.tasks["rlora"][TASKS[1]].p != pytest.approx(own.tasks["rlora"][TASKS[1]].p, rel=2e-2)
 
 
 def test_nothing_is_claimed_against_loras_that_are_not_tuned() -> None:
