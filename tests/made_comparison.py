@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from multiflora.compare.saved import COMPARISON, SUMMARY
-from multiflora.compare.spec import Comparison, load_comparison
-from multiflora.compare.summary import summarise
-from tests.unit.compare.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors, made_tunings
+from multiflora.comparison.spec import COMPARISON, SUMMARY, Comparison, load_comparison
+from multiflora.comparison.summary import summarise
+from tests.unit.comparison.made_cells import EXTRA, TASKS, made_cells, made_comparison, made_competitors, made_tunings
 
 METHODS = {"lora": "lora", "multilora": "multilora", "hydralora": "hydralora", "rlora": "rlora"}
 

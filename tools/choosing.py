@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from multiflora.compare.statistics import CLAIM
+from multiflora.comparison.statistics import CLAIM
 from multiflora.methods import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "choosing.md"

@@ -110,7 +110,7 @@ def method_facts(name: str) -> Iterator[str]:
 
 def measured(name: str) -> Iterator[str]:
     """How the method did in each comparison of docs/results, beside that comparison's reference."""
-    from multiflora.compare.statistics import CLAIM
+    from multiflora.comparison.statistics import CLAIM
 
     for path in sorted((DOCS / "results").glob("*/summary.json")):
         summary = json.loads(path.read_text("utf-8"))
@@ -187,7 +187,7 @@ def written(value: Any) -> str:
 
 def method_cost(name: str) -> Iterator[str]:
     """Parameters and operations that a method adds to one layer, beside those of LoRA."""
-    from multiflora.compare.budget import Width, count_flops, count_parameters, solve_rank
+    from multiflora.comparison.budget import Width, count_flops, count_parameters, solve_rank
     from multiflora.methods import METHODS, build_config, describe
 
     layer = Width(*LAYER)
@@ -234,7 +234,12 @@ def recipe_keys(name: str) -> Iterator[str]:
 
 def recipe_model(name: str) -> type[BaseModel]:
     """A model of the recipe by its name, wherever it is defined."""
-    for module in ("multiflora.recipe", "multiflora.tasks.spec", "multiflora.compare.spec", "multiflora.compress.spec"):
+    for module in (
+        "multiflora.recipe",
+        "multiflora.tasks.spec",
+        "multiflora.comparison.spec",
+        "multiflora.compress.spec",
+    ):
         found = getattr(import_module(module), name, None)
         if found is not None:
             model: type[BaseModel] = found

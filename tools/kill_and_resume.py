@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from toy import make_toy
 
+from multiflora.jobs.train import train
 from multiflora.recipe import load_recipe
-from multiflora.train import train
-from multiflora.train.checkpoint import last_checkpoint
+from multiflora.training.checkpoint import last_checkpoint
 
 
 def main() -> int:

@@ -122,7 +122,7 @@ def measured(hidden_size: int, short: int, long: int) -> str:
     sys.path.insert(0, str(Path(__file__).parent))
     from toy import make_toy
 
-    import multiflora.train.run  # noqa: F401  # once, before the processes are forked
+    import multiflora.jobs.train  # noqa: F401  # once, before the processes are forked
 
     rows = ["| processes | batch of each | CPU seconds a step and process | seconds a step |", "|---|---|---|---|"]
     for processes in (1, 2):
@@ -163,8 +163,8 @@ def _run(recipe: Path, processes: int) -> tuple[float, float]:
 def _rank(recipe: Path, rank: int, processes: int, port: int, told: multiprocessing.Queue[tuple[float, float]]) -> None:
     import torch
 
+    from multiflora.jobs.train import train
     from multiflora.recipe import load_recipe
-    from multiflora.train import train
 
     if processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}

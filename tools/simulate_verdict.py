@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from multiflora.compare.archive import read_archive
-from multiflora.compare.foresight import LUCK as LUCKS
-from multiflora.compare.foresight import expected_spread
-from multiflora.compare.looks import levels, planned_looks
-from multiflora.compare.power import detectable
-from multiflora.compare.statistics import CLAIM, crossed_tests, holm
-from multiflora.compare.words import Claim
+from multiflora.comparison.archive import read_archive
+from multiflora.comparison.foresight import LUCK as LUCKS
+from multiflora.comparison.foresight import expected_spread
+from multiflora.comparison.looks import levels, planned_looks
+from multiflora.comparison.power import detectable
+from multiflora.comparison.statistics import CLAIM, crossed_tests, holm
+from multiflora.comparison.words import Claim
 
 ROOT = Path(__file__).parents[1]
 PAGE, ROWS = ROOT / "docs" / "comparing.md", ROOT / "docs" / "results" / "rows" / "cells.json.gz"

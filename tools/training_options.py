@@ -23,10 +23,10 @@ from multiflora.bench.stats import median, ratio, total
 from multiflora.bench.timing import Phases, interleave, samples, stopwatch, threads
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import recipe_from
-from multiflora.train.adapter import add_adapter
-from multiflora.train.fit import fit
-from multiflora.train.precision import weights_of
-from multiflora.train.quiet import quiet_libraries
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
+from multiflora.training.precision import weights_of
+from multiflora.training.quiet import quiet_libraries
 
 VARIANTS = ("packing", "torch.compile")
 CPU = torch.device("cpu")

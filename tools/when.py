@@ -29,12 +29,12 @@ from when_data import NAMES, SPLITS, read_rows, write_tasks
 
 import multiflora
 from multiflora.base_model import load_config
-from multiflora.compare.cell import run_cell
-from multiflora.compare.plan import Cell, Competitor, competitors, seed_cell
-from multiflora.compare.search import search_rates, trial_of
-from multiflora.compare.single_task import single_loras, single_trainings, trials_of_sizes
-from multiflora.compare.spec import Comparison, SearchSpec, load_comparison
-from multiflora.compare.tuning import Trial
+from multiflora.comparison.cell import run_cell
+from multiflora.comparison.plan import Cell, Competitor, competitors, seed_cell
+from multiflora.comparison.search import search_rates, trial_of
+from multiflora.comparison.single_task import single_loras, single_trainings, trials_of_sizes
+from multiflora.comparison.spec import Comparison, SearchSpec, load_comparison
+from multiflora.comparison.tuning import Trial
 from multiflora.errors import MultifloraError
 from multiflora.files import write_bytes
 from multiflora.once import kept

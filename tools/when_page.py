@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 from choosing import listed, put  # noqa: E402
 from when import BUDGETS, CONFLICTS, METHODS, SEEDS, SHARES, TASKS, Condition, conditions, read_packed  # noqa: E402
 
-from multiflora.compare.looks import Look, look_at, planned_looks  # noqa: E402
-from multiflora.compare.statistics import (  # noqa: E402
+from multiflora.comparison.looks import Look, look_at, planned_looks  # noqa: E402
+from multiflora.comparison.statistics import (  # noqa: E402
     CLAIM,
     Array,
     Difference,
@@ -30,8 +30,8 @@ from multiflora.compare.statistics import (  # noqa: E402
     p_value,
     t_interval,
 )
-from multiflora.compare.summary import claims_of  # noqa: E402
-from multiflora.compare.words import Claim  # noqa: E402
+from multiflora.comparison.summary import claims_of  # noqa: E402
+from multiflora.comparison.words import Claim  # noqa: E402
 from multiflora.files import write_text  # noqa: E402
 
 MARGIN = 0.02

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from multiflora.analysis.files import read_measures
-from multiflora.compare.statistics import Interval, t_interval
+from multiflora.comparison.statistics import Interval, t_interval
 
 
 def head_task_information(by_task: Sequence[Sequence[float]]) -> float:

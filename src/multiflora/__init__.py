@@ -25,12 +25,13 @@ from multiflora.errors import (
 )
 
 if TYPE_CHECKING:
-    from multiflora.analysis import analyze
-    from multiflora.compare import compare
+    from multiflora.comparison.analyze import analyze
+    from multiflora.comparison.run import compare
     from multiflora.compress.saved import load_compressed
     from multiflora.context import auxiliary_loss, task
-    from multiflora.evaluate import evaluate
+    from multiflora.evaluation.run import evaluate
     from multiflora.export import to_lora
+    from multiflora.jobs.train import train
     from multiflora.methods.alignlora import AlignLoraConfig
     from multiflora.methods.deltalora import DeltaLoraConfig
     from multiflora.methods.gradient_pass import start_from_gradients
@@ -44,9 +45,8 @@ if TYPE_CHECKING:
     from multiflora.methods.multilora import MultiLoraConfig
     from multiflora.methods.parts import PartsConfig
     from multiflora.methods.rlora import RLoraConfig
-    from multiflora.report import report
-    from multiflora.train import train
-    from multiflora.train.hooks import training_callbacks
+    from multiflora.reports.run import report
+    from multiflora.training.hooks import training_callbacks
 
 # name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
 _LAZY = {
@@ -65,13 +65,13 @@ _LAZY = {
     "suggest_num_heads": "multiflora.methods.hydralora",
     "task": "multiflora.context",
     "start_from_gradients": "multiflora.methods.gradient_pass",
-    "training_callbacks": "multiflora.train.hooks",
+    "training_callbacks": "multiflora.training.hooks",
     "auxiliary_loss": "multiflora.context",
-    "train": "multiflora.train",
-    "evaluate": "multiflora.evaluate",
-    "compare": "multiflora.compare",
-    "analyze": "multiflora.analysis",
-    "report": "multiflora.report",
+    "train": "multiflora.jobs.train",
+    "evaluate": "multiflora.evaluation.run",
+    "compare": "multiflora.comparison.run",
+    "analyze": "multiflora.comparison.analyze",
+    "report": "multiflora.reports.run",
     "to_lora": "multiflora.export",
     "load_compressed": "multiflora.compress.saved",
 }
@@ -131,7 +131,7 @@ def _register(arrived: Any) -> None:
     """
     half_made = {name for name in _NEEDED if _is_half_made(name)} - {arrived.__name__}
     if "peft" in sys.modules and not half_made and (arrived.__name__ == "peft" or not _is_half_made("peft")):
-        import_module("multiflora.peft_bridge").register_methods()
+        import_module("multiflora.methods.registration").register_methods()
 
 
 def _is_half_made(name: str) -> bool:

@@ -23,7 +23,7 @@ from multiflora.files import saving, write_json, write_text
 from multiflora.redact import without_home, without_secrets
 
 if TYPE_CHECKING:
-    from multiflora.evaluate.results import Results
+    from multiflora.evaluation.results import Results
     from multiflora.recipe import Recipe
 
 __all__ = ["PACKAGES", "current_command", "device_name", "fingerprint", "package_versions", "write_artifact"]
@@ -80,7 +80,7 @@ def write_artifact(
     Raises:
         EnvironmentProblem: No space, or no permission; files that were there before are unchanged.
     """
-    from multiflora.train.precision import weights_of
+    from multiflora.training.precision import weights_of
 
     results = {
         "seed": recipe.seed,

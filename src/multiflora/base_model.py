@@ -64,7 +64,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
 
     Args:
         spec: The recipe's ``model``.
-        dtype: Type of its weights, see `multiflora.train.precision.weight_dtype`.
+        dtype: Type of its weights, see `multiflora.training.precision.weight_dtype`.
 
     Raises:
         ConfigError: There is no such model, or it is not a causal language model.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from multiflora.embedded import HUB_NAME
-from multiflora.evaluate.results import macro_words
+from multiflora.evaluation.results import macro_words
 from multiflora.methods import METHODS, merges
 from multiflora.recipe import LOSSES
 from multiflora.tasks.spec import GeneratorSource, HubSource
 
 if TYPE_CHECKING:
-    from multiflora.evaluate.results import TaskScore
+    from multiflora.evaluation.results import TaskScore
     from multiflora.recipe import ModelSpec, Recipe
     from multiflora.tasks.spec import Source
 

@@ -211,7 +211,7 @@ def _devices() -> Iterator[Check]:
     elif torch.accelerator.is_available():
         yield Check("device", "ok", str(torch.accelerator.current_accelerator()))
     else:
-        from multiflora.train.precision import has_fast_bf16
+        from multiflora.training.precision import has_fast_bf16
 
         kind = "computes in bfloat16" if has_fast_bf16() else "without fast bfloat16: training runs in float32"
         yield Check("device", "note", f"no GPU that torch {torch.__version__} can use; the CPU {kind}")
@@ -249,8 +249,8 @@ def _recipe(path: Path, overrides: Sequence[str], packages: Sequence[Check]) -> 
 def _run_checks(recipe: Recipe) -> Iterator[Check]:
     """What needs the training stack: the output folder, the data, the model's shapes."""
     from multiflora.estimate import estimate
-    from multiflora.train.output import open_output
-    from multiflora.train.quiet import quiet_libraries
+    from multiflora.training.output import open_output
+    from multiflora.training.quiet import quiet_libraries
 
     try:
         open_output(recipe, resume=False)

@@ -139,13 +139,15 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.base_model import load_tokenizer
     from multiflora.data.prepare import encode_tasks
     from multiflora.files import check_writable
+    from multiflora.jobs.lorahub import check_lorahub, steps_of_tasks
     from multiflora.tasks.kind import explain
-    from multiflora.train.adapter import adapter_config
-    from multiflora.train.baselines import adalora_steps
-    from multiflora.train.fit import order_examples
-    from multiflora.train.lorahub import steps_of_tasks
+    from multiflora.training.adapter import adapter_config
+    from multiflora.training.baselines import adalora_steps
+    from multiflora.training.fit import order_examples
 
     adapter_config(recipe)  # the cheapest of the checks go first
+    if recipe.method.name == "lorahub":
+        check_lorahub(recipe)
     check_writable(recipe.output)
     tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
     examples = encode_tasks(recipe, tokenizer, _base_of(model).config, taken=virtual_tokens(model))
@@ -179,8 +181,8 @@ def estimate(recipe: Recipe) -> Estimate:
 def _adapted(recipe: Recipe) -> Any:
     """The recipe's model with the recipe's adapter, on the meta device."""
     from multiflora.base_model import load_config
-    from multiflora.train.adapter import add_adapter
-    from multiflora.train.precision import weights_of
+    from multiflora.training.adapter import add_adapter
+    from multiflora.training.precision import weights_of
 
     spec = recipe.model
     model = empty_model(load_config(spec), dtype=weights_of(recipe), remote=spec.trust_remote_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from multiflora.compare.spec import load_comparison
+from multiflora.comparison.spec import load_comparison
 from multiflora.methods import METHODS, build_config
 from multiflora.recipe import load_recipe, recipe_from
 from multiflora.yaml_file import parse_yaml
@@ -79,7 +79,7 @@ SHAPES = {
 def test_a_paper_s_set_up_resolves_and_its_ranks_can_be_solved(name: str) -> None:
     from transformers import LlamaConfig
 
-    from multiflora.compare.plan import competitors
+    from multiflora.comparison.plan import competitors
 
     comparison = load_comparison(CONFIGS / name)
     assert comparison.recipe.output == CONFIGS.parent / "runs" / name.removesuffix(".yaml")

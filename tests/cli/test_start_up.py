@@ -64,7 +64,7 @@ def first(name):
     assert {card.config for card in cards if card.module} <= configs
 
 methods = pathlib.Path(importlib.util.find_spec("multiflora").origin).parent / "methods"
-names = ["multiflora.peft_bridge", "multiflora.adapter_tensors", "multiflora.train.adapter"]
+names = ["multiflora.peft_bridge", "multiflora.adapter_tensors", "multiflora.training.adapter"]
 names += [f"multiflora.methods.{module.name}" for module in pkgutil.iter_modules([str(methods)])]
 names += [f"multiflora:{name}" for name in ("RLoraConfig", "MultiLoraConfig", "task", "to_lora")]
 for name in names:

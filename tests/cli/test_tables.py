@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from multiflora.bench.results import load
 from multiflora.bench.table import verdict_table
 from multiflora.cli import app
-from multiflora.compare.summary import summarise
-from multiflora.compare.table import plan_table
+from multiflora.comparison.summary import summarise
+from multiflora.comparison.table import plan_table
 from multiflora.data.table import mixture_table
 from multiflora.doctor import diagnose
-from multiflora.evaluate.table import results_table
+from multiflora.evaluation.table import results_table
 from multiflora.export.compose import Composition
 from multiflora.export.report import AdapterReport, LayerReport, Report, TaskScores
 from multiflora.text_table import TextTable
-from tests.unit.compare.made_cells import made_cells, made_comparison, made_competitors
+from tests.unit.comparison.made_cells import made_cells, made_comparison, made_competitors
 
 LABELS = ["lora", "multilora_with_three_branches", "moelora", "rlora"]
 PAGE = Path(__file__).parents[2] / "docs" / "performance" / "results.json"

@@ -13,7 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from contract.cases import IDS, TASKS, layers, logits, relative, stir
 from multiflora import AdapterError, auxiliary_loss, task
 from multiflora.context import chosen_positions, find
-from multiflora.train.losses import project_only
+from multiflora.training.losses import project_only
 
 
 def two(case, tiny_llama):

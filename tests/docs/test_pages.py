@@ -17,10 +17,10 @@ import yaml
 from pages import HUB_NAME, ROOT, Block, blocks, blocks_of, lay_out, pages
 
 from multiflora.cli import app
-from multiflora.compare.spec import load_comparison
+from multiflora.comparison.spec import load_comparison
 from multiflora.methods import METHODS
 from multiflora.recipe import recipe_from
-from multiflora.train.adapter import adapter_config
+from multiflora.training.adapter import adapter_config
 
 # what a page may show besides: its words are read by no program of ours
 OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}

@@ -21,7 +21,7 @@ import when_data  # noqa: E402
 import when_page  # noqa: E402
 import when_router  # noqa: E402
 
-from multiflora.compare.spec import load_comparison  # noqa: E402
+from multiflora.comparison.spec import load_comparison  # noqa: E402
 from multiflora.errors import MultifloraError  # noqa: E402
 
 QUESTIONS = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from multiflora.estimate import empty_model
 from multiflora.methods import METHODS, settings_of
 from multiflora.recipe import load_recipe
-from multiflora.train.adapter import adapter_config, add_adapter
+from multiflora.training.adapter import adapter_config, add_adapter
 
 from .conftest import World, fuzz
 from .junk import PATTERNS, large, numbers, odd

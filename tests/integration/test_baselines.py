@@ -22,13 +22,13 @@ import multiflora
 from multiflora.data.collate import Collator
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import ConfigError
-from multiflora.evaluate.load import load_target
-from multiflora.evaluate.prompted import generate_behind_prompt
+from multiflora.evaluation.load import load_target
+from multiflora.evaluation.prompted import generate_behind_prompt
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, load_recipe
-from multiflora.train.adapter import add_adapter, save_adapter, start_of
-from multiflora.train.fit import fit, order_examples
-from multiflora.train.output import CHECKPOINTS
+from multiflora.training.adapter import add_adapter, save_adapter, start_of
+from multiflora.training.fit import fit, order_examples
+from multiflora.training.output import CHECKPOINTS
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 import multiflora
-from multiflora.compare.results import Summary
-from multiflora.compare.saved import read_comparison
-from multiflora.compare.single_task import steps_of_each
-from multiflora.compare.transfer import size_words
-from multiflora.compare.tuning import decide
+from multiflora.comparison.results import Summary
+from multiflora.comparison.saved import read_comparison
+from multiflora.comparison.single_task import steps_of_each
+from multiflora.comparison.transfer import size_words
+from multiflora.comparison.tuning import decide
 from multiflora.errors import ConfigError, EnvironmentProblem
 from multiflora.recipe import recipe_from
-from multiflora.report import report
+from multiflora.reports.run import report
 from tests.cli.parts import COMMAND, save_model, write_task
 
 

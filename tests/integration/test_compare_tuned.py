@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import multiflora
-from multiflora.compare.cell import run_cell
-from multiflora.compare.plan import seed_cell
-from multiflora.compare.run import plan_of
-from multiflora.compare.spec import load_comparison
+from multiflora.comparison.cell import run_cell
+from multiflora.comparison.plan import plan_of, seed_cell
+from multiflora.comparison.spec import load_comparison
 
 SHARED = Path(__file__).parents[3] / "shared"
 TASKS = ("trec", "sst2", "commonsenseqa")

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import multiflora
 from multiflora import ConfigError, ExportError
 from multiflora.cli import app
-from multiflora.compress.run import compress
-from multiflora.evaluate.load import load_target
+from multiflora.evaluation.load import load_target
+from multiflora.jobs.compress import compress
 from tests.integration.toys import make_tokenizer, write_tasks
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import multiflora
 from multiflora.data.encode import encode, encode_text
 from multiflora.errors import AdapterError, ConfigError, DataError, EnvironmentProblem
-from multiflora.evaluate import evaluate
-from multiflora.evaluate.harness import score_text, to_harness
-from multiflora.evaluate.model import HarnessModel
+from multiflora.evaluation.harness import score_text, to_harness
+from multiflora.evaluation.model import HarnessModel
+from multiflora.evaluation.run import evaluate
 from multiflora.tasks import load_task
 
 TEXT = "is the sky blue? yes no maybe red green one two three 1 2 3 4 5 6 7 8 9 0 + = answer: #### \n"
@@ -423,7 +423,7 @@ def harness_index(
     group = "group: both\ntask: [sky, night]\naggregate_metric_list: [{metric: acc, aggregation: mean}]\n"
     (folder / "both.yaml").write_text(group)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr("multiflora.evaluate.run._their_manager", lambda: manager)
+    monkeypatch.setattr("multiflora.evaluation.run._their_manager", lambda: manager)
     return folder
 
 

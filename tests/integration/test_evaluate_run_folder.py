@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import multiflora
 from multiflora.artifact import write_artifact
 from multiflora.errors import AdapterError, ConfigError
-from multiflora.evaluate import evaluate
+from multiflora.evaluation.run import evaluate
 from multiflora.export.dense import merge
 from multiflora.recipe import Recipe, recipe_from
 
@@ -89,7 +89,7 @@ def run(recipe: Recipe) -> Path:
 
 def leave_run(recipe: Recipe, config: peft.PeftConfig) -> Path:
     """Write what a training leaves, with an adapter whose every trainable number is random."""
-    from multiflora.evaluate.load import load_base
+    from multiflora.evaluation.load import load_base
 
     model, tokenizer = load_base(recipe.model)
     adapted = peft.get_peft_model(model, config)

@@ -18,7 +18,7 @@ from multiflora.export.dense import merge
 from multiflora.export.gguf_lora import to_gguf
 from multiflora.export.same import check_logits, logits_of
 from multiflora.methods import build_config
-from multiflora.train.adapter import put_on
+from multiflora.training.adapter import put_on
 
 TIED = [
     {"modules_to_save": ["lm_head"]},

@@ -11,10 +11,10 @@ from peft import get_peft_model_state_dict
 from transformers import LlamaForCausalLM
 
 import multiflora
-from multiflora.compare.spec import load_comparison
+from multiflora.comparison.spec import load_comparison
 from multiflora.data.prepare import encode_tasks
-from multiflora.train.adapter import add_adapter
-from multiflora.train.fit import fit
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
 from tests.integration.toys import make_recipe, make_tokenizer, write_tasks
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -11,7 +11,7 @@ import pytest
 
 import multiflora
 from multiflora.analysis.files import has_update
-from multiflora.compare.saved import read_comparison
+from multiflora.comparison.saved import read_comparison
 from multiflora.errors import ConfigError
 from tests.cli.parts import save_model, write_task
 

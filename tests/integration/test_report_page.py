@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from multiflora.report.run import report
+from multiflora.reports.run import report
 from tests.browser import CHROMIUM, Browser
 from tests.made_comparison import write_comparison
 

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 import multiflora
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import ConfigError, EnvironmentProblem
-from multiflora.train.adapter import add_adapter
-from multiflora.train.fit import fit
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 import multiflora
 from multiflora.errors import ConfigError, DataError, EnvironmentProblem
 from multiflora.recipe import Recipe, load_recipe
-from multiflora.train.checkpoint import CHECKPOINTS
+from multiflora.training.checkpoint import CHECKPOINTS
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]
@@ -118,7 +118,7 @@ def test_an_interrupted_run_resumes_to_the_same_results(model_folder: str, tmp_p
 
 STOPS = """
 import sys, multiflora
-from multiflora.train import fit
+from multiflora.training import fit
 from transformers import TrainerCallback
 
 class Stop(TrainerCallback):

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import Recipe, recipe_from
-from multiflora.train.adapter import add_adapter
-from multiflora.train.checkpoint import CHECKPOINTS
-from multiflora.train.fit import fit, order_examples
+from multiflora.training.adapter import add_adapter
+from multiflora.training.checkpoint import CHECKPOINTS
+from multiflora.training.fit import fit, order_examples
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

@@ -21,11 +21,11 @@ from multiflora.cli.border import TERMINATED, explain
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import EnvironmentProblem, Interrupted, TrainingError
 from multiflora.recipe import Recipe
-from multiflora.train import fit as fit_module
-from multiflora.train.adapter import add_adapter
-from multiflora.train.checkpoint import last_checkpoint
-from multiflora.train.fit import fit
-from multiflora.train.output import disk_guard
+from multiflora.training import fit as fit_module
+from multiflora.training.adapter import add_adapter
+from multiflora.training.checkpoint import last_checkpoint
+from multiflora.training.fit import fit
+from multiflora.training.output import disk_guard
 from tests.integration.toys import make_recipe, make_tokenizer
 
 TinyLlama = Callable[..., LlamaForCausalLM]

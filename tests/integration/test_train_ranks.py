@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import load_recipe
-from multiflora.train.checkpoint import last_checkpoint
+from multiflora.training.checkpoint import last_checkpoint
 from tests.integration.ranks import FSDP2, ZERO2, ZERO3, deepspeed_file, run_ranks, said
 from tests.integration.toys import make_recipe, make_tokenizer
 

@@ -11,8 +11,8 @@ import torch
 from multiflora.base_model import load_model, load_tokenizer
 from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import recipe_from
-from multiflora.train.adapter import add_adapter
-from multiflora.train.fit import fit
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
 
 SHARED = Path(os.environ.get("MULTIFLORA_SHARED", Path(__file__).parents[3] / "shared"))
 

@@ -23,13 +23,13 @@ from multiflora.compress.layer import compressed_layers
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import ConfigError, EnvironmentProblem, Interrupted
 from multiflora.estimate import estimate
-from multiflora.evaluate.load import load_target
+from multiflora.evaluation.load import load_target
+from multiflora.jobs.lorahub import few_examples, steps_of_tasks
 from multiflora.recipe import Recipe
-from multiflora.train import fit as fit_module
-from multiflora.train.adapter import add_adapter
-from multiflora.train.fit import fit
-from multiflora.train.lorahub import few_examples, steps_of_tasks
-from multiflora.train.precision import weights_of
+from multiflora.training import fit as fit_module
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
+from multiflora.training.precision import weights_of
 from tests.integration.toys import make_recipe, make_tokenizer, write_tasks
 
 TinyLlama = Callable[..., LlamaForCausalLM]

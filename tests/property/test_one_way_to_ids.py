@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from multiflora.data.encode import encode_example, encode_text, prompt_ids
 from multiflora.errors import DataError
-from multiflora.evaluate.model import HarnessModel
+from multiflora.evaluation.model import HarnessModel
 from multiflora.serve.limits import Limits
 from multiflora.serve.models import Served
 from multiflora.serve.prepare import RefusedError, prepare

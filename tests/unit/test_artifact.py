@@ -13,7 +13,7 @@ import yaml
 from multiflora.artifact import current_command, fingerprint, package_versions, write_artifact
 from multiflora.embedded import HUB_NAME
 from multiflora.errors import EnvironmentProblem
-from multiflora.evaluate.results import Results, TaskScore
+from multiflora.evaluation.results import Results, TaskScore
 from multiflora.recipe import Recipe, load_recipe, recipe_from
 
 SECRET = "hf_" + "AbCdEfGh" * 4

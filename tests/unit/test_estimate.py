@@ -15,7 +15,7 @@ from multiflora.errors import ConfigError
 from multiflora.estimate import activation_bytes, adapted_modules, count_parameters, empty_model, memory_of
 from multiflora.methods import METHODS, build_config, settings_of
 from multiflora.recipe import ModelSpec
-from multiflora.train.adapter import parameter_counts, put_on
+from multiflora.training.adapter import parameter_counts, put_on
 
 SHAPE: dict[str, int] = {
     "hidden_size": 64,

@@ -75,7 +75,7 @@ def test_a_recipe_with_a_secret_is_refused_without_repeating_it() -> None:
 
 
 def test_training_refuses_a_recipe_with_a_secret_before_it_reads_anything(tmp_path: Path) -> None:
-    from multiflora.train import train
+    from multiflora.jobs.train import train
 
     recipe = {
         "model": "no/where",

@@ -122,7 +122,7 @@ def test_where_the_system_has_neither_limits_nor_timers_time_is_bounded_all_the_
     python.chmod(0o755)
     code = f"""import peft, transformers.trainer  # which know the system by its name
 {WINDOWS}
-import logging, os, multiflora, multiflora.train.output, multiflora.compare.run
+import logging, os, multiflora, multiflora.training.output, multiflora.comparison.run
 from multiflora import stoppable
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 sys.executable, stoppable.SECONDS, stoppable.WAITING = {str(python)!r}, 0.2, 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multiflora.context import find
-from multiflora.train.losses import predicted_positions, project_only, token_losses
+from multiflora.training.losses import predicted_positions, project_only, token_losses
 
 __all__ = ["gradient_cosines", "group_tasks", "task_gradients"]
 

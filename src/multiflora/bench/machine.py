@@ -14,7 +14,7 @@ import torch
 from multiflora.bench.floor import copy_rate, gemm_rate
 from multiflora.bench.results import Machine
 from multiflora.ops import native
-from multiflora.train.precision import has_fast_bf16
+from multiflora.training.precision import has_fast_bf16
 
 __all__ = ["has_compiler", "machine"]
 

@@ -53,10 +53,10 @@ def measure_training(
     from multiflora.base_model import load_model, load_tokenizer
     from multiflora.data.prepare import encode_tasks
     from multiflora.recipe import recipe_from
-    from multiflora.train.adapter import add_adapter
-    from multiflora.train.fit import fit, order_examples
-    from multiflora.train.precision import weight_dtype
-    from multiflora.train.quiet import quiet_libraries
+    from multiflora.training.adapter import add_adapter
+    from multiflora.training.fit import fit, order_examples
+    from multiflora.training.precision import weight_dtype
+    from multiflora.training.quiet import quiet_libraries
 
     with TemporaryDirectory() as folder, quiet_libraries(), _silent():
         recipe = recipe_from(

@@ -27,7 +27,7 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
 ) -> None:
     """Measure spectra, heads, routing and task conflict of what was trained; write JSON and figures (SVG, PNG)."""
-    from multiflora.analysis.run import analyze as run
+    from multiflora.comparison.analyze import analyze as run
 
     with log_on_stderr():
         found = run(target, against=against, examples=examples, folder=output)

@@ -11,7 +11,7 @@ import typer
 from multiflora.cli.screen import log_on_stderr, print_json, stdout
 
 if TYPE_CHECKING:
-    from multiflora.compare.results import Summary
+    from multiflora.comparison.results import Summary
 
 __all__ = ["compare"]
 
@@ -42,7 +42,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Train methods at equal cost with several seeds, and say which earned its parameters. Start again to go on."""
-    from multiflora.compare.spec import load_comparison
+    from multiflora.comparison.spec import load_comparison
 
     words = list(overrides or [])
     if output is not None:
@@ -50,15 +50,15 @@ def compare(
     if until is not None:
         words.append(f"compare.until={until}")
     if recipe.name.endswith(CELLS_ENDING):
-        from multiflora.compare.archive import analyse
+        from multiflora.comparison.archive import analyse
 
         _print(analyse(recipe, words), as_json)
         return
     comparison = load_comparison(recipe, words)
     if dry_run:
-        from multiflora.compare.foresight import foresee
-        from multiflora.compare.run import plan_of
-        from multiflora.compare.table import plan_dict, plan_table
+        from multiflora.comparison.foresight import foresee
+        from multiflora.comparison.plan import plan_of
+        from multiflora.comparison.table import plan_dict, plan_table
 
         planned = plan_of(comparison)
         if as_json:
@@ -68,7 +68,7 @@ def compare(
             stdout.print(foresee(comparison, planned).told(), markup=False, soft_wrap=True)
         return
 
-    from multiflora.compare.run import compare as run
+    from multiflora.comparison.run import compare as run
 
     with log_on_stderr():
         summary = run(comparison)

@@ -32,7 +32,7 @@ def compress(
         words.append(f"output={json.dumps(str(output.absolute()))}")
     plan = load_recipe(recipe, words)
     with log_on_stderr():
-        from multiflora.compress.run import compress as run
+        from multiflora.jobs.compress import compress as run
 
         found = run(plan)
     if as_json:

@@ -33,8 +33,8 @@ def evaluate(
     """Score a trained adapter, or any model, on tasks; a run's own tasks where none are named."""
     names = [name for word in tasks or [] for name in word.split(",") if name]
     with log_on_stderr():
-        from multiflora.evaluate import evaluate as run
-        from multiflora.evaluate.table import results_table
+        from multiflora.evaluation.run import evaluate as run
+        from multiflora.evaluation.table import results_table
 
         results = run(target, tasks=names or None, limit=limit, split=split, batch_size=batch_size)
     if as_json:

@@ -23,7 +23,7 @@ def report(
     ] = True,
 ) -> None:
     """Write one page that needs no network: the answer, tables with intervals, figures, and how to do it again."""
-    from multiflora.report.run import report as run
+    from multiflora.reports.run import report as run
 
     with log_on_stderr():
         written = run(target, output, measure=measure)

@@ -43,8 +43,8 @@ def train(
         _print_estimate(plan, as_json)
         return
     with log_on_stderr():
-        from multiflora.train import train as run
-        from multiflora.train.processes import is_first_process
+        from multiflora.jobs.train import train as run
+        from multiflora.training.processes import is_first_process
 
         if not is_first_process():  # of several side by side, one speaks for all
             logging.getLogger("multiflora").setLevel(logging.ERROR)

@@ -10,8 +10,8 @@ import torch
 
 from multiflora.compress.layer import LoSparseLinear, compressed_layers, put_layers
 from multiflora.errors import ExportError
-from multiflora.export.tensors import write_tensors
 from multiflora.files import user_path, write_json
+from multiflora.tensor_file import write_tensors
 
 __all__ = ["FORM", "load_compressed", "save_compressed"]
 

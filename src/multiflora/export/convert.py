@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiflora.context import index_of
 from multiflora.context import task as task_of
 from multiflora.errors import ExportError
 from multiflora.export.exact import exact_pairs
@@ -25,6 +24,7 @@ from multiflora.export.saved import SavedAdapter, method_of, open_adapter
 from multiflora.export.source import adapter_folder, base_name, load_adapted, load_tokenizer_of, put_on
 from multiflora.export.stage import check_free, staged
 from multiflora.files import user_path, write_json
+from multiflora.task_ids import index_of
 
 __all__ = ["check_options", "to_lora"]
 

@@ -19,9 +19,9 @@ from multiflora.export.report import Report
 from multiflora.export.same import check_logits, logits_of, put_in
 from multiflora.export.source import base_name, load_adapted, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
-from multiflora.export.tensors import check_shards
 from multiflora.files import user_path, write_json
 from multiflora.suggest import shown
+from multiflora.tensor_file import check_shards
 from multiflora.tied import tied_modules, untie
 
 __all__ = ["merge"]

@@ -25,11 +25,11 @@ from multiflora.errors import ConfigError, ExportError
 from multiflora.export.plain import CONFIG, KEPT, ROOT, WEIGHTS, Pair, PlainLora, read_lora
 from multiflora.export.saved import Layer, method_of, open_adapter, rank_and_alpha
 from multiflora.export.stage import check_free, staged
-from multiflora.export.tensors import write_tensors
 from multiflora.files import saving, user_path
 from multiflora.methods import build_config
 from multiflora.methods.base import Method
 from multiflora.suggest import did_you_mean
+from multiflora.tensor_file import write_tensors
 
 __all__ = ["EXPANDABLE", "expand"]
 

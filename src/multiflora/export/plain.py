@@ -19,9 +19,8 @@ from torch import Tensor
 from multiflora.adapter_folder import WEIGHTS, check_adapter
 from multiflora.adapter_tensors import CONFIG, ROOT, rank_and_alpha
 from multiflora.errors import ExportError
-from multiflora.export.tensors import write_tensors
 from multiflora.files import saving
-from multiflora.tensor_file import TensorFile
+from multiflora.tensor_file import TensorFile, write_tensors
 
 __all__ = ["CONFIG", "KEPT", "ROOT", "WEIGHTS", "Pair", "PlainLora", "read_config", "read_lora", "write_lora"]
 

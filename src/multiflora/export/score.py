@@ -27,8 +27,8 @@ def with_scores(run: str | Path, report: Report, *, limit: int | None = None, sp
     """
     from peft import PeftModel
 
-    from multiflora.evaluate import evaluate
-    from multiflora.evaluate.load import load_target
+    from multiflora.evaluation.load import load_target
+    from multiflora.evaluation.run import evaluate
 
     folder = user_path(run)
     if not (folder / "recipe.yaml").is_file():

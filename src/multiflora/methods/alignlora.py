@@ -21,12 +21,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from multiflora.context import missing
 from multiflora.methods.base import Loss, Method, Seen
 from multiflora.methods.config import AdapterConfig, not_negative, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import alignment
+from multiflora.task_ids import missing
 
 
 @dataclass

@@ -24,7 +24,7 @@ from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
 
 if TYPE_CHECKING:
-    from multiflora.context import Tokens
+    from multiflora.forward_pass import Tokens
     from multiflora.methods.config import AdapterConfig
 
 Parts = Mapping[str, Tensor]

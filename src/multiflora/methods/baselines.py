@@ -2,7 +2,7 @@ r"""Methods without a config class of ours: peft's own, the baselines every comp
 
 Those are LoraHub, whose adapters are plain LoRAs, and LoSparse, which has no adapter. Each is one :class:`Baseline`:
 which tensors it trains (so that ranks can be solved for), which settings of peft it has no use for, and what must hold
-among the others. What they need while they train is in `multiflora.train.baselines`.
+among the others. What they need while they train is in `multiflora.training.baselines`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def target_rank(init_r: int) -> int:
 
 
 def _with_schedule(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """AdaLoRA's settings with what peft insists on; a training sets its own steps (`multiflora.train.baselines`)."""
+    """AdaLoRA's settings with what peft insists on; a training sets its own steps (`multiflora.training.baselines`)."""
     start = settings.get("init_r", _INIT_R)
     steps = settings.get("tinit", 0) + settings.get("tfinal", 0) + 1
     return {"total_step": steps, "target_r": target_rank(start), **settings}

@@ -21,7 +21,7 @@ from multiflora.methods.base import Method, Parts
 from multiflora.methods.gates import TaskGate, TokenRouter
 
 if TYPE_CHECKING:
-    from multiflora.methods.layer import BranchLinear, Plan
+    from multiflora.methods.layer_weights import BranchWeights, Plan
 
 __all__ = ["Kept", "Store", "Wanted", "can_prepare", "keep"]
 
@@ -94,7 +94,7 @@ class Store:
         self._kept.clear()
 
     def get(
-        self, layer: BranchLinear, plan: Plan, adapter_name: str, x: Tensor, rows: Sequence[int] | None = None
+        self, layer: BranchWeights, plan: Plan, adapter_name: str, x: Tensor, rows: Sequence[int] | None = None
     ) -> Kept | None:
         """The adapter's branches for this input, as they were kept or made anew; None where they must not be prepared.
 

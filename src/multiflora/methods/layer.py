@@ -1,4 +1,4 @@
-"""The shell around one adapted linear layer: owns weights, picks the adapter, calls the pure functions.
+"""The forward pass of one adapted linear layer: picks the adapter, calls the pure functions.
 
 One class per method is made by :func:`layer_class`; they differ in nothing but the method they hold and the names of
 their parameters, which carry the method's peft prefix.
@@ -6,203 +6,29 @@ their parameters, which carry the method's peft prefix.
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
 
 from multiflora import ops
-from multiflora.context import Routing, Tokens, missing
-from multiflora.errors import AdapterError, ExportError
+from multiflora.errors import AdapterError
+from multiflora.forward_pass import Tokens
 from multiflora.methods.base import Loss, Method, Seen, class_of
-from multiflora.methods.config import AdapterConfig
-from multiflora.methods.inference import Kept, Store, can_prepare
-from multiflora.peft_bridge import layer_widths, prefix, quantization_backend
-
-OFFSET = ("A0", "B0")
-
-
-class Plan(NamedTuple):
-    """What each forward pass asks of an adapter's config, asked once: a small layer feels every look-up."""
-
-    config: AdapterConfig
-    method: Method
-    """The class's method, or what the config spells out."""
-    heads: int
-    rank: int
-    """Of each head."""
-    needs_task: bool
-    shared: tuple[str, ...]
-    """Tensors that the first adapted layer holds for all."""
-    left_to_op: bool
-    """Whether the packed op needs nobody between stems and heads."""
-    can_prepare: bool
-    """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
+from multiflora.methods.inference import Kept
+from multiflora.methods.layer_weights import OFFSET, Plan
+from multiflora.methods.merging import MergingLayer
+from multiflora.peft_bridge import prefix
+from multiflora.task_ids import missing
 
 
-class Merged(NamedTuple):
-    """What was added to the base weight: kept, so that the same is taken off again, whatever the adapter became."""
-
-    task: int | None
-    """The task that it is the update of, for methods with one for each."""
-    A: Tensor
-    B: Tensor
-
-
-class BranchLinear(nn.Module, BaseTunerLayer):
+class BranchLinear(MergingLayer):
     """A frozen linear layer with branches added to its output; see :mod:`multiflora.methods.base` for the sum."""
-
-    method: Method
-
-    def __init__(self, base_layer: nn.Module, routing: Routing, name: str, **quantization: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.routing = routing
-        self.name = name
-        self.in_features, self.out_features = layer_widths(self.get_base_layer())
-        self.quantization_backend = quantization_backend(self.get_base_layer(), quantization)
-        self.configs: dict[str, AdapterConfig] = {}
-        self.plans: dict[str, Plan] = {}
-        self.ranks: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
-        self._trained = {part: self._attribute(part) for part in self.method.parameter_names()}
-        self._frozen = {part: self._attribute(part) for part in OFFSET}
-        for attribute in self._trained.values():
-            setattr(self, attribute, nn.ParameterDict())
-        for attribute in self._frozen.values():
-            setattr(self, attribute, BufferDict(persistent=True))
-        # modules, as everybody else's: what switches a model's dropout off looks for these
-        self.lora_dropout = nn.ModuleDict()
-        self.head_dropout = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._merged: dict[str, Merged] = {}
-        self._prepared = Store()
-
-    def method_of(self, adapter_name: str) -> Method:
-        """What the adapter is: the class's method, or what the adapter's config spells out."""
-        return self.plan(adapter_name).method
-
-    def plan(self, adapter_name: str) -> Plan:
-        """What forward passes need to know of an adapter's config."""
-        found = self.plans.get(adapter_name)
-        if found is None:
-            config = self.configs[adapter_name]
-            method = self.method.of(config)
-            found = self.plans[adapter_name] = Plan(
-                config,
-                method,
-                method.heads(config),
-                method.rank(config, self.ranks[adapter_name]),
-                method.needs_task(),
-                method.shared(config),
-                method.between is None and method.gate.left_to_op(config),
-                can_prepare(method, config),
-            )
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a method holds functions, which cannot be pickled; a copy prepares its own tensors
-        return self.__dict__ | {"plans": {}, "_prepared": Store()}
-
-    def train(self, mode: bool = True) -> BranchLinear:
-        """Training or not; what was prepared for inference gives its memory back."""
-        if mode:
-            self._prepared.clear()
-        super().train(mode)
-        return self
-
-    def _attribute(self, part: str) -> str:
-        return f"{prefix(self.method.name)}{part}"
-
-    def _weights(self, part: str) -> Any:
-        return getattr(self, self._attribute(part))
-
-    def places(self, adapter_name: str) -> dict[str, Any]:
-        """Where the adapter's tensors are held, by their names in the equation: part -> adapter -> tensor."""
-        found = {part: self._weights(part)._parameters for part in self._trained}
-        found |= {part: self._weights(part)._buffers for part in self._frozen}
-        holder: Any = self.routing.holders.get(adapter_name)
-        if holder is not None and holder is not self:
-            found |= {part: holder._weights(part)._parameters for part in holder.plan(adapter_name).shared}
-        return found
-
-    def parts(self, adapter_name: str) -> dict[str, Tensor]:
-        """The adapter's tensors on this layer, by their names in the equation."""
-        # straight out of the containers' dictionaries: a look-up through nn.Module is slow, and each forward makes ten
-        modules: dict[str, Any] = self._modules
-        found = {}
-        for part, attribute in self._trained.items():
-            if (tensor := modules[attribute]._parameters.get(adapter_name)) is not None:
-                found[part] = tensor
-        for part, attribute in self._frozen.items():
-            if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
-                found[part] = tensor
-        holder: Any = self.routing.holders.get(adapter_name)
-        if holder is not None and holder is not self:
-            for part in holder.plan(adapter_name).shared:
-                found[part] = holder._modules[holder._trained[part]]._parameters[adapter_name]
-        return found
-
-    def learns(self, adapter_name: str) -> bool:
-        """Whether an adapter is in use here and being trained."""
-        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
-            return False
-        return any(part.requires_grad for part in self.parts(adapter_name).values())
-
-    def has_learned(self, adapter_name: str) -> bool:
-        """Whether an adapter with a stored offset has moved away from it: what it computes here is not its start."""
-        parts = self.parts(adapter_name)
-        return "A0" not in parts or any(
-            bool((parts[part].to(parts[start].dtype) != parts[start]).any())
-            for part, start in (("A", "A0"), ("B", "B0"))
-        )
-
-    def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
-        """Add an adapter: make its tensors, fill them, put them beside the base weight."""
-        method = self.method.of(config)
-        self.configs[adapter_name] = config
-        self.ranks[adapter_name] = r
-        self.plans.pop(adapter_name, None)
-        self.scaling[adapter_name] = method.scaling(config, r, alpha)
-        holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
-        for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
-            if holder is self or part not in method.shared(config):
-                self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
-        for kind, p in (("lora_dropout", config.lora_dropout), ("head_dropout", method.head_dropout(config))):
-            if p > 0:
-                getattr(self, kind)[adapter_name] = nn.Dropout(p).train(self.training)
-        generator = None
-        if config.init_seed is not None:
-            # each layer its own stream, the same whatever order layers are made in
-            generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(self.name.encode()))
-        parts = self.parts(adapter_name)
-        if holder is not self:  # which has filled what all share
-            parts |= {part: torch.empty_like(parts[part]) for part in method.shared(config)}
-        method.fill(config, parts, generator)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if method.offset(config):
-            # taken after the move: the offset has to be that of the weights as they are stored
-            started = self.parts(adapter_name)
-            offset = {"A0": started["A"].detach().clone(), "B0": method.mean_head(config, started).clone()}
-            for part, value in offset.items():
-                # with low_cpu_mem_usage weights stay without data until a file brings them; peft spares parameters
-                # from moving meanwhile, but not buffers, so these are given data at once
-                kept = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
-                self._weights(part)[adapter_name] = kept
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' branches, in the base output's dtype and x's shape."""
@@ -476,141 +302,6 @@ class BranchLinear(nn.Module, BaseTunerLayer):
         if gate is not None and tokens is not None and recorder is not None:
             with self.routing.reporting(tokens):
                 recorder(self.name, gate.detach().t(), tasks)
-
-    # ---- merging ----------------------------------------------------------------------------------------------------
-
-    def _task_to_merge(self, adapter_name: str) -> int | None:
-        return self.routing.single(self.configs[adapter_name]) if self.method_of(adapter_name).needs_task() else None
-
-    def factors(self, adapter_name: str, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
-        """The adapter's update here as a plain LoRA, A' (k, d_in) and B' (d_out, k); see ``Method.factors``.
-
-        Args:
-            adapter_name: Which adapter.
-            gate: Weight of each head, (H,); None asks the method, which must not read the input.
-            task: Index of the task, for methods gated by task.
-        """
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
-        if gate is None:
-            gate = method.static_gate(config, parts, task)
-        return method.factors(config, parts, gate, self.scaling[adapter_name], task)
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """ΔW in the layout of the base weight, float32 at least.
-
-        Raises:
-            ExportError: The update is not one matrix.
-        """
-        return self._delta(*self.factors(adapter_name, task=self._task_to_merge(adapter_name)))
-
-    def _delta(self, A: Tensor, B: Tensor) -> Tensor:
-        return (B @ A).t() if isinstance(self.get_base_layer(), Conv1D) else B @ A
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update is one matrix (peft asks before ``convert_to_lora``)."""
-        return self.method_of(adapter_name).merges() == "exactly"
-
-    def updates(self, adapter_names: list[str] | None = None, *, safe_merge: bool = False) -> dict[str, Merged]:
-        """What a merge would add to the base weight, by adapter; those that are merged already are left out.
-
-        Args:
-            adapter_names: Which adapters; None: the active ones.
-            safe_merge: Refuse an update that would make the weight infinite or NaN.
-
-        Raises:
-            ExportError: The merged layer would not equal the unmerged one. Nothing has been changed.
-        """
-        base, backend = self.get_base_layer(), self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ExportError(
-                f"Cannot merge into {self.name}: {backend.backend_name} weights cannot be read back and written. "
-                "Keep the adapter beside the quantised model, or merge into the unquantised one."
-            )
-        found: dict[str, Merged] = {}
-        weight = self.get_base_weight() if safe_merge else None
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name not in self.configs:
-                continue
-            task = self._task_to_merge(name)
-            # copies: a factor may be the parameter itself, which training changes in place
-            update = Merged(task, *(factor.detach().clone() for factor in self.factors(name, task=task)))
-            merged = self._merged.get(name)
-            if merged is not None:
-                if merged.task != task:
-                    raise ExportError(
-                        f"The adapter {name} is already merged into {self.name}, for "
-                        f"{self._task_name(name, merged.task)}; call unmerge_adapter() before it is merged for "
-                        f"{self._task_name(name, task)}."
-                    )
-                continue
-            if weight is not None:
-                weight = self._added(update, weight)
-                if not torch.isfinite(weight).all():
-                    raise ExportError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            found[name] = update
-        if found and backend is None and base._parameters.get("weight") is None:
-            raise ExportError(
-                f"Cannot merge into {self.name}: its weight is computed anew in each forward pass (pruned, or "
-                "parametrised), so what is added to it would be lost. Make it a plain weight first, with "
-                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
-            )
-        return found
-
-    def _added(self, update: Merged, weight: Tensor, sign: int = 1) -> Tensor:
-        """A base weight with an update added or taken off, rounded once."""
-        delta = self._delta(update.A, update.B)
-        return (weight.to(delta.dtype) + sign * delta.to(weight.device)).to(weight.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' ΔW to the base weight; ``safe_merge`` checks that the result is finite first.
-
-        Raises:
-            ExportError: See `updates`; nothing has been changed.
-        """
-        wanted = check_adapters_to_merge(self, adapter_names)  # which says what is merged already
-        for name, update in self.updates(adapter_names, safe_merge=safe_merge).items():
-            if name in wanted:
-                self.set_base_weight(self._added(update, self.get_base_weight()))
-                self.merged_adapters.append(name)
-                self._merged[name] = update
-
-    def unmerge(self) -> None:
-        """Take the merged ΔW off again (in low precision up to rounding, as with peft's LoRA)."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            update = self._merged.pop(self.merged_adapters.pop())
-            self.set_base_weight(self._added(update, self.get_base_weight(), -1))
-
-    def _task_name(self, adapter_name: str, task: int | None) -> str:
-        names = self.configs[adapter_name].task_names
-        return f"the task {names[task]!r}" if names and task is not None else f"task {task}"
-
-    def _check_merged_task(self, adapter_name: str, merged: int | None) -> None:
-        """Refuse rows of another task than the one whose weight is in the base now."""
-        if merged is None:
-            return
-        tasks = self.routing.now().ids_for(self.configs[adapter_name])
-        if tasks is None:
-            return
-        message = (
-            f"The adapter {adapter_name} is merged for {self._task_name(adapter_name, merged)}, and the batch has rows "
-            "of another task. Call unmerge_adapter() first, or leave the task out."
-        )
-        same = (tasks == merged).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(same, message)  # no Python branch: it would break the graph
-        elif not same:
-            raise AdapterError(message)
-
-    def extra_repr(self) -> str:
-        """Which quantised kind of layer this adapts, if any, for ``print(model)``."""
-        backend = self.quantization_backend
-        return "" if backend is None else f"quantization_backend={type(backend).__name__}"
-
-    def __repr__(self) -> str:
-        return f"{self.method.name}." + super().__repr__()
 
 
 def _is_transformed() -> bool:

@@ -16,13 +16,13 @@ from typing import ClassVar, Optional
 import torch
 from torch import Tensor
 
-from multiflora.context import missing
 from multiflora.methods.base import Loss, Method, Seen
 from multiflora.methods.config import at_least, not_negative, one_of, probability
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import localized_balance, per_row
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig, router_loss
+from multiflora.task_ids import missing
 
 
 @dataclass

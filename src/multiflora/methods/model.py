@@ -12,25 +12,26 @@ import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
     onload_layer,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from multiflora.adapter_tensors import state_problems
-from multiflora.context import Routing, find, task
+from multiflora.context import Routing, find
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
 from multiflora.methods.config import AdapterConfig
 from multiflora.methods.layer import BranchLinear, layer_class
-from multiflora.peft_bridge import prefix, quantization_backend, quantization_kwargs
-
-# what lists of experts are called, where a layer is in no other list
-_EXPERTS = re.compile(r"experts?\w*\.")
+from multiflora.methods.model_hooks import give_names, hooks_of, note_places
+from multiflora.methods.targets import can_adapt, identity, places_of_weights, reads_weight_itself
+from multiflora.peft_bridge import (
+    ExcludedModule,
+    include_all_linear_layers,
+    prefix,
+    quantization_kwargs,
+)
 
 
 class BranchModel(BaseTuner):
@@ -53,7 +54,7 @@ class BranchModel(BaseTuner):
                 f"{type(config).__name__}: num_tasks is None; a method gated by task, or with a loss between tasks, "
                 "must know how many there are. Set num_tasks=N or task_names=[...]."
             )
-        _maybe_include_all_linear_layers(config, model)
+        include_all_linear_layers(config, model)
         targets = list(self._targets(config, model))
         if not targets:
             return  # peft raises its own error, which lists what was asked for
@@ -95,7 +96,7 @@ class BranchModel(BaseTuner):
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, name + ".")
             matched = self._check_target_module_exists(config, name)
-            if matched and not isinstance(matched, _ExcludedModule):
+            if matched and not isinstance(matched, ExcludedModule):
                 yield name, module
 
     # ---- replacing --------------------------------------------------------------------------------------------------
@@ -130,9 +131,9 @@ class BranchModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         routing = find(model)
         if routing is not None:
-            _place(routing, model)
+            note_places(routing, model)
             if not any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values()):
-                self._hooks = list(_hooks(routing, model))
+                self._hooks = list(hooks_of(routing, model))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and forget its tasks."""
@@ -182,7 +183,7 @@ class BranchModel(BaseTuner):
             with onload_layer(layer):
                 updates = layer.updates(adapter_names, safe_merge=safe_merge)
             weight = layer.get_base_layer()._parameters.get("weight")
-            here = [] if weight is None else places[_identity(weight)]
+            here = [] if weight is None else places[identity(weight)]
             others = [place for place in here if place != f"{layer.name}.base_layer"]
             if updates and others:
                 raise ExportError(
@@ -240,7 +241,7 @@ class BranchModel(BaseTuner):
         hooks = [
             # generation runs an encoder once, before rows are repeated for beam search
             module.register_forward_pre_hook(
-                partial(_give_names, names if module in inside_encoder else beams), with_kwargs=True
+                partial(give_names, names if module in inside_encoder else beams), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, (BranchLinear, AuxiliaryTrainingWrapper))
@@ -252,136 +253,6 @@ class BranchModel(BaseTuner):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _place(routing: Routing, model: nn.Module) -> None:
-    """Note of the adapted layers what decides whose tokens they see: a decoder, experts, any list of modules."""
-    decoder, inside = _decoder(model), dict[nn.Module, int]()
-    for _, module in model.named_modules():  # parents come before their children
-        listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        for child in module.children():
-            inside[child] = inside.get(module, 0) + listed
-    of_decoder = set() if decoder is None else set(decoder.modules())
-    layers = [layer for layer in model.modules() if isinstance(layer, BranchLinear)]
-    routing.decoder_layers = frozenset(layer.name for layer in layers if layer in of_decoder)
-    routing.listed = frozenset(layer.name for layer in layers if inside.get(layer))
-    routing.shared_out = frozenset(
-        layer.name
-        for layer in layers
-        if inside.get(layer, 0) > 1 or (inside.get(layer) and _EXPERTS.search(layer.name))
-    )
-
-
-def _decoder(model: Any) -> nn.Module | None:
-    """The decoder of a model that has an encoder, too."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
-        return None
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
-
-
-def _hooks(routing: Routing, model: nn.Module) -> Iterator[Any]:
-    """Whatever tells the layers of a pass: on the model, on its backbone called by itself, and on ``generate``."""
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-    for module in dict.fromkeys((model, backbone)):
-        if isinstance(module, nn.Module):
-            yield module.register_forward_pre_hook(routing.begin, with_kwargs=True)
-            yield module.register_forward_hook(routing.end, with_kwargs=True, always_call=True)
-    decoder = _decoder(model)
-    if decoder is not None:
-        yield decoder.register_forward_pre_hook(routing.enter_decoder, with_kwargs=True)
-    if hasattr(model, "generate"):
-        yield _Generate(model)
-
-
-class _Generate:
-    """``generate`` of a model whose adapters may want to know tasks, in its place until it is removed."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.before = vars(model).get("generate")
-        model.generate = self
-
-    def __call__(self, *args: Any, task_id: Any = None, **kwargs: Any) -> Any:
-        """The model's ``generate``; ``task_id`` is the task of all rows or of each (its beams share it)."""
-        call = partial(type(self.model).generate, self.model) if self.before is None else self.before
-        if task_id is None:
-            return call(*args, **kwargs)
-        which = task_id.tolist() if isinstance(task_id, torch.Tensor) else task_id
-        if isinstance(which, (list, tuple)) and any(not isinstance(one, (str, int)) for one in which):
-            raise AdapterError(
-                "generate takes one task for all rows or one for each, by name or id, and not one for each token: "
-                f"task_id is {task_id!r}."
-            )
-        with task(self.model, which):
-            return call(*args, **kwargs)
-
-    def remove(self) -> None:
-        """Put back what was there before."""
-        if vars(self.model).get("generate") is self:
-            del self.model.generate
-            if self.before is not None:
-                self.model.generate = self.before
-
-
-def places_of_weights(model: nn.Module) -> dict[object, list[str]]:
-    """In which places of a model each weight is used: the names of the modules that own it, where they hang.
-
-    A tied weight (an output layer's, which is the embedding's) has two, and so has a module that hangs in two places,
-    of which one was adapted. An adapted layer that is reached in two ways is one place: there a merge is exact.
-    """
-    places: dict[object, list[str]] = {}
-    for name, parent in model.named_modules():
-        for child_name, child in parent._modules.items():
-            weight = None if child is None else child._parameters.get("weight")
-            if weight is not None:
-                places.setdefault(_identity(weight), []).append(f"{name}.{child_name}".lstrip("."))
-    return places
-
-
-def _identity(weight: torch.Tensor) -> object:
-    """The same for two parameters that hold the same numbers in the same memory."""
-    if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor) or not weight.numel():
-        return id(weight)
-    return weight.device, weight.data_ptr()
-
-
-def can_adapt(module: nn.Module) -> bool:
-    """Whether a layer is of a kind that can carry branches."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    backend = quantization_backend(module, {})
-    return backend is not None and backend.layer_type == "linear"
-
-
-_MAMBA_KINDS = ("falcon_h1", "nemotron_h")
-"""Models with Mamba blocks whose kind does not say so."""
-
-
-def reads_weight_itself(model: nn.Module, name: str) -> str | None:
-    """What computes with a layer's weight in place of calling the layer, so that no adapter on it has an effect.
-
-    Args:
-        model: The model.
-        name: Of the layer.
-
-    Returns:
-        "...'s code, which reads", for a sentence; None where the layer is called.
-    """
-    above, _, own = name.rpartition(".")
-    parent = model.get_submodule(above)
-    if isinstance(parent, nn.MultiheadAttention) and own == "out_proj":
-        return "nn.MultiheadAttention, which reads"
-    fast = torch.backends.mha.get_fastpath_enabled()
-    if fast and isinstance(parent, nn.TransformerEncoderLayer) and own in ("linear1", "linear2"):
-        return (
-            "nn.TransformerEncoderLayer, whose fast path for inference (unless torch.backends.mha."
-            "set_fastpath_enabled(False) was called) reads"
-        )
-    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-    if own in ("out_proj", "conv1d") and ("mamba" in kind or kind in _MAMBA_KINDS or hasattr(parent, "A_log")):
-        return "a Mamba block, whose fused kernels read"
-    return None
 
 
 def state_of(model: nn.Module, method_name: str, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -398,10 +269,6 @@ def check_state(model: nn.Module, method_name: str, adapter_name: str, state: di
     """
     for problem in state_problems(state_of(model, method_name, adapter_name), state):
         raise AdapterError(f"The adapter {adapter_name} is damaged or of another model: {problem}")
-
-
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, kwargs | {"adapter_names": names}
 
 
 @cache

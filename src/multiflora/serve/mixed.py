@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import Linear as PlainLora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from multiflora.context import Pass, Routing, find
+from multiflora.context import Routing, find
+from multiflora.forward_pass import Pass
 from multiflora.methods.inference import Store
 from multiflora.methods.layer import BranchLinear
 from multiflora.serve.models import Served, share_weights

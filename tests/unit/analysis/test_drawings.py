@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from multiflora.analysis.across import findings, means, own_drawings, shared_drawings
 from multiflora.analysis.drawings import mean_energy, run_drawings
+from multiflora.comparison.across import findings, means, own_drawings, shared_drawings
 from tests.made_comparison import made_measures
 
 

@@ -9,7 +9,8 @@ import torch
 
 import multiflora
 from multiflora.analysis.routing import RoutingCounter, recording
-from multiflora.context import Pass, Routing, Side, Tokens
+from multiflora.context import Routing
+from multiflora.forward_pass import Pass, Side, Tokens
 from multiflora.methods import build_config
 
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from multiflora import ExportError
-from multiflora.export.tensors import check_same, check_shards, write_tensors
-from multiflora.tensor_file import TensorFile
+from multiflora.tensor_file import TensorFile, check_same, check_shards, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.full((4,), -0.0, dtype=torch.bfloat16), "c": torch.tensor(3)}
 
@@ -62,7 +61,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path):
     """A limit on the size of files stands for the full disk: the system refuses the write in the same way."""
     script = (
         "import resource, sys, torch, pathlib\n"
-        "from multiflora.export.tensors import write_tensors\n"
+        "from multiflora.tensor_file import write_tensors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "write_tensors(pathlib.Path(sys.argv[1]), {'a': torch.ones(10000)})\n"
     )

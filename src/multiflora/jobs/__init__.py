@@ -1,0 +1,1 @@
+"""Whole jobs: a recipe in, a run's folder out."""

@@ -1,0 +1,247 @@
+"""The main job: a recipe in, one adapter for all its tasks and a table of every task before and after out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from transformers import set_seed
+
+from multiflora.artifact import fingerprint, write_artifact
+from multiflora.base_model import load_config, load_model, load_tokenizer
+from multiflora.data.prepare import Examples, encode_tasks
+from multiflora.evaluation.load import load_target
+from multiflora.evaluation.results import Results
+from multiflora.evaluation.run import evaluate
+from multiflora.evaluation.table import results_table
+from multiflora.files import write_json, write_text
+from multiflora.jobs.lorahub import check_lorahub, fit_and_compose
+from multiflora.methods import METHODS
+from multiflora.once import once
+from multiflora.recipe import Recipe, recipe_from
+from multiflora.redact import refuse_secrets, without_secrets
+from multiflora.training.adapter import (
+    adapter_config,
+    add_adapter,
+    check_answers,
+    check_saving,
+    is_saved_otherwise,
+    parameter_counts,
+    probe,
+    save_adapter,
+    start_of,
+)
+from multiflora.training.course import course_of, require_one_process
+from multiflora.training.engines import require_engine
+from multiflora.training.fit import fit
+from multiflora.training.output import check_data, disk_guard, only_run, open_output
+from multiflora.training.packing import require_separate_examples
+from multiflora.training.precision import weights_of
+from multiflora.training.processes import is_first_process, is_sharded, own_device
+from multiflora.training.quiet import quiet_libraries
+from multiflora.training.trackers import require_trackers
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["RunResult", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    output: Path
+    """Folder with the adapter, the recipe, the results and the model card."""
+    results: dict[str, Any]
+    """What ``results.json`` holds: scores before and after, and the mixture."""
+    log: list[dict[str, Any]]
+    """The training log, one mapping for each line, with the speed."""
+
+    def table(self) -> Table:
+        """Return every task's score before and after as a rich table; empty in all processes but the first."""
+        return results_table(self.results.get("adapted", {"tasks": {}, "macro": None}), self.results["base"])
+
+
+def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train one adapter on all tasks of a recipe, score every task before and after, and save it all.
+
+    Args:
+        recipe: A recipe, a mapping with its keys, or the path of a YAML file.
+        resume: Go on from the last checkpoint in the recipe's output folder.
+        quiet: Show no progress on stderr.
+    Raises:
+        ConfigError: The recipe has problems or holds a secret, or its output folder holds something already.
+        DataError: A task's data cannot be used.
+        EnvironmentProblem: Something outside is missing: a package, space on the disk.
+    Example:
+        >>> multiflora.train("recipe.yaml").table()  # doctest: +SKIP
+    """
+    recipe = recipe_from(recipe)
+    refuse_secrets([recipe.to_yaml()], "The recipe")
+    with only_run(recipe.output) if is_first_process() else nullcontext():
+        return _train(recipe, resume=resume, quiet=quiet)
+
+
+def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
+    """Do what `train` says, in an output folder that no other run writes to."""
+    checkpoint = open_output(recipe, resume=resume)
+    planned = adapter_config(recipe)
+    if recipe.method.name == "lorahub":
+        check_lorahub(recipe)
+    require_trackers(recipe.train.report_to)
+    require_engine(recipe)
+    require_one_process(recipe)
+    set_seed(recipe.seed)
+    quiet = quiet or not is_first_process()
+    seconds: dict[str, float] = {}
+    with disk_guard(recipe.output), quiet_libraries():
+        tokenizer = load_tokenizer(recipe.model)
+        taken = getattr(planned, "num_virtual_tokens", None) or 0
+        examples = encode_tasks(recipe, tokenizer, load_config(recipe.model), taken=taken)
+        fingerprints = _fingerprints(examples)
+        if checkpoint is not None:
+            check_data(recipe.output, fingerprints)
+        for note in examples.notes:
+            log.warning(note)
+        base = load_model(recipe.model, weights_of(recipe))
+        if not is_sharded():  # else it may not fit; training spreads it
+            base.to(own_device())
+        if recipe.train.packing:
+            require_separate_examples(base)
+        before: Results | None = None
+        if recipe.evaluate.before and not is_sharded():
+            with _timed(seconds, "evaluate_before"):
+                before = _score(base, tokenizer, recipe, quiet=quiet)
+        numbers = parameter_counts(base)[1]
+        model = add_adapter(base, recipe)
+        start = start_of(model)
+        if recipe.method.name != "lorahub" and not is_sharded():  # which trains and saves adapters of its own
+            check_saving(model, start)
+        trainable, total = parameter_counts(model)
+        parameters = {"trainable": trainable, "total": total}
+        log.info(
+            "%s trains %s of %s parameters (%.2f%%)",
+            recipe.method.name,
+            f"{trainable:,}",
+            f"{total:,}",
+            100 * trainable / total,
+        )
+        figures: dict[str, Any] = {}
+        pauses: list[float] = []
+        with _timed(seconds, "train"):
+            if recipe.method.name == "lorahub":
+                report, history, made = fit_and_compose(model, tokenizer, recipe, examples, quiet=quiet)
+                figures = {"composition": made.to_dict()}
+            else:
+                data, history = fit(
+                    model,
+                    tokenizer,
+                    recipe,
+                    examples,
+                    checkpoint=checkpoint,
+                    fingerprints=fingerprints,
+                    quiet=quiet,
+                    score=lambda model: _score(model, tokenizer, recipe, quiet=True),
+                    paused=pauses.append,
+                )
+                report = data.report
+        if pauses:
+            seconds["train"] -= sum(pauses)
+            seconds["evaluate_during"] = sum(pauses)
+        course = course_of(history)
+        save_adapter(model, recipe.output, start=start)
+        if is_first_process():
+            write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
+            if figures:
+                write_json(recipe.output / "composition.json", figures["composition"])
+            if not isinstance(model, PeftModel):
+                tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
+        if is_sharded() and recipe.evaluate.before and isinstance(model, PeftModel) and start is None:
+            # only now is the base model there; all processes must join in
+            with _timed(seconds, "evaluate_before"), model.disable_adapter():
+                before = _score(model, tokenizer, recipe, quiet=quiet)
+        if not is_first_process() and not is_sharded():  # one process scores; the others' adapters are the same
+            return RunResult(output=recipe.output, results={"base": before, "mixture": report}, log=history)
+        otherwise = is_saved_otherwise(model)
+        if (otherwise or isinstance(model, PeftModel)) and not is_sharded():  # score what others will load
+            trained = probe(model) if isinstance(model, PeftModel) else None
+            del model, base
+            model = load_target(recipe.output).model
+            if trained is not None:
+                check_answers(trained, probe(model), recipe.output, exact=not otherwise)
+        if METHODS[recipe.method.name].trains == "factors":
+            parameters |= {"base": numbers, "saved": parameter_counts(model)[1]}
+        with _timed(seconds, "evaluate_after"):
+            place = recipe.output if is_first_process() else None
+            after = _score(model, tokenizer, recipe, folder=place, quiet=quiet)
+        if not is_first_process():
+            return RunResult(output=recipe.output, results={"base": before, "mixture": report}, log=history)
+        results = write_artifact(
+            recipe.output,
+            recipe,
+            base=before,
+            adapted=after,
+            mixture=report,
+            parameters=parameters,
+            training={"log": _without_times(history), **({"course": course} if course else {}), **figures},
+            fingerprints=fingerprints,
+            seconds=seconds,
+            notes=examples.notes,
+        )
+    return RunResult(output=recipe.output, results=results, log=history)
+
+
+def _fingerprints(examples: Examples) -> dict[str, dict[str, Any]]:
+    """Of every task's rows; rows that a comparison has kept are the same object, and have theirs already."""
+    return {name: once(("fingerprint", id(rows)), partial(fingerprint, rows)) for name, rows in examples.rows.items()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long a stage took."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Keep of the log what the seed determines: the step, the losses, the learning rate and the routers' figures."""
+    kept = ("step", "epoch", "learning_rate", "grad_norm")
+    return [
+        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] in ("loss", "routing")}
+        for line in history
+        if "loss" in line
+    ]
+
+
+def _score(model: Any, tokenizer: Any, recipe: Recipe, *, folder: Path | None = None, quiet: bool) -> Results:
+    """Score a model on the recipe's tasks, as the recipe says.
+
+    Only with a ``folder`` is anything written: a run leaves its output folder empty until there is an adapter or a
+    checkpoint to keep, so that one that failed early can simply be started again.
+    """
+    wanted = recipe.evaluate
+    return evaluate(
+        model,
+        tokenizer,
+        recipe.tasks,
+        split=wanted.split,
+        limit=wanted.limit,
+        batch_size=wanted.batch_size,
+        max_new_tokens=wanted.max_new_tokens,
+        extra_tasks=wanted.extra_tasks,
+        harness_tasks=wanted.harness_tasks,
+        chat_template=recipe.model.chat_template,
+        folder=folder,
+        progress=not quiet,
+    )

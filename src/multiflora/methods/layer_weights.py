@@ -1,0 +1,202 @@
+"""The weights of one adapted linear layer, every adapter's, and what each forward pass asks of their configs."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from multiflora.context import Routing
+from multiflora.methods.base import Method
+from multiflora.methods.config import AdapterConfig
+from multiflora.methods.inference import Store, can_prepare
+from multiflora.peft_bridge import BufferDict, layer_widths, prefix, quantization_backend
+
+__all__ = ["OFFSET", "BranchWeights", "Plan"]
+
+OFFSET = ("A0", "B0")
+
+
+class Plan(NamedTuple):
+    """What each forward pass asks of an adapter's config, asked once: a small layer feels every look-up."""
+
+    config: AdapterConfig
+    method: Method
+    """The class's method, or what the config spells out."""
+    heads: int
+    rank: int
+    """Of each head."""
+    needs_task: bool
+    shared: tuple[str, ...]
+    """Tensors that the first adapted layer holds for all."""
+    left_to_op: bool
+    """Whether the packed op needs nobody between stems and heads."""
+    can_prepare: bool
+    """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
+
+
+class BranchWeights(nn.Module, BaseTunerLayer):
+    """A frozen linear layer, and beside it the tensors of its adapters."""
+
+    method: Method
+
+    def __init__(self, base_layer: nn.Module, routing: Routing, name: str, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.routing = routing
+        self.name = name
+        self.in_features, self.out_features = layer_widths(self.get_base_layer())
+        self.quantization_backend = quantization_backend(self.get_base_layer(), quantization)
+        self.configs: dict[str, AdapterConfig] = {}
+        self.plans: dict[str, Plan] = {}
+        self.ranks: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self._trained = {part: self._attribute(part) for part in self.method.parameter_names()}
+        self._frozen = {part: self._attribute(part) for part in OFFSET}
+        for attribute in self._trained.values():
+            setattr(self, attribute, nn.ParameterDict())
+        for attribute in self._frozen.values():
+            setattr(self, attribute, BufferDict(persistent=True))
+        # modules, as everybody else's: what switches a model's dropout off looks for these
+        self.lora_dropout = nn.ModuleDict()
+        self.head_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._prepared = Store()
+
+    def method_of(self, adapter_name: str) -> Method:
+        """What the adapter is: the class's method, or what the adapter's config spells out."""
+        return self.plan(adapter_name).method
+
+    def plan(self, adapter_name: str) -> Plan:
+        """What forward passes need to know of an adapter's config."""
+        found = self.plans.get(adapter_name)
+        if found is None:
+            config = self.configs[adapter_name]
+            method = self.method.of(config)
+            found = self.plans[adapter_name] = Plan(
+                config,
+                method,
+                method.heads(config),
+                method.rank(config, self.ranks[adapter_name]),
+                method.needs_task(),
+                method.shared(config),
+                method.between is None and method.gate.left_to_op(config),
+                can_prepare(method, config),
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a method holds functions, which cannot be pickled; a copy prepares its own tensors
+        return self.__dict__ | {"plans": {}, "_prepared": Store()}
+
+    def train(self, mode: bool = True) -> BranchWeights:
+        """Training or not; what was prepared for inference gives its memory back."""
+        if mode:
+            self._prepared.clear()
+        super().train(mode)
+        return self
+
+    def _attribute(self, part: str) -> str:
+        return f"{prefix(self.method.name)}{part}"
+
+    def _weights(self, part: str) -> Any:
+        return getattr(self, self._attribute(part))
+
+    def places(self, adapter_name: str) -> dict[str, Any]:
+        """Where the adapter's tensors are held, by their names in the equation: part -> adapter -> tensor."""
+        found = {part: self._weights(part)._parameters for part in self._trained}
+        found |= {part: self._weights(part)._buffers for part in self._frozen}
+        holder: Any = self.routing.holders.get(adapter_name)
+        if holder is not None and holder is not self:
+            found |= {part: holder._weights(part)._parameters for part in holder.plan(adapter_name).shared}
+        return found
+
+    def parts(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's tensors on this layer, by their names in the equation."""
+        # straight out of the containers' dictionaries: a look-up through nn.Module is slow, and each forward makes ten
+        modules: dict[str, Any] = self._modules
+        found = {}
+        for part, attribute in self._trained.items():
+            if (tensor := modules[attribute]._parameters.get(adapter_name)) is not None:
+                found[part] = tensor
+        for part, attribute in self._frozen.items():
+            if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
+                found[part] = tensor
+        holder: Any = self.routing.holders.get(adapter_name)
+        if holder is not None and holder is not self:
+            for part in holder.plan(adapter_name).shared:
+                found[part] = holder._modules[holder._trained[part]]._parameters[adapter_name]
+        return found
+
+    def learns(self, adapter_name: str) -> bool:
+        """Whether an adapter is in use here and being trained."""
+        if self.disable_adapters or self.merged or adapter_name not in self.active_adapters:
+            return False
+        return any(part.requires_grad for part in self.parts(adapter_name).values())
+
+    def has_learned(self, adapter_name: str) -> bool:
+        """Whether an adapter with a stored offset has moved away from it: what it computes here is not its start."""
+        parts = self.parts(adapter_name)
+        return "A0" not in parts or any(
+            bool((parts[part].to(parts[start].dtype) != parts[start]).any())
+            for part, start in (("A", "A0"), ("B", "B0"))
+        )
+
+    def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
+        """Add an adapter: make its tensors, fill them, put them beside the base weight."""
+        method = self.method.of(config)
+        self.configs[adapter_name] = config
+        self.ranks[adapter_name] = r
+        self.plans.pop(adapter_name, None)
+        self.scaling[adapter_name] = method.scaling(config, r, alpha)
+        holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
+        for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
+            if holder is self or part not in method.shared(config):
+                self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
+        for kind, p in (("lora_dropout", config.lora_dropout), ("head_dropout", method.head_dropout(config))):
+            if p > 0:
+                getattr(self, kind)[adapter_name] = nn.Dropout(p).train(self.training)
+        generator = None
+        if config.init_seed is not None:
+            # each layer its own stream, the same whatever order layers are made in
+            generator = torch.Generator().manual_seed(config.init_seed + zlib.crc32(self.name.encode()))
+        parts = self.parts(adapter_name)
+        if holder is not self:  # which has filled what all share
+            parts |= {part: torch.empty_like(parts[part]) for part in method.shared(config)}
+        method.fill(config, parts, generator)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if method.offset(config):
+            # taken after the move: the offset has to be that of the weights as they are stored
+            started = self.parts(adapter_name)
+            offset = {"A0": started["A"].detach().clone(), "B0": method.mean_head(config, started).clone()}
+            for part, value in offset.items():
+                # with low_cpu_mem_usage weights stay without data until a file brings them; peft spares parameters
+                # from moving meanwhile, but not buffers, so these are given data at once
+                kept = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value
+                self._weights(part)[adapter_name] = kept
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factors(self, adapter_name: str, gate: Tensor | None = None, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """The adapter's update here as a plain LoRA, A' (k, d_in) and B' (d_out, k); see ``Method.factors``.
+
+        Args:
+            adapter_name: Which adapter.
+            gate: Weight of each head, (H,); None asks the method, which must not read the input.
+            task: Index of the task, for methods gated by task.
+        """
+        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
+        if gate is None:
+            gate = method.static_gate(config, parts, task)
+        return method.factors(config, parts, gate, self.scaling[adapter_name], task)
+
+    def extra_repr(self) -> str:
+        """Which quantised kind of layer this adapts, if any, for ``print(model)``."""
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={type(backend).__name__}"
+
+    def __repr__(self) -> str:
+        return f"{self.method.name}." + super().__repr__()

@@ -1,0 +1,137 @@
+"""One training: data in order, arguments, trainer, and a model left as it would be scored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+
+from multiflora.context import find
+from multiflora.data.prepare import Examples, TrainingData, fill_up
+from multiflora.errors import Interrupted
+from multiflora.recipe import Recipe
+from multiflora.training.arguments import steps_of, training_arguments
+from multiflora.training.baselines import schedules, training_settings
+from multiflora.training.checkpoint import CHECKPOINTS
+from multiflora.training.course import Course
+from multiflora.training.guard import Guard
+from multiflora.training.hooks import training_callbacks
+from multiflora.training.interrupt import stop_on_sigterm
+from multiflora.training.processes import is_first_process, num_processes, own_seed, uses_zero3
+from multiflora.training.progress import progress_bar
+from multiflora.training.sharded import gather_containers, keep_root_whole
+from multiflora.training.trainer import MultitaskTrainer, own_forward
+
+__all__ = ["fit", "order_examples"]
+
+log = logging.getLogger(__name__)
+
+
+def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tuple[TrainingData, int]:
+    """Return the data of a run in their order, and its optimiser steps.
+
+    Args:
+        recipe: Its ``train`` section is read.
+        examples: The tasks' examples and their mixture.
+        processes: Devices that train side by side.
+    """
+    steps, number = steps_of(recipe, examples.mixture.epoch_size, processes)
+    settings, per_step = recipe.train, _per_step(recipe, processes)
+    data = examples.take(
+        number,
+        batch_size=per_step if settings.group_by_length and not settings.packing else None,
+        weigh_in=per_step if settings.loss == "tasks" else None,
+    )
+    return data, steps
+
+
+def _per_step(recipe: Recipe, processes: int) -> int:
+    """Examples of an optimiser step."""
+    return recipe.train.batch_size * recipe.train.gradient_accumulation * processes
+
+
+def fit(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    examples: Examples,
+    *,
+    checkpoint: Path | None = None,
+    fingerprints: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    score: Callable[[Any], Mapping[str, Any]] | None = None,
+    paused: Callable[[float], None] = lambda seconds: None,
+) -> tuple[TrainingData, list[dict[str, Any]]]:
+    """Train the adapter.
+
+    Args:
+        model: The base model with its adapter, or one to be trained whole; trained in place.
+        tokenizer: The model's tokenizer.
+        recipe: The recipe.
+        examples: The tasks' examples and their mixture.
+        checkpoint: Go on from here.
+        fingerprints: Those of the tasks' rows; laid beside checkpoints.
+        quiet: Show no progress.
+        score: Scores the model, for ``evaluate.during``.
+        paused: Told how many seconds every such scoring took.
+    Returns:
+        The data that were trained on, and the log: one mapping for each line.
+    Raises:
+        TrainingError: The loss or the gradients are no longer finite.
+        Interrupted: SIGTERM came; a checkpoint was saved.
+    """
+    folder = recipe.output / CHECKPOINTS
+    weights = next((p for p in model.parameters() if not p.requires_grad), next(model.parameters())).dtype
+    processes = num_processes()
+    data, steps = order_examples(recipe, examples, processes)
+    schedule = schedules(model, recipe, steps)
+    rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
+    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop:
+        guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
+        trainer = MultitaskTrainer(
+            model=model,
+            args=training_arguments(
+                recipe, folder=folder, steps=steps, weights=weights, casts_itself=find(model) is not None
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            task_names=examples.mixture.names,
+            packing=recipe.train.packing,
+            max_length=recipe.train.max_length,
+            epoch_size=examples.mixture.epoch_size,
+            num_examples=len(data.dataset),
+            guard=guard,
+            recipe=recipe.to_yaml(folder),
+            fingerprints=fingerprints,
+            callbacks=[*bars, *schedule, *training_callbacks(model)],
+            loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
+            router_lr_ratio=recipe.train.router_lr_ratio,
+        )
+        if score is not None and recipe.evaluate.during:
+
+            def told(seconds: float) -> None:
+                trainer.stand_still(seconds)
+                paused(seconds)
+
+            trainer.add_callback(Course(recipe.evaluate.during, score, told))
+        trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
+        if uses_zero3():
+            gather_containers(model)
+        if not is_first_process():
+            torch.manual_seed(own_seed(recipe.seed))
+        with own_forward(model):  # without autocast afterwards: scored in the arithmetic a loaded model will have
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if guard.stopped:
+        raise Interrupted(
+            f"The run was asked to stop (SIGTERM) and did so after step {trainer.state.global_step} of {steps}. Its "
+            f"checkpoint is {folder / f'checkpoint-{trainer.state.global_step}'}; go on with --resume."
+        )
+    keep_root_whole(model, trainer.model_wrapped)
+    model.eval()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return data, trainer.state.log_history
