@@ -4,9 +4,9 @@ Torch needs a kernel for the mask, one for each product, and memory for what lie
 kernel, and the mask exists in registers only: element i of a mask is made from the seed and i by a counter-based
 generator (Philox, which Triton brings), so the backward pass makes the same one.
 
-They are chosen for CUDA tensors where triton is installed. They are tested against the functions of
-:mod:`multiflora.ops.packed` in Triton's interpreter, and compiled for NVIDIA's architectures 80 and 90, but have not
-been run on a GPU yet: ``MULTIFLORA_TRITON=0`` in the environment leaves the step to torch, should they fail on yours.
+They are tested against the functions of :mod:`multiflora.ops.packed` in Triton's interpreter, and compiled for NVIDIA's
+architectures 80 and 90, but have not been run on a GPU yet. So torch does the step, unless ``MULTIFLORA_TRITON=1`` in
+the environment asks for these: they stay only if they gain on a GPU (docs/decisions/0028).
 
 The two products around this step are left to the BLAS library. A product with this step as its epilogue would save one
 reading of u, r numbers a token beside the d_in of x; but u must be written all the same for the backward pass, and the
@@ -45,8 +45,8 @@ _SWITCH = "MULTIFLORA_TRITON"
 
 
 def serve(device: torch.device | str) -> bool:
-    """Whether tensors of this device are for these kernels: CUDA, triton is there, and nobody said otherwise."""
-    return triton is not None and torch.device(device).type == "cuda" and os.environ.get(_SWITCH) != "0"
+    """Whether tensors of this device are for these kernels: CUDA, triton is there, and somebody asked for them."""
+    return triton is not None and torch.device(device).type == "cuda" and os.environ.get(_SWITCH) == "1"
 
 
 # ---- what runs on the device ----------------------------------------------------------------------------------------

@@ -125,12 +125,12 @@ def test_a_layer_on_kernels_is_the_loop(on_kernels, method, words):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
 
 
-def test_chosen_for_cuda_tensors_unless_switched_off(monkeypatch):
+def test_chosen_for_cuda_tensors_where_asked_for(monkeypatch):
     monkeypatch.delenv("MULTIFLORA_TRITON", raising=False)
+    assert not triton_kernels.serve("cuda")
+    monkeypatch.setenv("MULTIFLORA_TRITON", "1")
     assert triton_kernels.serve("cuda")
     assert not triton_kernels.serve("cpu")
-    monkeypatch.setenv("MULTIFLORA_TRITON", "0")
-    assert not triton_kernels.serve("cuda")
 
 
 @pytest.mark.slow
