@@ -87,10 +87,10 @@ class Page:
 
 def render(page: Page) -> str:
     """Write the page as HTML."""
-    script = files("multiflora.report").joinpath("page.js").read_text("utf-8")
-    style = files("multiflora.report").joinpath("page.css").read_text("utf-8")
+    script = files("multiflora.reports").joinpath("page.js").read_text("utf-8")
+    style = files("multiflora.reports").joinpath("page.css").read_text("utf-8")
     environment = Environment(
-        loader=PackageLoader("multiflora.report", "."),
+        loader=PackageLoader("multiflora.reports", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

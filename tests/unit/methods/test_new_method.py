@@ -18,7 +18,7 @@ from multiflora import AdapterError, ConfigError, ExportError
 from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, at_least
 from multiflora.methods.gates import FixedGate, TokenRouter
-from multiflora.peft_bridge import register
+from multiflora.methods.registration import register
 
 
 @dataclass
