@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multiflora import ops
+from multiflora.bench.profile import profile
 from multiflora.bench.published import PublishedLoop
 from multiflora.bench.results import GenerateCase
 from multiflora.bench.steps import adapt, linear_shapes, matched_rank, smollm2
@@ -82,6 +83,7 @@ def measure_generate(
         dtype=str(dtype).removeprefix("torch."),
         parameters={name: _trained(model) for name, model in models.items() if name not in ("base", "peft merged")},
         seconds=samples(interleave(runs, rounds, after_round=after_round)),
+        profile={name: profile(runs[name], device) for name in ("base", "rlora")},
     )
 
 

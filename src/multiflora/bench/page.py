@@ -218,11 +218,11 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     held = set(verdict.held)
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
-    profiles = {case.name: case.profile for case in results.layers} | {c.name: c.profile for c in results.steps}
-    profile = profiles.get(worst.case, {}) if worst is not None else {}
+    profiles = {case.name: case.profile for case in (*results.layers, *results.steps, *results.generate)}
+    profile = next((own for name, own in profiles.items() if worst is not None and worst.case.endswith(name)), {})
     ours = verdict.target.ours
     operators = sorted(profile.get(ours, {}).items(), key=lambda item: -item[1])[:8]
-    frozen = profile.get("frozen", {})
+    frozen = profile.get("frozen") or profile.get("base", {})
     return {
         "verdict": verdict,
         "lines": lines,

@@ -28,6 +28,7 @@ LABELS = {
     "multilora products": "floor: MultiLoRA's products alone",
     "frozen": "frozen model",
     "packed": "R-LoRA, packed",
+    "rlora": "R-LoRA, prepared",
     "multilora": "MultiLoRA, packed",
     "peft": "peft LoRA",
     "peft 3r": "peft LoRA of rank 3r",

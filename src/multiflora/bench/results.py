@@ -197,6 +197,8 @@ class GenerateCase(_Frozen):
     """Of each adapter."""
     seconds: Samples
     """Phases prefill and decode. "products" is the practical floor: R-LoRA's two products of all layers alone."""
+    profile: Profile = {}
+    """Of one round of the base model's and of R-LoRA's."""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,8 @@
 """The targets, each with what was measured: a ratio of each case, its quartiles, what the floor allows, held or missed.
 
 A ratio is read from the clock that `Results.clock` names. Its floor is what it would be if the packed op took no longer
-than its products alone: where even that lies beyond a target, no implementation of the op reaches it on that machine.
+than its products alone, or a server no longer than its model: where even that lies beyond a target, no implementation
+reaches it on that machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, StepCase, TrainingCase
+from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, ServeCase, StepCase, TrainingCase
 from multiflora.bench.stats import Estimate, extra_ratio, median, over_floor, ratio, spread, total
 
 __all__ = ["TARGETS", "Line", "Target", "Verdict", "verdicts"]
@@ -240,9 +241,20 @@ def _served(ours: str, other: str) -> Callable[[Results], Iterator[Line]]:
         for case in results.serve:
             if {ours, other} <= set(case.seconds):
                 found = ratio(case.speeds(ours), case.speeds(other))
-                yield Line(case.name, found, found)
+                yield Line(case.name, found, found, _most_for_clients(case, results) if "client" in other else None)
 
     return lines
+
+
+def _most_for_clients(case: ServeCase, results: Results) -> float | None:
+    """What the model alone makes of a batch: tokens per second of all clients' rows at once, over one row's."""
+    seconds: dict[int, float] = {}
+    for alone in results.generate:
+        if (alone.prompt, alone.dtype) == (case.prompt, case.dtype):
+            base = alone.seconds["base"]
+            written = (case.tokens - 1) / alone.tokens  # the first token comes of the prompt
+            seconds[alone.batch] = median(base["prefill"]["wall"]) + written * median(base["decode"]["wall"])
+    return case.clients * seconds[1] / seconds[case.clients] if {1, case.clients} <= set(seconds) else None
 
 
 def _waited(results: Results) -> Iterator[Line]:
@@ -273,12 +285,12 @@ TARGETS = (
     Target("R-LoRA step / peft LoRA, dropout 0", 0.9, _whole_step("packed", "peft", 0.0)),
     Target("R-LoRA step / frozen model", 1.25, _whole_step("packed", "frozen")),
     Target("training speed / SFTTrainer with peft LoRA", 1.3, _training, at_least=True),
-    Target("token / base, batch 1", 1.15, _decoding(_ALL, "base", batch=1)),
-    Target("token / base, batch 16", 1.15, _decoding(_ADDITIVE_OR_ROUTED, "base", batch=16)),
-    Target("token / base, batch 16, gated by task", 1.2, _decoding(_BY_TASK, "base", batch=16)),
-    Target("token / peft LoRA, batch 1", 0.85, _decoding(_ALL, "peft", batch=1)),
-    Target("token / peft LoRA, batch 16", 0.55, _decoding(_ALL, "peft", batch=16)),
-    Target("prefill of 512 / base", 1.1, _decoding(_ALL, "base", prompt=512, phase="prefill")),
+    Target("token / base, batch 1", 1.15, _decoding(_ALL, "base", batch=1), ours="rlora"),
+    Target("token / base, batch 16", 1.15, _decoding(_ADDITIVE_OR_ROUTED, "base", batch=16), ours="rlora"),
+    Target("token / base, batch 16, gated by task", 1.2, _decoding(_BY_TASK, "base", batch=16), ours="rlora"),
+    Target("token / peft LoRA, batch 1", 0.85, _decoding(_ALL, "peft", batch=1), ours="rlora"),
+    Target("token / peft LoRA, batch 16", 0.55, _decoding(_ALL, "peft", batch=16), ours="rlora"),
+    Target("prefill of 512 / base", 1.1, _decoding(_ALL, "base", prompt=512, phase="prefill"), ours="rlora"),
     Target("token of 16 heads / 2 heads", 1.1, _decoding(("rlora-16",), "rlora-2")),
     Target("served: 16 clients / 1 client", 6.0, _served("base", "base, 1 client"), at_least=True),
     Target("served: R-LoRA / base", 0.8, _served("rlora", "base"), at_least=True),

@@ -128,3 +128,12 @@ def test_a_page_in_docs_is_the_one_its_samples_make(page, tmp_path):
     assert (tmp_path / f"{page}.md").read_text("utf-8") == (DOCS / f"{page}.md").read_text("utf-8"), (
         f"multiflora bench --report docs/{page}/results.json --page docs/{page}.md"
     )
+
+
+def test_where_a_token_goes_is_told_beside_the_base_model(tmp_path):
+    slow = generate(1, rlora=26.0).model_copy(update={"profile": {"base": {"aten::mm": 0.1}, "rlora": {"infer": 0.2}}})
+    write_page(results(generate=(slow,)), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    section = page.partition("### token / base, batch 1")[2].partition("### ")[0]
+    assert "| operator | R-LoRA, prepared | base model |" in section
+    assert "| `infer` | 200.00 |  |" in section

@@ -7,7 +7,7 @@ import pytest
 from multiflora.bench.table import cells
 from multiflora.bench.verdict import TARGETS, verdicts
 
-from .made_results import layer, machine, results, serving, step
+from .made_results import generate, layer, machine, results, serving, step
 
 
 def judge(name, measured):
@@ -150,3 +150,15 @@ def test_a_row_of_the_table():
     assert rows["16 heads / 2 heads"][1:] == ("≤ 1.15", "1.10", "1.10", "", "held")
     assert rows["memory kept a token / published loop"][2:4] == ("0.0021", "0.0021")
     assert rows["GPU: R-LoRA layer / floor"][-1] == "not measured (no GPU)"
+
+
+def test_a_server_cannot_be_faster_than_its_model():
+    alone = [generate(1).model_copy(update={"dtype": "float32"}), generate(16, base=60.0)]
+    alone[1] = alone[1].model_copy(update={"dtype": "float32"})
+    served = judge("served: 16 clients / 1 client", results(generate=tuple(alone), serve=(serving(),)))
+    # a prefill of 200 ms on the wall, and 19 more tokens of 40 or of 120 ms
+    assert [line.floor for line in served.lines] == [pytest.approx(16 * (0.2 + 19 * 0.04) / (0.2 + 19 * 0.12))]
+    assert len(served.out_of_reach) == 0
+    dear = alone[1].model_copy(update={"seconds": generate(16, base=160.0).seconds})
+    served = judge("served: 16 clients / 1 client", results(generate=(alone[0], dear), serve=(serving(),)))
+    assert len(served.out_of_reach) == 1
