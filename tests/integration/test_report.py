@@ -134,7 +134,9 @@ def test_one_run_shows_before_and_after(place: Path) -> None:
     written = multiflora.report(place / "one")
     text = written.page.read_text("utf-8")
     results = json.loads((place / "one" / "results.json").read_text())
-    assert f"to {100 * results['adapted']['macro']:.1f} points of 100 on these test rows" in written.answer
+    before, after = (f"{100 * results[when]['macro']:.1f}" for when in ("base", "adapted"))
+    moved = f"stayed at {after}" if before == after else f"from {before} to {after}"
+    assert f"{moved} points of 100 on these test rows" in written.answer
     for part in (
         "Scores before and after",
         "What was trained on",
