@@ -127,12 +127,22 @@ def _size(path: Path) -> int:
     try:
         if path.suffix != ".parquet":
             return path.stat().st_size
-        number, size = _stoppable(path, "sizes")
-        if number > MOST_ROWS:
-            raise DataError(_too_many(path))
-        return int(max(size, number * ROW_BYTES))  # equal values are packed into one
+        number, size = _parquet_sizes(path)
+        return max(size, number * ROW_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
+
+
+def _parquet_sizes(path: Path) -> tuple[int, int]:
+    """Rows of a Parquet file and the bytes that they take unpacked; equal ones are packed into next to nothing.
+
+    Raises:
+        DataError: There are more than are held in memory.
+    """
+    number, size = _stoppable(path, "sizes")
+    if number > MOST_ROWS:
+        raise DataError(_too_many(path))
+    return number, size
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -262,6 +272,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file, from the process that the system stops, see `multiflora.tasks.parquet`."""
+    _parquet_sizes(path)
     number = 0
     while rows := _stoppable(path, "rows_from", number):
         for row in rows:

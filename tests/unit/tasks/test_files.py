@@ -191,6 +191,8 @@ def test_equal_rows_that_are_packed_into_nothing_are_refused_before_they_are_unp
     assert path.stat().st_size < 1_000_000
     with pytest.raises(DataError, match="has more than 2,000,000 rows, which are all held in memory"):
         check_size([path])
+    with pytest.raises(DataError, match="has more than 2,000,000 rows"):
+        next(read_rows(path))
 
 
 def test_a_time_zone_that_nobody_knows_is_said(tmp_path: Path) -> None:
