@@ -18,11 +18,11 @@ from multiflora.adapter_tensors import CONFIG, ROOT, misfits, tensor_problems
 from multiflora.errors import AdapterError, MultifloraError
 from multiflora.methods.settings import setting_problems
 from multiflora.patterns import pattern_problems
-from multiflora.suggest import did_you_mean, shown
+from multiflora.suggest import did_you_mean, listed, shown
 from multiflora.tensor_file import TensorFile
 from multiflora.tied import check_tied, tied_modules
 
-__all__ = ["WEIGHTS", "check_adapter", "load_adapter"]
+__all__ = ["WEIGHTS", "check_adapter", "check_there", "load_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -57,6 +57,29 @@ def check_adapter(folder: Path, error: type[MultifloraError] = AdapterError) -> 
         for problem in tensor_problems(config, file):
             raise error(f"{file.path}: {problem}")
     return config
+
+
+def check_there(folder: Path, error: type[MultifloraError] = AdapterError) -> None:
+    """Refuse a folder without an adapter, saying what is there instead.
+
+    Raises:
+        MultifloraError: Of that kind.
+    """
+    if (folder / CONFIG).is_file():
+        return
+    wanted = "Give the folder an adapter was saved to, such as a run's output folder."
+    if not folder.is_dir():
+        raise error(f"{folder} {'is a file, no folder' if folder.exists() else 'does not exist'}. {wanted}")
+    names = sorted(path.name for path in folder.iterdir())
+    there = listed(names, 12) if names else "nothing"
+    if "recipe.yaml" in names and "config.json" in names:
+        wanted = "The run in it trained a whole model, which is used as it is: nothing is left to convert or to merge."
+    elif "recipe.yaml" in names or "checkpoints" in names:
+        wanted = (
+            "The run in it is not finished: go on with `multiflora train RECIPE --resume`, or give one of its "
+            f"checkpoints, a folder in {folder / 'checkpoints'}."
+        )
+    raise error(f"{folder} holds no adapter: {CONFIG} is missing; there is {there}. {wanted}")
 
 
 def load_adapter(base: Any, folder: Path, *, may_untie: bool = False, **words: Any) -> Any:
@@ -120,9 +143,8 @@ def _config(folder: Path, error: type[MultifloraError]) -> Any:
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    check_there(folder, error)
     path = folder / CONFIG
-    if not path.is_file():
-        raise error(f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to.")
     words = _json(path, error)
     kind = words.get("peft_type")
     known = {str(getattr(each, "value", each)): each for each in PEFT_TYPE_TO_CONFIG_MAPPING}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from multiflora.embedded import embedded_model
-from multiflora.errors import ConfigError
+from multiflora.errors import ConfigError, MultifloraError
+from multiflora.suggest import listed
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "place_of"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "loading", "place_of"]
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def place_of(spec: ModelSpec) -> str:
@@ -32,16 +38,24 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     """Load the model's tokenizer.
 
     Raises:
-        ConfigError: There is none at that place.
+        ConfigError: There is none at that place, or it cannot be used.
     """
     from transformers import AutoTokenizer
 
     place = place_of(spec)
     _say_remote_code(spec)
-    try:
-        return AutoTokenizer.from_pretrained(place, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(spec, place, "tokenizer", error) from error
+    with loading("tokenizer", spec.name, _of_recipe, place=place):
+        found = AutoTokenizer.from_pretrained(place, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        _try(found)
+    return found
+
+
+def _try(tokenizer: Any) -> None:
+    """Use a tokenizer once: settings of another type than theirs are taken when it is loaded, and fail here."""
+    ids = [*tokenizer("A word.").input_ids, *tokenizer(["A word."], add_special_tokens=False).input_ids[0]]
+    tokenizer.decode(ids, skip_special_tokens=True)
+    if not all(isinstance(word, str) for word in tokenizer.special_tokens_map.values()):
+        raise TypeError("a special token is no text")
 
 
 def load_config(spec: ModelSpec) -> Any:
@@ -53,10 +67,8 @@ def load_config(spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     place = place_of(spec)
-    try:
+    with loading("config", spec.name, _of_recipe, place=place):
         return AutoConfig.from_pretrained(place, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(spec, place, "config", error) from error
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -72,7 +84,7 @@ def load_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     place = place_of(spec)
-    try:
+    with loading("causal language model", spec.name, _of_recipe, place=place):
         return AutoModelForCausalLM.from_pretrained(
             place,
             revision=spec.revision,
@@ -80,8 +92,6 @@ def load_model(spec: ModelSpec, dtype: torch.dtype) -> Any:
             dtype=dtype,
             use_safetensors=True,  # the other form is a pickle
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(spec, place, "causal language model", error) from error
 
 
 def _say_remote_code(spec: ModelSpec) -> None:
@@ -94,11 +104,48 @@ def _say_remote_code(spec: ModelSpec) -> None:
         )
 
 
-def _not_loaded(spec: ModelSpec, place: str, what: str, error: Exception) -> ConfigError:
-    """Say what was looked for, where, and the library's own first line on why it was not found."""
-    why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
-    kind = "folder" if os.path.isdir(place) else "hub id or folder"
+@contextmanager
+def loading(what: str, name: str, say: Callable[[str], MultifloraError], *, place: str | None = None) -> Iterator[None]:
+    """Turn whatever a library raises on a model's files into a paragraph: the files may come from anybody.
+
+    Args:
+        what: What is loaded, for the message: ``tokenizer``.
+        name: The model, as the user named it.
+        say: Makes the error of the paragraph's first part.
+        place: The folder or hub id that is read, where it is another one.
+
+    Raises:
+        MultifloraError: Something was raised.
+    """
+    try:
+        yield
+    except MultifloraError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones, and each library errors of its own
+        raise say(f"No {what} could be loaded from {name!r}: {_why(place or name, error)}") from error
+
+
+def _why(place: str, error: Exception) -> str:
+    """What is missing at a place, or the library's own first line; without a full stop."""
+    told = " ".join(str(error).split("\n\n")[0].split())[:300].rstrip(".:") or type(error).__name__
+    if os.path.isdir(place):
+        there = sorted(os.listdir(place))
+        return (
+            told
+            if "config.json" in there
+            else f"the folder holds no config.json, but {listed(there, 12) if there else 'nothing'}"
+        )
+    if os.path.lexists(place):
+        return "it is a file; expected a folder"
+    if place.startswith((".", "~", os.sep)) or place.count("/") > 1 or not _HUB_ID.fullmatch(place):
+        return "there is no such folder"
+    if isinstance(error, OSError) and "connect" in told:
+        told = "it is not in the cache, and the hub is not reached (HF_HUB_OFFLINE is set, or there is no network)"
+    return f"there is no such folder, and as a model of the hub: {told}"
+
+
+def _of_recipe(told: str) -> ConfigError:
     return ConfigError(
-        f"model.name: no {what} could be loaded from the {kind} {spec.name!r}: {why}. Give a folder with a model in "
-        "Hugging Face format, the id of one on the hub (which needs the network once), or 'embedded'."
+        f"{told}. Give a folder with a model in Hugging Face format, the id of one on the hub (which needs the network "
+        "once), or 'embedded'; in a recipe it is the model's name."
     )

@@ -108,7 +108,7 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = _reason(error) if path.parent.is_dir() else error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EnvironmentProblem(
                 f"No space left to write {path}: {reason}. What was there before is unchanged. Free some space, or "
@@ -210,8 +210,14 @@ def check_writable(folder: Path) -> None:
             # the part that is not there yet is made beneath the trial, with room for files in it: it may be too long
             Path(trial, *folder.absolute().relative_to(place).parts, "x" * 100).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise EnvironmentProblem(f"Cannot write {folder}: {reason}. Choose another output folder.") from error
+        raise EnvironmentProblem(f"Cannot write {folder}: {_reason(error)}. Choose another output folder.") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why the system does not write, in its own words but where those mislead."""
+    if isinstance(error, FileNotFoundError):  # of a file that was to be made, in a folder that is there
+        return "the system lets nobody make files or folders there"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _umask() -> int:

@@ -1,9 +1,10 @@
 """Work that may not end, in a process that the system stops: so much processor time, so much memory, and no more.
 
-What a file from anybody asks for (a template, a regular expression) can be short and still run for a year or fill the
-memory, often inside one call of C that nothing in Python can break off. So it runs in a process of its own. The kernel
-ends that process at `SECONDS` of processor time for one piece of work (a busy machine does not count) and gives it no
-more than `MEMORY`. The process is started once and serves all calls, so that a row costs a fraction of a millisecond.
+What a file from anybody asks for (a template, a regular expression, a Parquet file by its layout) can be short and
+still run for a year or fill the memory, often inside one call of C that nothing in Python can break off. So it runs in
+a process of its own. The kernel ends that process at `SECONDS` of processor time for one piece of work (a busy machine
+does not count) and gives it no more than `MEMORY`. The process is started once and serves all calls, so that a row
+costs a fraction of a millisecond.
 Where the system does not limit memory (macOS, Windows), that is said once; where it has no timers either (Windows), the
 process ends itself by the clock.
 
@@ -42,13 +43,14 @@ SECONDS = 2.0
 WAITING = 3
 """Time on the clock, as a multiple of that: for work that waits for a disk, on a machine that is not idle."""
 MEMORY = 512 * 2**20
-"""Bytes of address space of the process."""
+"""Bytes of address space that the work may take, beside what is taken by the modules that do it."""
 LONGEST = 64 * 2**20
 """Bytes of the longest result."""
 
 _TIMERS = [getattr(signal, name) for name in ("SIGPROF", "SIGALRM") if hasattr(signal, name)]
 _HEAD = struct.Struct("<Q")
-_SHARED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")  # what finding Python's own libraries may need
+# what finding Python's own libraries may need, and the time of day
+_SHARED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
 
 class StoppedError(ValueError):
@@ -241,10 +243,12 @@ def run(function: str, *arguments: Any, shared: Any = None) -> Any:
 
 
 def _why(status: int | None) -> str:
-    """Why the process ended: by a timer, its own watch (whose exit status is 1), or for want of memory."""
+    """Why the process ended: by a timer, its own watch (whose exit status is 1), for want of memory, or by a fault."""
     if status in (*(-number for number in _TIMERS), 1):
         return f"it takes more than {SECONDS:g} seconds"
-    return f"it takes more than {MEMORY // 2**20:,} MiB of memory"
+    memory = f"it takes more than {MEMORY // 2**20:,} MiB of memory"
+    is_fault = status is not None and status in (-signal.SIGSEGV, -signal.SIGABRT, -getattr(signal, "SIGBUS", 0))
+    return f"{memory}, or a library fails ({signal.Signals(-status).name})" if status and is_fault else memory
 
 
 @atexit.register
@@ -271,15 +275,23 @@ def restart_clock() -> None:
 
 
 def _limit(memory: int) -> bool:
-    """Have the system limit this process's memory; False where it does not."""
+    """Have the system limit the memory that this process takes from here on; False where it does not."""
     try:
         import resource
 
+        most = _taken() + memory
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
     except (ImportError, ValueError, OSError):
         return False
     return sys.platform != "darwin"  # which takes the limit and does not keep it
+
+
+def _taken() -> int:
+    """Bytes of address space that this process has; 0 where the system does not say."""
+    with suppress(OSError), open("/proc/self/statm", "rb") as told:
+        return int(told.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _serve(memory: int) -> None:
@@ -295,6 +307,7 @@ def _serve(memory: int) -> None:
             if name not in functions:
                 module, _, inner = name.partition(":")
                 functions[name] = getattr(importlib.import_module(module), inner)
+                _limit(memory)
             _seconds[0] = seconds
             restart_clock()
             answer = _packed(_answer(functions[name], arguments if held is None else (held, *arguments)))

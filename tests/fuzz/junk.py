@@ -37,6 +37,54 @@ TEMPLATES = [
     "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}",
     "{{ (prompt * 99) | without('(?:(?:[a-z ]*)*x?)*9') }}",
 ]
+# what templates are made of: texts, numbers and lists, small and beyond all measure, and what makes more of them
+_VALUES = [
+    "prompt", "messages", "'x'", "''", "none", "0", "1", "-1", "2.5", "99999", "10**9", "10**18", "9**9999",
+    "prompt * 99999", "[prompt] * 99999", "range(99999)", "range(99999) | list", "{'a': prompt}", "dict(a=1)",
+    "no_such", "row", "loop", "self",
+]  # fmt: skip
+_FILTERS = [
+    "center(10**9)", "list", "sum", "max", "sort", "join", "join(prompt)", "string", "upper", "tojson",
+    "tojson(indent=9)", "int", "truncate(1)", "wordwrap(1)", "replace('', prompt)", "indent(99999)",
+    "format(1, 2)", "urlencode", "unique | list", "first", "batch(2) | list", "slice(99999) | list",
+    "groupby('a')", "map('upper') | list", "select('in', prompt) | list", "length", "round(99999)",
+    "reverse | list", "random", "attr('__class__')", "without('(a|a)*$')", "prefix(' ')", "spaced", "no_such",
+]  # fmt: skip
+_CALLS = [
+    "count('a')", "replace('', 'ab')", "split()", "zfill(10**9)", "format(1)", "__class__",
+    "join(range(99999))", "items()",
+]  # fmt: skip
+_SIGNS = ["+", "-", "*", "/", "//", "%", "**", "~", "in", "==", "<", "and", "or"]
+
+expressions = st.recursive(
+    st.sampled_from(_VALUES),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from(_SIGNS), inner).map(lambda three: "({} {} {})".format(*three)),
+        st.tuples(inner, st.sampled_from(_FILTERS)).map(" | ".join).map("({})".format),
+        st.tuples(inner, st.sampled_from(_CALLS)).map(".".join),
+        st.tuples(inner, inner).map(lambda two: "{}[{}]".format(*two)),
+        st.lists(inner, max_size=3).map(lambda many: f"[{', '.join(many)}]"),
+    ),
+    max_leaves=5,
+)
+templates = st.one_of(
+    st.sampled_from(TEMPLATES),
+    st.tuples(
+        st.sampled_from(
+            [
+                "{{ E }}",
+                "{% for i in E %}{{ i }}{% endfor %}",
+                "{% set x = E %}{% for i in range(99999) %}{% if x == E %}a{% endif %}{% endfor %}",
+                "{% for i in E %}{% for j in E %}{{ i }}{% endfor %}{% endfor %}",
+                "{% set n = namespace(x=E) %}{% for i in range(50) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+                "{% macro m(x) %}{{ E }}{{ m(x) }}{% endmacro %}{{ m(E) }}",
+                "{{ raise_exception(E) }}",
+                "{% generation %}{{ E }}{% endgeneration %}",
+            ]
+        ),
+        expressions,
+    ).map(lambda two: two[0].replace("E", two[1])),
+)
 PATHS = [
     "../../outside/keep.txt",
     "/etc/passwd",

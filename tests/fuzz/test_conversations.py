@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
+from multiflora.base_model import load_tokenizer
 from multiflora.data.prepare import encode_tasks
-from multiflora.recipe import recipe_from
+from multiflora.recipe import ModelSpec, recipe_from
 
 from .conftest import World, fuzz
-from .junk import changed, odd, spoiled
+from .junk import changed, odd, spoiled, templates
 from .test_data_files import as_lines
 
-EACH = {"conversations": 400, "tokenizers": 150}
+EACH = {"conversations": 400, "tokenizers": 150, "chat templates": 100, "tokenizer files": 100}
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"up": 1}'}}
@@ -89,7 +91,7 @@ def tokenizers(draw: Any) -> dict[str, Any]:
     }
 
 
-def read(given: dict[str, Any], chat_template: bool, train_on: str) -> None:
+def read(given: dict[str, Any], chat_template: bool, train_on: str, words: Any = None) -> None:
     task = {"name": "talk", "source": {"train": "fuzzed.jsonl"}, "split_sizes": {}, "train_on": train_on}
     recipe = recipe_from(
         {
@@ -101,7 +103,7 @@ def read(given: dict[str, Any], chat_template: bool, train_on: str) -> None:
         }
     )
     config = GPT2Config(vocab_size=given["rows"], n_positions=given["positions"])
-    words = tokenizer(given)
+    words = words or tokenizer(given)
     pad = words.pad_token
     found = encode_tasks(recipe, words, config)
     assert words.pad_token == pad
@@ -146,6 +148,56 @@ def test_tokenizers(world: World) -> None:
         lambda example: given.__setitem__(slice(None), example),
         lambda: read(*given),
         tries=2.5,
+    )
+
+
+def test_chat_templates(world: World) -> None:
+    """Templates that a model brings along, made of whatever multiplies."""
+    Path("fuzzed.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS[:1] * 2), "utf-8")
+    given: list[Any] = []
+    made = templates.map(lambda text: text.replace("prompt", "messages[0].content"))
+    around = st.one_of(
+        made, made.map(lambda text: CHATML + text), spoiled(CHATML.encode()).map(lambda b: b.decode("latin-1"))
+    )
+    fuzz(
+        world,
+        st.tuples(around, st.sampled_from(["last", "all"])),
+        EACH["chat templates"],
+        lambda example: given.__setitem__(slice(None), example),
+        lambda: read({**GOOD, "chat_template": given[0]}, True, given[1]),
+        tries=1.5,
+    )
+
+
+def test_tokenizer_files(world: World) -> None:
+    """A folder of a tokenizer, changed or spoiled."""
+    Path("fuzzed.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS[:1] * 2), "utf-8")
+    good = world.root / "good"
+    tokenizer(GOOD).save_pretrained(good)
+    (good / "config.json").write_text(GPT2Config().to_json_string(), "utf-8")
+    names = [path.name for path in sorted(good.iterdir()) if path.suffix in (".json", ".jinja")]
+    assert "tokenizer.json" in names
+
+    def one(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
+        held = (good / name).read_bytes()
+        made = [spoiled(held)]
+        if name.endswith(".json"):
+            made.append(changed([json.loads(held)]).map(lambda value: json.dumps(value).encode()))
+        return st.tuples(st.just(name), st.one_of(made))
+
+    def write(example: tuple[str, bytes]) -> None:
+        folder = world.work / "fuzzed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        (folder / example[0]).write_bytes(example[1])
+
+    fuzz(
+        world,
+        st.sampled_from(names).flatmap(one),
+        EACH["tokenizer files"],
+        write,
+        lambda: read(GOOD, True, "all", load_tokenizer(ModelSpec(name="./fuzzed"))),
+        tries=3,
     )
 
 

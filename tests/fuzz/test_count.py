@@ -1,4 +1,4 @@
-"""How many malformed inputs the tests of this folder refuse together; each test asserts its own part."""
+"""How many inputs the tests of this folder make and refuse together; each test asserts its own part."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from . import test_adapters, test_conversations, test_data_files, test_recipes, 
 def test_at_least_two_thousand_malformed_inputs_are_refused() -> None:
     refused = {
         "recipes": test_recipes.RECIPES,
-        "task files": test_recipes.TASKS,
+        "task files": test_recipes.TASKS + test_recipes.TEMPLATES,
         "data files": sum(test_data_files.EACH.values()),
         "settings": test_settings.EACH * len(test_settings.KINDS),
-        "conversations and tokenizers": sum(test_conversations.EACH.values()),
+        "conversations, chat templates and tokenizers": sum(test_conversations.EACH.values()),
         "adapters": test_adapters.EACH * len(test_adapters.KINDS),
     }
     print(refused, sum(refused.values()))

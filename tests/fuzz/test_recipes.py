@@ -15,9 +15,9 @@ from multiflora.tasks.load import examples_of
 from multiflora.yaml_file import dump_yaml
 
 from .conftest import World, fuzz
-from .junk import changed, odd, spoiled
+from .junk import changed, expressions, odd, spoiled, templates
 
-RECIPES, TASKS = 800, 700
+RECIPES, TASKS, TEMPLATES = 800, 700, 100
 
 TASK: dict[str, Any] = {
     "name": "flowers",
@@ -53,6 +53,24 @@ SUMS = {
 }
 
 
+# what takes for ever where time goes by the square of a size
+LARGE = [
+    {**RECIPE, **{f"key{i}": i for i in range(30_000)}},
+    {**RECIPE, "method": {"name": "rlora", **{f"key{i}": i for i in range(30_000)}}},
+    {**RECIPE, "tasks": ["boolq"] * 5_000},
+    {**RECIPE, "tasks": [f"task{i}" for i in range(5_000)]},
+    {**TASK, **{f"key{i}": i for i in range(30_000)}},
+]
+TWICE = [
+    "model: a\n" * 30_000,
+    "".join(f"key{i}: 1\n" for i in range(30_000)) * 2,
+    "tasks:\n" + "- {name: boolq, weight: 1, weight: 2}\n" * 5_000,
+    "a: " + "[" * 20_000,
+    "a: &a [x]\n" + "".join(f"k{i}: *a\n" for i in range(20_000)),
+    "model: " + "x" * 3_900_000,
+]
+
+
 def as_text(good: list[Any]) -> st.SearchStrategy[bytes]:
     """YAML: good values that were changed, or good text that was spoiled, or no mapping at all."""
     texts = [dump_yaml(value).encode() for value in good]
@@ -61,8 +79,11 @@ def as_text(good: list[Any]) -> st.SearchStrategy[bytes]:
     return st.one_of(
         values.map(lambda value: json.dumps(value).encode()),
         values.map(lambda value: json.dumps(value).encode()),
-        st.sampled_from(texts).flatmap(spoiled),
+        st.integers(0, 9).flatmap(lambda n: st.sampled_from(texts if n else LARGE_TEXTS).flatmap(spoiled)),
     )
+
+
+LARGE_TEXTS = [json.dumps(value).encode() for value in LARGE] + [text.encode() for text in TWICE]
 
 
 def rows(world: World) -> None:
@@ -86,3 +107,24 @@ def test_malformed_task_files(world: World) -> None:
 
     rows(world)
     fuzz(world, as_text([TASK, TASK, CHAT, SUMS]), TASKS, Path("fuzzed.yaml").write_bytes, read)
+
+
+def test_templates(world: World) -> None:
+    """Templates made of whatever multiplies, in every place of a task that takes one."""
+    places = st.sampled_from(["prompt", "completion", "choices", "keep", "answer", "id", "group"])
+
+    def written(place: str) -> st.SearchStrategy[dict[str, Any]]:
+        made = expressions if place in ("keep", "answer", "id", "group") else templates
+        plain = {key: value for key, value in TASK.items() if key not in ("keep", "answer", "choices", "score")}
+        good = TASK if place in ("choices", "answer", "keep") else plain
+        return made.map(lambda text: {**good, place: [text, "b"] if place == "choices" else text})
+
+    rows(world)
+    fuzz(
+        world,
+        places.flatmap(written).map(lambda task: json.dumps(task).encode()),
+        TEMPLATES,
+        Path("fuzzed.yaml").write_bytes,
+        lambda: examples_of(load_task("./fuzzed.yaml"), "train") and None,
+        tries=2.5,
+    )

@@ -479,6 +479,9 @@ def test_tasks_of_the_harness_get_the_chat_template_too(
     read.clear()
     evaluate(model, tokenizer, harness_tasks=["sky"])
     assert "is the sky 0? answer:" in read
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ 'a' * 10**(8 + messages | length) }}", raising=False)
+    with pytest.raises(DataError, match=r"refuses .* MiB of memory"):
+        evaluate(model, tokenizer, harness_tasks=["sky"], chat_template=True)
 
 
 def test_an_answer_that_starts_with_a_line_end_is_read_and_not_cut(tokenizer: Any, tmp_path: Path) -> None:

@@ -170,11 +170,14 @@ def test_a_model_without_an_adapter_is_scored_too(base: Path, recipe: Recipe) ->
 
 def test_what_cannot_be_loaded_is_said(run: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"no tokenizer could be loaded from the hub id or folder 'no/where'.*'embedded'"
+        ConfigError,
+        match=r"No tokenizer could be loaded from 'no/where': there is no such folder, and as a model .*'embedded'",
     ):
         evaluate("no/where", tasks=["boolq"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from the folder"):
+    with pytest.raises(
+        ConfigError, match=r"No tokenizer could be loaded from .*: the folder holds no config\.json, but "
+    ):
         evaluate(tmp_path / "empty", tasks=["boolq"])
     (run / "adapter_config.json").rename(tmp_path / "adapter_config.json")
     with pytest.raises(AdapterError, match=r"has a recipe but no adapter.*--resume"):

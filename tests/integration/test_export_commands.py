@@ -61,7 +61,7 @@ def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
     ("words", "message"),
     [
         (["convert", "OURS"], "Give calibration examples: --calibration FILE.jsonl"),
-        (["convert", "nowhere"], "nowhere holds no adapter: adapter_config.json is missing"),
+        (["convert", "nowhere"], "nowhere does not exist. Give the folder an adapter was saved to"),
         (["convert", "OURS", "--to", "dense", "--score"], "--score compares plain LoRA"),
         (["merge", "OURS"], "Give calibration examples"),
         (["expand", "OURS"], "holds an adapter of kind MF_RLORA; expected a plain LoRA"),

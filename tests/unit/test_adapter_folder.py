@@ -169,3 +169,25 @@ def test_a_pickle_is_not_opened(make):
 def test_a_folder_without_an_adapter_is_said(tmp_path):
     with pytest.raises(AdapterError, match=r"holds no adapter: adapter_config\.json is missing"):
         check_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, "does not exist"),
+        ("", "is a file, no folder"),
+        ([], "there is nothing"),
+        (["notes.txt", "b.txt"], r"there is b\.txt, notes\.txt\. Give the folder an adapter was saved to"),
+        (["checkpoints"], "is not finished: go on with .*--resume"),
+        (["recipe.yaml"], "is not finished: go on with .*--resume"),
+        (["recipe.yaml", "config.json"], "trained a whole model, which is used as it is"),
+    ],
+)
+def test_what_is_there_instead_of_an_adapter_is_said(tmp_path, files, words):
+    folder = tmp_path / "run"
+    if files is not None:
+        folder.touch() if files == "" else folder.mkdir()
+    for name in files or ():
+        (folder / name).touch()
+    with pytest.raises(ExportError, match=f"run .*{words}"):
+        check_adapter(folder, ExportError)

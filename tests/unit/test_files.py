@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from multiflora.errors import EnvironmentProblem
-from multiflora.files import check_inside, write_json, write_text
+from multiflora.files import check_inside, check_writable, write_json, write_text
 
 
 def test_the_text_is_written_and_replaced(tmp_path: Path) -> None:
@@ -73,3 +73,12 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"leads out of"):
         check_inside(tmp_path / "run", tmp_path / "run" / ".." / "elsewhere")
     check_inside(tmp_path / "run", tmp_path / "run" / "not-there-yet" / "a")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
+def test_where_the_system_lets_nobody_make_files_that_is_said() -> None:
+    for folder in ("/proc", "/proc/run", "/proc/self/run"):
+        with pytest.raises(EnvironmentProblem, match=f"Cannot write {folder}: the system lets nobody make files or"):
+            check_writable(Path(folder))
+    with pytest.raises(EnvironmentProblem, match="Cannot write /proc/x: the system lets nobody make files or folders"):
+        write_text(Path("/proc/x"), "")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import category
 
 from multiflora.errors import DataError
-from multiflora.tasks.chat import Span, spans_of
+from multiflora.tasks.chat import Span, ahead, spans_of
 from multiflora.tasks.example import Example, Message
 
 if TYPE_CHECKING:
@@ -340,16 +340,13 @@ def _encode_rows(
     number = len(batch["prompt"])
     columns = (batch["prompt"], batch["completion"], batch.get("messages") or [()] * number)
     names = batch.get("id") or [f"{task}, example {k}" for k in range(number)]
-    spans = [
-        spans_of(
-            Example(task, name, prompt, completion, messages=tuple(Message(**turn) for turn in turns), tools=tools),
-            tokenizer,
-            chat_template,
-        )
+    examples = [
+        Example(task, name, prompt, completion, messages=tuple(Message(**turn) for turn in turns), tools=tools)
         for name, prompt, completion, turns, tools in zip(
             names, *columns, batch.get("tools") or [""] * number, strict=True
         )
     ]
+    spans = [spans_of(example, tokenizer, chat_template) for example in ahead(examples, tokenizer, chat_template)]
     encoded = encode_spans(spans, tokenizer, chat_template=chat_template)
     labels = [each.labels() for each in encoded]
     return {

@@ -13,6 +13,7 @@ from multiflora.data.check import check_answers, check_ids, context_length, larg
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.data.weights import task_weights
+from multiflora.errors import ConfigError
 from multiflora.once import once
 from multiflora.tasks import load_split
 
@@ -124,6 +125,11 @@ def _encoded(
     rows = {task.name: load_split(task, "train") for task in recipe.tasks}
     room = None if config is None else context_length(config)
     longest, limit = recipe.train.max_length, "train.max_length"
+    if room is not None and taken >= room:
+        raise ConfigError(
+            f"method.num_virtual_tokens is {taken:,}, but the model reads {room:,} tokens, those included. Set it well "
+            "below that."
+        )
     if room is not None:
         check_answers(recipe, room - taken)
     if room is not None and room - taken < longest:

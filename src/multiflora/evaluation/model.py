@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from multiflora.errors import ConfigError, DataError
 from multiflora.evaluation.prompted import generate_behind_prompt
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 from multiflora.once import once
+from multiflora.tasks.chat_template import Asked, render_chat
 from multiflora.tasks.score import before_stop
 
 __all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
@@ -151,6 +152,22 @@ class HarnessModel(HFLM):
         ids = [[self._pad] * (width - len(row)) + row for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids), torch.tensor(mask)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Write a conversation with the tokenizer's template, where the system can stop it; see the harness."""
+        words = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        words |= self.chat_template_args
+        without_system = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            with suppress(ValueError):  # some templates refuse a system prompt, and the harness then goes without
+                return render_chat(Asked(chat_history, words=words), self.tokenizer)
+            return render_chat(Asked(without_system, words=words), self.tokenizer)
+        except ValueError as error:
+            raise DataError(
+                f"The chat template of {self.tokenizer.name_or_path or 'this model'} refuses a prompt of "
+                f"lm-evaluation-harness: {' '.join(str(error).split())[:200]} Set model.chat_template to false, or "
+                "leave the harness's tasks out."
+            ) from error
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Score continuations; see the harness."""

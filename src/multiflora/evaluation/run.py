@@ -34,7 +34,7 @@ from multiflora.files import write_text
 from multiflora.recipe import EvaluateSpec
 from multiflora.suggest import nearest
 from multiflora.tasks import Example, TaskSpec, as_text, load_task
-from multiflora.tasks.chat import around_answer
+from multiflora.tasks.chat import ahead, around_answer
 from multiflora.tasks.load import examples_of
 from multiflora.tasks.shots import with_shots
 
@@ -226,7 +226,7 @@ def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> tup
             lm.count_tokens,
             around_answer(example, tokenizer, chat) if is_generated else ("", ""),
         )
-        for example in examples
+        for example in ahead(examples, tokenizer, chat)
     ]
     kept = [row for row in rows if not lm.left_out(row, new_tokens)]
     too_long = len(rows) - len(kept)

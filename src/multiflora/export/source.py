@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from multiflora.adapter_folder import load_adapter
+from multiflora.adapter_folder import check_there, load_adapter
+from multiflora.base_model import loading
 from multiflora.errors import AdapterError, ExportError
 from multiflora.export.plain import CONFIG, ROOT, WEIGHTS, read_config
 from multiflora.files import user_path
@@ -26,11 +27,7 @@ def adapter_folder(model_or_folder: Any) -> Iterator[Path]:
     """
     if isinstance(model_or_folder, str | Path):
         folder = user_path(model_or_folder)
-        if not (folder / CONFIG).is_file():
-            raise ExportError(
-                f"{folder} holds no adapter: {CONFIG} is missing. Give the folder an adapter was saved to, such as a "
-                "run's output folder."
-            )
+        check_there(folder, ExportError)
         yield folder
         return
     model = model_or_folder
@@ -82,10 +79,8 @@ def load_base(name: str, dtype: Any = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    try:
+    with loading("base model", name, _of_base):  # a quantised one needs packages and devices, too
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).eval()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # a quantised one needs packages and devices
-        raise ExportError(_not_loaded("base model", name, error)) from error
 
 
 def load_tokenizer_of(folder: Path, name: str) -> Any:
@@ -97,10 +92,8 @@ def load_tokenizer_of(folder: Path, name: str) -> Any:
     from transformers import AutoTokenizer
 
     place = str(folder) if (folder / "tokenizer_config.json").is_file() else name
-    try:
+    with loading("tokenizer", place, _of_base):
         return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ExportError(_not_loaded("tokenizer", place, error)) from error
 
 
 def load_adapted(folder: Path, name: str, dtype: Any = "auto", *, may_untie: bool = False) -> Any:
@@ -128,6 +121,5 @@ def resize(model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _not_loaded(what: str, name: str, error: Exception) -> str:
-    why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
-    return f"No {what} could be loaded from {name!r}: {why}. Give the base model's folder or hub id with --base."
+def _of_base(told: str) -> ExportError:
+    return ExportError(f"{told}. Give the base model's folder or hub id with --base.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from multiflora.adapter_folder import load_adapter
+from multiflora.adapter_folder import check_there, load_adapter
 from multiflora.adapter_tensors import method_of
 from multiflora.context import configs_of
 from multiflora.errors import AdapterError, ConfigError
@@ -64,8 +64,7 @@ def name_adapters(words: list[str]) -> dict[str, Path]:
         name, equals, place = word.partition("=")
         folder = user_path(place if equals else word)
         name = name if equals else folder.resolve().name
-        if not (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{folder} holds no adapter: adapter_config.json is missing. Give the folder of one.")
+        check_there(folder, ConfigError)
         if not name or name in found:
             raise ConfigError(f"Two adapters are called {name!r}; name them apart: NAME={folder}.")
         found[name] = folder

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from multiflora.data.check import context_length
 from multiflora.data.encode import prompt_ids
 from multiflora.errors import AdapterError
@@ -97,10 +95,10 @@ def _task(served: Served, request: Request, header: str | None) -> str | int | N
 def _chat(request: ChatRequest, tokenizer: Any) -> list[list[int]]:
     if not getattr(tokenizer, "chat_template", None):
         raise RefusedError("This model has no chat template; use /v1/completions with a prompt.", 400, "messages")
-    turns = [{"role": message.role, "content": message.text()} for message in request.messages]
+    turns = [message.for_template() for message in request.messages]
     try:
         text = opened(turns, tokenizer)
-    except jinja2.TemplateError as error:
+    except ValueError as error:
         raise RefusedError(f"The model's chat template refuses these messages: {error}", 400, "messages") from error
     return [prompt_ids(text, tokenizer, chat_template=True)]
 

@@ -66,9 +66,10 @@ class Message(_Strict):
     content: str | list[_TextPart]
     name: str | None = None
 
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def for_template(self) -> dict[str, str]:
+        """The turn as a chat template reads it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text, **({} if self.name is None else {"name": self.name})}
 
 
 class ChatRequest(Request):

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from multiflora.errors import ConfigError, DataError
-from multiflora.tasks.example import Example, Message
+from multiflora.tasks.chat_template import Asked, render_all, render_chat
+from multiflora.tasks.example import Example, Message, answered
 
-__all__ = ["Span", "answer_in", "around_answer", "as_text", "opened", "spans_of"]
+__all__ = ["Span", "ahead", "answer_in", "around_answer", "as_text", "opened", "spans_of"]
 
 Span = tuple[str, bool]
 """A stretch of text, and whether it carries loss."""
 
 _STAND_IN = "the-answer-stands-here"
+_OPEN = {"add_generation_prompt": True}
+AHEAD = 64
+"""Examples that are rendered in one call."""
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^<>\[\]\s]+")
 
@@ -66,22 +68,21 @@ def spans_of(example: Example, tokenizer: Any, chat_template: bool) -> list[Span
     if not chat_template:
         return _plain_spans(example)
     turns = _turns(example)
-    tools = json.loads(example.tools) if example.tools else None
-    whole = _rendered(turns, tokenizer, tools, example)
+    whole = _rendered(turns, tokenizer, example)
     if _STAND_IN in whole:
         raise DataError(f"{example.id}: the conversation holds {_STAND_IN!r}, which stands for answers here.")
-    _check_nothing_lost(turns, tools, whole, example, tokenizer)
+    _check_nothing_lost(turns, whole, example, tokenizer)
     spans: list[Span] = []
     done = 0
     for i, turn in enumerate(turns[:-1]):
         if turn.loss:
-            start, end = _place(turns, i, whole, tokenizer, tools, example)
+            start, end = _place(turns, i, whole, tokenizer, example)
             spans += [(whole[done:start], False), (whole[start:end], True)]
             done = end
-    prompt = _rendered(turns[:-1], tokenizer, tools, example, add_generation_prompt=True)
+    prompt = _rendered(turns[:-1], tokenizer, example, is_open=True)
     if not whole.startswith(prompt):
         raise _other_prefix(prompt, whole, example, tokenizer)
-    _, closing = _around(turns, len(turns) - 1, tokenizer, tools, example)
+    _, closing = _around(turns, len(turns) - 1, tokenizer, example)
     return [*spans, (whole[done : len(prompt)], False), (_up_to_eos(whole[len(prompt) :], closing, tokenizer), True)]
 
 
@@ -111,9 +112,55 @@ def opened(turns: Sequence[Mapping[str, Any]], tokenizer: Any, tools: Any = None
         tools: The tools that may be called.
 
     Raises:
-        jinja2.TemplateError: The template refuses the turns.
+        ValueError: The template refuses the turns, or would take or make too much.
     """
-    return str(tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=True))
+    return render_chat(Asked(turns, tools, _OPEN), tokenizer)
+
+
+def ahead(examples: Sequence[Example], tokenizer: Any, chat_template: bool) -> Iterator[Example]:
+    """Go through examples while what a chat template makes of them is rendered ahead, many in one call.
+
+    `spans_of` and `around_answer` then have the texts at hand, of an example and of its other choices.
+    """
+    if not chat_template or not getattr(tokenizer, "chat_template", None):
+        yield from examples
+        return
+    for start in range(0, len(examples), AHEAD):
+        chunk = examples[start : start + AHEAD]
+        wanted = list(dict.fromkeys(key for example in chunk for key in _keys(example)))
+        texts = render_all([_asked(*key) for key in wanted], tokenizer)
+        _ready.update({key: (tokenizer, text) for key, text in zip(wanted, texts, strict=True) if text is not None})
+        try:
+            yield from chunk
+        finally:
+            _ready.clear()
+
+
+_Key = tuple[tuple[Message, ...], str, bool]
+_ready: dict[_Key, tuple[Any, str]] = {}
+"""What `ahead` has rendered: turns, tools, whether the assistant is to begin -> the tokenizer, the text."""
+
+
+def _keys(example: Example) -> Iterator[_Key]:
+    """What will be asked of the template for an example, and for each of its choices."""
+    for text in example.choices or (None,):
+        turns = _turns(example if text is None else answered(example, text))
+        last = len(turns) - 1
+        yield turns, example.tools, False
+        yield turns[:-1], example.tools, True
+        for i, turn in enumerate(turns):
+            if turn.loss or i == last:
+                yield _with_stand_in(turns, i), example.tools, False
+            if turn.loss and i != last:
+                yield _with_stand_in(turns[: i + 1], i), example.tools, False
+                yield turns[:i], example.tools, True
+    turns = _turns(example)
+    yield (*turns[:-1], Message("assistant", _STAND_IN)), example.tools, False
+
+
+def _asked(turns: Sequence[Message], tools: str, is_open: bool) -> Asked:
+    read = [turn.for_template() for turn in turns]
+    return Asked(read, json.loads(tools) if tools else None, _OPEN if is_open else {})
 
 
 def around_answer(example: Example, tokenizer: Any, chat_template: bool) -> tuple[str, str]:
@@ -126,9 +173,8 @@ def around_answer(example: Example, tokenizer: Any, chat_template: bool) -> tupl
         return "", ""
     turns = _turns(example)
     plain = (*turns[:-1], Message("assistant", _STAND_IN))
-    tools = json.loads(example.tools) if example.tools else None
-    prompt = _rendered(turns[:-1], tokenizer, tools, example, add_generation_prompt=True)
-    before, behind = _around(plain, len(plain) - 1, tokenizer, tools, example)
+    prompt = _rendered(turns[:-1], tokenizer, example, is_open=True)
+    before, behind = _around(plain, len(plain) - 1, tokenizer, example)
     return before[len(prompt) :] if before.startswith(prompt) else "", _up_to_eos(behind, behind, tokenizer)
 
 
@@ -153,32 +199,34 @@ def _turns(example: Example) -> tuple[Message, ...]:
     )
 
 
-def _rendered(
-    turns: Sequence[Message], tokenizer: Any, tools: Any, example: Example, *, add_generation_prompt: bool = False
-) -> str:
+def _rendered(turns: Sequence[Message], tokenizer: Any, example: Example, *, is_open: bool = False) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"model.chat_template is true, but the tokenizer of {_name(tokenizer)} has no chat template. "
             "Set it to false, or use the instruction-tuned model of that family."
         )
-    asked = [turn.for_template() for turn in turns]
+    key = (tuple(turns), example.tools, is_open)
+    held, text = _ready.get(key, (None, ""))
+    if held is tokenizer:
+        return text
     try:
-        if add_generation_prompt:
-            return opened(asked, tokenizer, tools)
-        return str(tokenizer.apply_chat_template(asked, tools=tools, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        told = " ".join(str(error).split())[:200]
+        return render_chat(_asked(*key), tokenizer)
+    except ValueError as error:
+        told = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(
             f"{example.id}: the chat template of {_name(tokenizer)} refuses this conversation "
-            f"({', '.join(turn.role for turn in turns)}): {told} Leave such rows out with 'keep', or set "
+            f"({', '.join(turn.role for turn in turns)}): {told}. Leave such rows out with 'keep', or set "
             "model.chat_template to false."
         ) from error
 
 
-def _around(turns: Sequence[Message], i: int, tokenizer: Any, tools: Any, example: Example) -> tuple[str, str]:
+def _with_stand_in(turns: Sequence[Message], i: int) -> tuple[Message, ...]:
+    return (*turns[:i], turns[i]._replace(content=_STAND_IN), *turns[i + 1 :])
+
+
+def _around(turns: Sequence[Message], i: int, tokenizer: Any, example: Example) -> tuple[str, str]:
     """The text before and behind what a turn says, found by a stand-in: a short answer may stand elsewhere, too."""
-    stood = [*turns[:i], turns[i]._replace(content=_STAND_IN), *turns[i + 1 :]]
-    before, found, behind = _rendered(stood, tokenizer, tools, example).partition(_STAND_IN)
+    before, found, behind = _rendered(_with_stand_in(turns, i), tokenizer, example).partition(_STAND_IN)
     if not found:
         raise ConfigError(
             f"the chat template of {_name(tokenizer)} does not write what the assistant says, so there is nothing to "
@@ -187,13 +235,11 @@ def _around(turns: Sequence[Message], i: int, tokenizer: Any, tools: Any, exampl
     return before, behind
 
 
-def _place(
-    turns: Sequence[Message], i: int, whole: str, tokenizer: Any, tools: Any, example: Example
-) -> tuple[int, int]:
+def _place(turns: Sequence[Message], i: int, whole: str, tokenizer: Any, example: Example) -> tuple[int, int]:
     """Where an answer before the last one begins and ends in the whole text, the mark that closes it included."""
-    before, behind = _around(turns, i, tokenizer, tools, example)
-    closing = _around(turns[: i + 1], i, tokenizer, tools, example)[1]
-    prompt = _rendered(turns[:i], tokenizer, tools, example, add_generation_prompt=True)
+    before, behind = _around(turns, i, tokenizer, example)
+    closing = _around(turns[: i + 1], i, tokenizer, example)[1]
+    prompt = _rendered(turns[:i], tokenizer, example, is_open=True)
     start = len(prompt) if whole.startswith(prompt) else len(before)
     if not (whole.startswith(before) and whole.endswith(behind)) or start > len(before):
         raise ConfigError(
@@ -219,7 +265,7 @@ def _up_to_eos(completion: str, closing: str, tokenizer: Any) -> str:
     return completion[: len(completion) - len(closing)] + closing.partition(eos)[0]
 
 
-def _check_nothing_lost(turns: Sequence[Message], tools: Any, whole: str, example: Example, tokenizer: Any) -> None:
+def _check_nothing_lost(turns: Sequence[Message], whole: str, example: Example, tokenizer: Any) -> None:
     """Refuse a conversation of which the template writes only a part; old reasoning may go, as templates mean it to."""
     for number, turn in enumerate(turns, start=1):
         more = turn.for_template()
@@ -236,7 +282,7 @@ def _check_nothing_lost(turns: Sequence[Message], tools: Any, whole: str, exampl
                 f"{lost}, so the model would never see it. Leave such rows out with 'keep', or use a model whose "
                 "template writes it."
             )
-    for tool in tools or ():
+    for tool in json.loads(example.tools) if example.tools else ():
         name = (tool.get("function") or tool).get("name")
         if isinstance(name, str) and name not in whole:
             raise DataError(

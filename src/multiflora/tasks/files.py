@@ -32,8 +32,6 @@ MOST_ROWS = 2_000_000
 """Rows of one file: each is a mapping in memory."""
 ROW_BYTES = 400
 """The least that a row takes in memory: the mapping, its place and a short value."""
-BATCH = 256
-"""Rows of a Parquet file that are held unpacked at a time."""
 
 
 def split_files(source: FilesSource) -> dict[Split, tuple[Path, ...]]:
@@ -129,13 +127,22 @@ def _size(path: Path) -> int:
     try:
         if path.suffix != ".parquet":
             return path.stat().st_size
-        meta = _parquet_file(path).metadata
-        if meta.num_rows > MOST_ROWS:
-            raise DataError(_too_many(path))
-        packed = int(sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)))
-        return max(packed, int(meta.num_rows) * ROW_BYTES)  # equal values are packed into one
+        number, size = _parquet_sizes(path)
+        return max(size, number * ROW_BYTES)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check the path and your rights to it.") from error
+
+
+def _parquet_sizes(path: Path) -> tuple[int, int]:
+    """Rows of a Parquet file and the bytes that they take unpacked; equal ones are packed into next to nothing.
+
+    Raises:
+        DataError: There are more than are held in memory.
+    """
+    number, size = _stoppable(path, "sizes")
+    if number > MOST_ROWS:
+        raise DataError(_too_many(path))
+    return number, size
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -263,29 +270,24 @@ def _csv(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}.") from error
 
 
-def _parquet_file(path: Path) -> Any:
-    import pyarrow as pa  # type: ignore[import-untyped]  # comes with datasets; only those who read Parquet wait for it
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is not a Parquet file: {_one_line(error)}") from error
-
-
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
+    """The rows of a Parquet file, from the process that the system stops, see `multiflora.tasks.parquet`."""
+    _parquet_sizes(path)
+    number = 0
+    while rows := _stoppable(path, "rows_from", number):
+        for row in rows:
+            number += 1
+            yield f"{path}, row {number}", row
 
-    table, number = _parquet_file(path), 0
+
+def _stoppable(path: Path, function: str, *arguments: int) -> Any:
     try:
-        for batch in table.iter_batches(batch_size=BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-    # a KeyError is a time zone that this machine does not know
-    except (pa.ArrowException, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        raise DataError(f"{path}, after row {number}: the Parquet file cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        return run(f"multiflora.tasks.parquet:{function}", str(path.absolute()), *arguments)
+    except StoppedError as error:
+        after = f", after row {arguments[0]:,}" if arguments else ""
+        raise DataError(
+            f"{path}{after}: {error} to read the next rows of this Parquet file. It is damaged, or its rows or pages "
+            "are very large: write it again with smaller pages, or as JSONL."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path}{error}") from error

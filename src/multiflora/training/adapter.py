@@ -25,6 +25,7 @@ from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
 from multiflora.patterns import pattern_problems
 from multiflora.recipe import Recipe
+from multiflora.suggest import shown
 from multiflora.tied import check_tied, tied_modules
 from multiflora.training.baselines import adalora_steps
 from multiflora.training.processes import is_first_process, is_sharded
@@ -64,6 +65,9 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
     torch.manual_seed(recipe.seed)
     for problem in pattern_problems(recipe.method.settings, (name for name, _ in model.named_modules())):
         raise ConfigError(f"method.{problem}")
+    for word in getattr(config, "target_parameters", None) or ():
+        if not any(name.endswith(word) for name, _ in model.named_parameters()):
+            raise ConfigError(f"method.target_parameters holds {shown(word)}, and no parameter's name ends in that.")
     try:
         return put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
@@ -152,6 +156,17 @@ def adapter_config(recipe: Recipe) -> Any:
         raise ConfigError(
             "method.init_lora_weights is 'loftq', which rounds the base model's weights; the adapter would fit that "
             "rounded model, which is not saved, and no other. Load a quantised base model, or choose another start."
+        )
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if start in ("eva", "corda"):
+        raise ConfigError(
+            f"method.init_lora_weights is {start!r}, which looks at data before the training; a recipe has no place "
+            "for that, and without it the start would be another one. Take method: loraga, which does look, or pissa."
+        )
+    if getattr(config, "task_type", None) not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"method.task_type is {config.task_type!r}, but what is trained here is a causal language model. Leave it "
+            "out."
         )
     if name == "adalora" and train.max_steps is not None:
         adalora_steps(recipe.method.settings, train.max_steps)

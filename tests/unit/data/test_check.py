@@ -49,6 +49,12 @@ def test_an_id_without_an_embedding_is_refused(tmp_path: Path) -> None:
     check_ids([], 5, "t")
 
 
+def test_a_learned_prompt_that_fills_the_context_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(n_positions=5, vocab_size=11)
+    with pytest.raises(ConfigError, match=r"num_virtual_tokens is 5, but the model reads 5 tokens, those included"):
+        encode_tasks(recipe(tmp_path, ["a b"]), make_tokenizer(), config, taken=5)
+
+
 def test_answers_that_fill_the_context_are_refused_before_training(tmp_path: Path) -> None:
     asked = recipe(tmp_path, [" up"])
     exact = asked.tasks[0].model_copy(update={"score": "exact"})

@@ -1,4 +1,6 @@
 import json
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from multiflora.errors import DataError
+from multiflora.stoppable import run
 from multiflora.tasks import FilesSource
 from multiflora.tasks.files import check_size, read_rows, split_files
 
@@ -188,6 +191,8 @@ def test_equal_rows_that_are_packed_into_nothing_are_refused_before_they_are_unp
     assert path.stat().st_size < 1_000_000
     with pytest.raises(DataError, match="has more than 2,000,000 rows, which are all held in memory"):
         check_size([path])
+    with pytest.raises(DataError, match="has more than 2,000,000 rows"):
+        next(read_rows(path))
 
 
 def test_a_time_zone_that_nobody_knows_is_said(tmp_path: Path) -> None:
@@ -195,6 +200,49 @@ def test_a_time_zone_that_nobody_knows_is_said(tmp_path: Path) -> None:
     pq.write_table(pa.table({"at": pa.array([0], pa.timestamp("s", tz="Nowhere/Land"))}), path)
     with pytest.raises(DataError, match=r"r\.parquet, after row 0: the Parquet file cannot be read: .*Nowhere/Land"):
         list(read_rows(path))
+
+
+def test_a_parquet_file_that_unpacks_to_more_than_memory_holds_is_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(256, np.int8)), pa.array(["a" * 3_000_000]))
+    pq.write_table(pa.table({"prompt": column}), path)
+    with pytest.raises(DataError, match=r"r\.parquet, after row 0: it takes more than 512 MiB of memory to read the"):
+        list(read_rows(path))
+
+
+def test_rows_of_parquet_files_come_in_order_whatever_happens_between_two_calls(tmp_path: Path) -> None:
+    """The process that reads holds the place of one file; it may be another file's, or a new process."""
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    wanted = [[{"n": i, "text": name * 20_000} for i in range(600)] for name in "ab"]
+    for path, rows in zip(paths, wanted, strict=True):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500)
+    both = [[row for _, row in pair] for pair in zip(*map(read_rows, paths), strict=True)]
+    assert both == list(map(list, zip(*wanted, strict=True)))
+    reading = read_rows(paths[0])
+    first = [next(reading) for _ in range(300)]
+    with pytest.raises(ValueError, match="memory"):
+        run("operator:mul", "a", 10**12)
+    assert [row for _, row in [*first, *reading]] == wanted[0]
+    assert [where for where, _ in first][299] == f"{paths[0]}, row 300"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([datetime(2026, 1, 2, 3, 4, 5, 6)]),
+        pa.array([date(2026, 1, 2)]),
+        pa.array([timedelta(seconds=3)]),
+        pa.array([Decimal("1.10")]),
+        pa.array([b"\x00a"]),
+        pa.array([[{"a": [1, None, 2.5], "b": True}]]),
+        pa.array([float("inf")]),
+    ],
+)
+def test_values_of_parquet_files_are_those_that_pyarrow_gives(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"value": column}), tmp_path / "r.parquet")
+    assert list(read_rows(tmp_path / "r.parquet")) == [
+        (f"{tmp_path / 'r.parquet'}, row 1", {"value": column[0].as_py()})
+    ]
 
 
 def test_a_pattern_over_a_huge_tree_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

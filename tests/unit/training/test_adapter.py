@@ -139,6 +139,20 @@ def test_an_adapter_whose_start_was_taken_off_is_saved_for_the_model_as_it_was(
         check_answers(probe(model), untouched, tmp_path, exact=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"init_lora_weights": "eva"}, "is 'eva', which looks at data before the training"),
+        ({"init_lora_weights": "corda"}, "is 'corda', which looks at data before the training"),
+        ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', but what is trained here is a causal language model"),
+        ({"target_parameters": ["no.such"]}, "target_parameters holds 'no.such', and no parameter's name ends in that"),
+    ],
+)
+def test_settings_that_would_be_passed_over_without_a_word_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        add_adapter(make_base(), make_recipe({"name": "lora", **settings}))
+
+
 def test_a_run_that_would_be_lost_at_its_save_is_refused_before_it_trains() -> None:
     rounding = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
     with pytest.raises(ConfigError, match=r"init_lora_weights is 'loftq'"):
