@@ -64,6 +64,13 @@ def test_alignment(tasks):
     assert torch.equal(alignment(x, ids, 3, None), alignment(x, ids, 3, torch.ones(24)))
 
 
+def test_alignment_of_two_tokens_each():
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    ids, keep = torch.tensor([0, 1, 0, 1, 2]), torch.ones(5)
+    same_with_gradients(x, alignment(x, ids, 3, keep), plain_alignment(x, ids, 3, keep))
+
+
 def test_alignment_of_one_task_or_single_tokens_is_nothing():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     for ids in ([1] * 6, [0, 1, 1, 1, 1, 1]):

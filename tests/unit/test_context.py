@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import multiflora
-from multiflora import AdapterError, MoeLoraConfig
+from multiflora import AdapterError, HydraLoraConfig, MoeLoraConfig
 from multiflora.context import find
 
 
@@ -72,6 +72,65 @@ def test_an_unknown_name(model):
 def test_other_models_are_left_alone():
     with multiflora.task(nn.Linear(2, 2), "anything"):
         pass
+
+
+def test_an_adapter_that_was_told_of_no_tasks_takes_no_part():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), HydraLoraConfig(target_modules=["0"])).eval()
+    x, seen = torch.randn(2, 6), []
+    find(model).recorder = lambda layer, gate, tasks: seen.append(tasks)
+    with multiflora.task(model, "sum"):
+        model(x)
+    assert seen == [None]
+    model(x, task_id=torch.tensor([7, 3]))
+    assert seen[1].tolist() == [7, 3]
+    with pytest.raises(AdapterError, match=r"no task 'sum'; its tasks are not named in its config \(set task_names\)"):
+        model(x, task_id=["sum", "sort"])
+
+
+class Cut(nn.Module):
+    """A layer that sees each row's vector cut into pieces, or more pieces than rows in an order of its own."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.lin = shape, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.lin(x.reshape(self.shape)).reshape(x.shape)
+
+
+def cut(*shape):
+    torch.manual_seed(0)
+    config = MoeLoraConfig(target_modules=["lin"], task_names=["sum", "sort"], init_weights=False, lora_dropout=0.0)
+    return get_peft_model(Cut(shape), config).eval()
+
+
+def test_pieces_of_rows_have_their_row_s_task_where_their_order_is_known():
+    x, both = torch.randn(2, 12), torch.tensor([0, 1])
+    rows = cut(2, 2, 6)
+    wanted = torch.cat([rows(x, task_id=torch.tensor([one]))[one : one + 1] for one in both])
+    assert torch.equal(rows(x, task_id=both), wanted)
+    flat = cut(4, 6)
+    with pytest.raises(AdapterError, match=r"lin sees 4 tokens of a batch of 2 rows, and not in the order of the rows"):
+        flat(x, task_id=both)
+    assert torch.equal(flat(x, task_id=torch.tensor([1, 1])), rows(x, task_id=torch.tensor([1, 1])))
+
+
+def test_a_layer_called_by_itself_takes_a_task_for_each_of_its_rows_or_one_for_all(model):
+    layer, x = model.base_model.model[0], torch.randn(4, 6)
+    with multiflora.task(model, ["sum", "sort", "sort", "sum"]):
+        each = layer(x)
+    for name, rows in (("sum", [0, 3]), ("sort", [1, 2])):
+        with multiflora.task(model, name):
+            assert torch.equal(layer(x)[rows], each[rows])
+    with multiflora.task(model, ["sum", "sum", "sort", "sort"]):
+        copies = layer(x)
+    with multiflora.task(model, ["sum", "sort"]):  # copies of a row lie together
+        assert torch.equal(layer(x), copies)
+    with (
+        multiflora.task(model, ["sum", "sort", "sum"]),
+        pytest.raises(AdapterError, match=r"tasks for 3 rows, but .* 4"),
+    ):
+        layer(x)
 
 
 def test_a_copy_has_a_state_of_its_own(model):

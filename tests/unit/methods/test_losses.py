@@ -11,7 +11,7 @@ from torch import nn
 
 import multiflora
 from multiflora import AdapterError, LoraMoeConfig, RLoraConfig
-from multiflora.methods.losses import localized_balance, per_row, router_z, squared_variation
+from multiflora.methods.losses import load_balance, localized_balance, per_row, router_z, squared_variation
 
 
 def test_squared_variation():
@@ -41,6 +41,18 @@ def test_router_z():
     assert router_z(logits, None).item() == pytest.approx(math.log(4) ** 2)
     logits[2] = 100.0
     assert router_z(logits, torch.tensor([1, 1, 0])).item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_few_entries_and_few_tokens_are_counted_as_they_are():
+    assert squared_variation(torch.tensor([1.0, 3.0])).item() == pytest.approx(2 / 4)
+    assert squared_variation(torch.tensor([1.0, 9.0, 3.0]), torch.tensor([1, 0, 1])).item() == pytest.approx(2 / 4)
+    logits = torch.tensor([[2.0, 1.0, 0.0], [5.0, 0.0, 9.0]])
+    gate, one, none = torch.tensor([[0.7, 0.3, 0.0], [0.5, 0.0, 0.5]]), torch.tensor([1, 0]), torch.zeros(2)
+    p = torch.softmax(logits[0], 0)
+    assert load_balance(logits, gate, one).item() == pytest.approx(3 * float(p[0] + p[1]) / 2)
+    assert router_z(logits, one).item() == pytest.approx(float(torch.logsumexp(logits[0], 0)) ** 2)
+    assert load_balance(logits, gate, none).item() == router_z(logits, none).item() == 0
+    assert per_row(gate, 2, none).tolist() == [[0.0] * 3] * 2
 
 
 def test_auxiliary_loss_reaches_the_router():

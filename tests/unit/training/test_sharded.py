@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from multiflora.methods import build_config
@@ -31,3 +32,11 @@ def test_nothing_is_missing_and_nothing_of_the_base_is_there(
     saved = get_peft_model_state_dict(model, state_dict=found)
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+def test_of_a_whole_model_the_buffers_are_there_that_it_saves() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("scratch", torch.ones(1), persistent=False)
+    found = adapter_tensors(model)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
