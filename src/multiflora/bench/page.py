@@ -218,8 +218,8 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     held = set(verdict.held)
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
-    profiles = {case.name: case.profile for case in (*results.layers, *results.steps, *results.generate)}
-    profile = next((own for name, own in profiles.items() if worst is not None and worst.case.endswith(name)), {})
+    cases: list[LayerCase | StepCase | GenerateCase] = [*results.layers, *results.steps, *results.generate]
+    profile = next((case.profile for case in cases if worst is not None and worst.case.endswith(case.name)), {})
     ours = verdict.target.ours
     operators = sorted(profile.get(ours, {}).items(), key=lambda item: -item[1])[:8]
     frozen = profile.get("frozen") or profile.get("base", {})

@@ -11,7 +11,13 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from multiflora.errors import ConfigError
-from multiflora.training.baselines import adalora_steps, orthogonality, restore_training, save_training, training_settings
+from multiflora.training.baselines import (
+    adalora_steps,
+    orthogonality,
+    restore_training,
+    save_training,
+    training_settings,
+)
 from tests.integration.toys import make_recipe
 
 TinyLlama = Callable[..., LlamaForCausalLM]
