@@ -68,12 +68,12 @@ class Cell:
     refusals: list[str] = field(default_factory=list)
 
     def text(self, notes: list[str]) -> str:
-        """The cell; a refusal's reason joins the notes."""
+        """The cell; the reasons of refusals join the notes."""
         if self.refusals:
             for reason in self.refusals:
                 if reason not in notes:
                     notes.append(reason)
-            return f"refused [{notes.index(self.refusals[0]) + 1}]"
+            return f"refused {sorted({notes.index(reason) + 1 for reason in self.refusals})}"
         return "–" if self.outcomes == {"skipped"} else "✓"
 
 
