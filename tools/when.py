@@ -52,7 +52,7 @@ RATES, FACTOR, GROW = (1e-3, 3e-3, 1e-2, 3e-2), 3.0, 3
 """The first learning rates, the step by which the grid grows where a best rate is on its edge, by how many rates."""
 
 _FORMAT = 1
-_CODE = ("data", "evaluate", "methods", "ops", "tasks", "train")  # parts of the library that make a cell's numbers
+_CODE = ("data", "evaluation", "methods", "ops", "tasks", "training")  # parts of the library that make a cell's numbers
 
 
 class Condition(NamedTuple):
