@@ -135,5 +135,5 @@ def _kept(model: Any, rows: int, length: int, positions: int) -> int:
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config could be loaded from the folder .*config\.json"):
+    with pytest.raises(ConfigError, match=r"No config could be loaded from .*the folder holds no config\.json"):
         load_config(ModelSpec(name=str(tmp_path)))
