@@ -297,6 +297,14 @@ def rendered_all(rows: Sequence[Mapping[str, Any]], sources: Sequence[tuple[str,
     return found
 
 
+def _holds_huge_number(value: Any) -> bool:
+    """Whether there is a whole number in it that Python would not write, as it has more than 4,300 digits."""
+    if isinstance(value, int):
+        return value.bit_length() > 14_000
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(_holds_huge_number(part) for part in parts)
+
+
 def rendered(row: Mapping[str, Any], source: str, is_expression: bool) -> tuple[str, Any]:
     """Do the work of `template` and `expression`, in the process that can be stopped."""
     try:
@@ -304,6 +312,8 @@ def rendered(row: Mapping[str, Any], source: str, is_expression: bool) -> tuple[
         value = compiled(variables(row)) if is_expression else compiled.render(variables(row))
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ValueError(f"it gives more than {LONGEST_TEXT:,} characters")
+        if _holds_huge_number(value):
+            raise ValueError("it gives a whole number of more than 4,000 digits")
         return ("undefined", None) if isinstance(value, Undefined) else ("value", value)
     except NullPrintedError as error:
         return "null", str(error)

@@ -187,3 +187,10 @@ def test_a_row_that_cannot_be_rendered_ahead_fails_where_it_stands(tmp_path, mon
     task = {"name": "t", "source": str(tmp_path / "rows.jsonl"), "prompt": prompt, "completion": " b"}
     with pytest.raises(DataError, match=r"line 3: the prompt of task t fails on this row: it takes more than 0\.2 sec"):
         examples_of(load_task(task), "train")
+
+
+@pytest.mark.parametrize("source", ["9**9999", "[1, [9**9999]]", "{'a': -9**9999}"])
+def test_a_number_that_python_would_not_write_is_refused_where_it_is_made(source: str) -> None:
+    with pytest.raises(ValueError, match="a whole number of more than 4,000 digits"):
+        expression(source, {})
+    assert expression("9**99", {}) == 9**99
