@@ -11,8 +11,9 @@ import torch
 from transformers import PrinterCallback
 
 from multiflora.context import find
+from multiflora.data.mixture import Mixture
 from multiflora.data.prepare import Examples, TrainingData, fill_up
-from multiflora.errors import Interrupted
+from multiflora.errors import ConfigError, Interrupted
 from multiflora.recipe import Recipe
 from multiflora.training.arguments import steps_of, training_arguments
 from multiflora.training.baselines import schedules, training_settings
@@ -30,6 +31,11 @@ __all__ = ["fit", "order_examples"]
 
 log = logging.getLogger(__name__)
 
+MOST_EXAMPLES = 100_000_000
+"""Examples of one training, repeats included: their order is held in memory."""
+MOST_PASSES = 100_000
+"""Passes over a task: each is shuffled anew."""
+
 
 def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tuple[TrainingData, int]:
     """Return the data of a run in their order, and its optimiser steps.
@@ -41,12 +47,34 @@ def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tu
     """
     steps, number = steps_of(recipe, examples.mixture.epoch_size, processes)
     settings, per_step = recipe.train, _per_step(recipe, processes)
+    _check_amount(number, examples.mixture)
     data = examples.take(
         number,
         batch_size=per_step if settings.group_by_length and not settings.packing else None,
         weigh_in=per_step if settings.loss == "tasks" else None,
     )
     return data, steps
+
+
+def _check_amount(number: int, mixture: Mixture) -> None:
+    """Refuse an order of examples that could not be held in memory, or would take for ever to draw.
+
+    Raises:
+        ConfigError: There are too many examples, or too many passes over a task.
+    """
+    drawn = max(number, mixture.epoch_size)
+    if drawn > MOST_EXAMPLES:
+        raise ConfigError(
+            f"train and mixture ask for {drawn:,} examples, repeats included; expected at most {MOST_EXAMPLES:,}. Set "
+            "train.max_steps, train.epochs, train.batch_size, train.gradient_accumulation or mixture.epoch_size lower."
+        )
+    for name, size, count in zip(mixture.names, mixture.sizes, mixture.counts, strict=True):
+        passes = -(-drawn * max(1, -(-count // size)) // mixture.epoch_size)
+        if passes > MOST_PASSES:
+            raise ConfigError(
+                f"train asks for {drawn:,} examples, about {passes:,} passes over task {name}, which has {size:,}; "
+                f"expected at most {MOST_PASSES:,} passes. Set train.max_steps or train.epochs lower."
+            )
 
 
 def _per_step(recipe: Recipe, processes: int) -> int:
