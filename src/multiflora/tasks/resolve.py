@@ -114,7 +114,14 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         return task
     facts = facts_of(source, task.get("keep"))
     row = facts.first
-    if is_conversation(row.get("prompt")):
+    if is_conversation(row.get("prompt")) and "choices" in row:
+        task["messages"] = "prompt"
+    elif is_conversation(row.get("prompt")):
+        if task.get("completion") is None and not is_conversation(row.get("completion")):
+            raise DataError(
+                f"{_first_file(source)}: prompt is a list of turns and completion is {shown(row.get('completion'))}; "
+                'expected a list of turns in both: "completion": [{"role": "assistant", "content": "..."}].'
+            )
         task["messages"] = "prompt + completion"  # trl's form
     elif "messages" in facts.with_column and "prompt" not in row:
         task["messages"] = "messages"

@@ -91,3 +91,8 @@ def test_tools_and_trls_columns_are_found(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": [U], "completion": [A]}) + "\n")
     made = examples_of(load_task({"name": "t", "source": str(tmp_path / "t.jsonl"), "split_sizes": {}}), "train")[0]
     assert (made.prompt, made.completion) == ("User: Q?\nAssistant:", " Yes.")
+    (tmp_path / "u.jsonl").write_text(json.dumps({"prompt": [U], "completion": " Yes."}) + "\n")
+    with pytest.raises(
+        DataError, match=r"prompt is a list of turns and completion is ' Yes\.'; expected a list of turns"
+    ):
+        load_task({"name": "t", "source": str(tmp_path / "u.jsonl")})
