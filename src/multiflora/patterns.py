@@ -13,13 +13,17 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from multiflora.stoppable import StoppedError, run
+from multiflora.stoppable import StoppedError, restart_clock, run
 from multiflora.suggest import shown
 
 __all__ = ["pattern_problems", "why_refused"]
 
 LONGEST = 20_000
 """Characters of the longest pattern: peft writes all layers' names into one."""
+MOST = 5_000
+"""Patterns of one setting: peft matches each with the name of every module."""
+AHEAD = 256
+"""Patterns that are tried in one call."""
 # how peft looks for each of them in a module's name; those of a list are names and no patterns
 _SEARCHES = {
     "target_modules": "{}",
@@ -68,6 +72,27 @@ def searched(pattern: str, names: list[str]) -> None:
         compiled.fullmatch(name)
 
 
+def all_searched(patterns: list[str], names: list[str]) -> bool:
+    """Whether all patterns are ones, and can be matched with every name; see `searched`."""
+    for pattern in patterns:
+        restart_clock()
+        try:
+            searched(pattern, names)
+        except ValueError:
+            return False
+    return True
+
+
+def _are_fine(patterns: list[str], names: list[str]) -> bool:
+    """Try many patterns in one call, which takes longer than most searches; False where one has to be looked for."""
+    if any(len(pattern) > LONGEST for pattern in patterns):
+        return False
+    try:
+        return bool(run("multiflora.patterns:all_searched", patterns, names))
+    except StoppedError:
+        return False
+
+
 def pattern_problems(settings: Mapping[str, Any], names: Iterable[str] = ()) -> Iterator[str]:
     """Say which patterns in an adapter's settings are not used, a sentence each.
 
@@ -80,9 +105,18 @@ def pattern_problems(settings: Mapping[str, Any], names: Iterable[str] = ()) -> 
         given = settings.get(key)
         if key in ("target_modules", "exclude_modules"):  # a list holds plain names
             given = given if isinstance(given, str) else None
-        for pattern in [given] if isinstance(given, str) else given if isinstance(given, list | tuple | dict) else ():
-            why = why_refused(pattern) if isinstance(pattern, str) else "it is no text"
-            if known and not why:
-                why = why_refused(search.format(pattern), known)
-            if why:
-                yield f"{key} holds {shown(pattern)}: {why}."
+        every = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple | dict) else []
+        texts = list(dict.fromkeys(pattern for pattern in every if isinstance(pattern, str)))
+        for pattern in (pattern for pattern in every if not isinstance(pattern, str)):
+            yield f"{key} holds {shown(pattern)}: it is no text."
+        if len(texts) > MOST:
+            yield f"{key} holds {len(texts):,} patterns; expected at most {MOST:,}."
+            continue
+        for start in range(0, len(texts), AHEAD):
+            chunk = texts[start : start + AHEAD]
+            if _are_fine(chunk, []) and (not known or _are_fine([search.format(text) for text in chunk], known)):
+                continue
+            for pattern in chunk:
+                why = why_refused(pattern) or (known and why_refused(search.format(pattern), known))
+                if why:
+                    yield f"{key} holds {shown(pattern)}: {why}."

@@ -7,6 +7,7 @@ import pytest
 from multiflora.errors import ConfigError
 from multiflora.patterns import pattern_problems, why_refused
 from multiflora.recipe import recipe_from
+from multiflora.stoppable import run
 
 NAMES = [f"model.layers.{i}.{part}" for i in range(40) for part in ("self_attn.q_proj", "mlp.up_proj", "a" * 50 + "b")]
 
@@ -71,3 +72,16 @@ def test_a_recipe_with_what_is_no_pattern_is_refused():
     recipe = {"model": "x/y", "method": {"name": "lora", "target_modules": "(a"}, "tasks": ["boolq"], "output": "o"}
     with pytest.raises(ConfigError, match=r"target_modules holds '\(a': it is not a regular expression"):
         recipe_from(recipe)
+
+
+def test_a_list_of_very_many_patterns_is_tried_in_few_calls_or_refused(monkeypatch):
+    """One by one, each took longer than the search itself; and peft matches all with the name of every module."""
+    calls = []
+    monkeypatch.setattr("multiflora.patterns.run", lambda *words: calls.append(words) or run(*words))
+    assert list(pattern_problems({"modules_to_save": [f"m{i}" for i in range(1_000)] * 50}, NAMES)) == []
+    assert len(calls) == 8
+    (problem,) = pattern_problems({"rank_pattern": {f"m{i}": 2 for i in range(30_000)}}, NAMES)
+    assert problem == "rank_pattern holds 30,000 patterns; expected at most 5,000."
+    bad = [f"m{i}" for i in range(600)] + ["["]
+    (problem,) = pattern_problems({"modules_to_save": bad}, NAMES)
+    assert problem.startswith("modules_to_save holds '[': it is not a regular expression")

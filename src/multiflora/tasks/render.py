@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -174,8 +175,8 @@ def _choices(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[tuple[
             "Mend the row or leave it out with 'keep'."
         )
     bare = [choice.strip() for choice in choices]
-    twice = next((choice for i, choice in enumerate(bare) if choice in bare[:i]), None)
-    if twice is not None:
+    if len(set(bare)) < len(bare):
+        twice = next(choice for choice, count in Counter(bare).items() if count > 1)
         raise DataError(
             f"{where}: the {what} hold {shown(twice)} twice, so no score can tell the right one. Mend the row or leave "
             "it out with 'keep'."

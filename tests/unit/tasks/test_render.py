@@ -157,3 +157,9 @@ def test_turns_need_role_and_content():
     for turn in ({"role": "user"}, {"content": "a"}, {"from": "user"}, "a", ["user", "a"]):
         assert "expected 'role' and 'content'" in refused({"turns": [turn]}, **spec)
     assert "expected a list of turns" in refused({"turns": "hello"}, **spec)
+
+
+def test_a_choice_that_stands_twice_among_very_many_is_found():
+    """Looking for it took time by the square of their number: minutes for these."""
+    row = {**ROW, "options": [*(f" {i}" for i in range(100_000)), " 7"]}
+    assert "hold '7' twice" in refused(row, choices="options", answer="right", completion=None)
