@@ -29,7 +29,9 @@ from multiflora.methods import build_config
 SEED = os.environ.get("MULTIFLORA_FUZZ_SEED")
 TIMES = float(os.environ.get("MULTIFLORA_FUZZ_TIMES", "1"))
 PATIENCE = float(os.environ.get("MULTIFLORA_FUZZ_PATIENCE", "10"))
-"""Seconds on the clock of a quiet machine after which an example counts as hanging."""
+"""Seconds after which an example counts as hanging, see `Clock`."""
+WAITING = 30
+"""Time on the clock, as a multiple of that, after which one counts as hanging whatever it works."""
 SLOW = 5
 """Seconds above which an example is shown."""
 MEMORY = 1_500_000_000
@@ -42,23 +44,52 @@ class HangError(BaseException):
     """Not an Exception: nothing on the way may take it for a fault of the input."""
 
 
-def busy() -> float:
-    """How many times longer all takes as others use the machine, too: processes that wait for each processor."""
-    return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+class Clock:
+    """Seconds that an example takes on a quiet machine: the processor time of this process and of those it works in.
+
+    Others that use the machine, or stop this process for a while, do not count; waiting for nothing does, in the end.
+    """
+
+    def __init__(self) -> None:
+        self.worker, self.before, self.start = _worker(), _used(), time.monotonic()
+        self.others = _used_by(self.worker)
+
+    def seconds(self) -> float:
+        """What was used until now."""
+        worker = _worker()
+        of_worker = _used_by(worker) - (self.others if worker == self.worker else 0.0)
+        ended = self.others if worker != self.worker else 0.0  # which is among the ended ones now, wholly
+        return max(0.0, _used() - self.before + of_worker - ended)
+
+    def check(self, *_: Any) -> None:
+        """End an example that hangs."""
+        seconds, waited = self.seconds(), time.monotonic() - self.start
+        if seconds > PATIENCE or waited > WAITING * PATIENCE:
+            raise HangError(f"nothing came back for {seconds:.0f} seconds of work, {waited:.0f} on the clock")
+
+
+def _used() -> float:
+    """Processor time of this process and of all that it started and that have ended."""
+    told = os.times()
+    return told.user + told.system + told.children_user + told.children_system
+
+
+def _used_by(process: int | None) -> float:
+    """Processor time of a process that runs; 0 where the system does not say."""
+    with suppress(OSError):
+        told = Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+        return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """End an example that hangs."""
-    seconds = PATIENCE * busy()
-
-    def stop(*_: Any) -> None:
-        raise HangError(f"nothing came back for {seconds:.0f} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def patience() -> Iterator[Clock]:
+    """End an example that hangs, and tell what it took."""
+    clock = Clock()
+    before = signal.signal(signal.SIGALRM, clock.check)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
     try:
-        yield
+        yield clock
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -195,15 +226,14 @@ def fuzz(
         nonlocal slowest, most
         write(example)
         memory = Memory()
-        start = time.perf_counter()
-        with patience():
+        with patience() as clock:
             try:
                 read()
             except MultifloraError as error:
                 said = error
             else:
                 said = None
-        seconds = time.perf_counter() - start
+        seconds = clock.seconds()
         if seconds > max(slowest, SLOW):
             print(f"{seconds:.1f} s, {said and str(said)[:200]!r}: {str(example)[:300]!r}")
         slowest, held = max(slowest, seconds), memory.peak()
