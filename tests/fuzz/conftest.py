@@ -231,6 +231,9 @@ def fuzz(
                 read()
             except MultifloraError as error:
                 said = error
+            except HangError:
+                print(f"ended: {str(example)[:300]!r} ({len(str(example))} characters)")
+                raise
             else:
                 said = None
         seconds = clock.seconds()

@@ -13,7 +13,7 @@ from typing import Any
 
 from multiflora.errors import DataError
 from multiflora.machine import memory_available, size_words
-from multiflora.stoppable import StoppedError, run
+from multiflora.stoppable import StoppedError, run, uncollected
 from multiflora.suggest import listed, shown
 from multiflora.tasks.spec import SPLITS, FilesSource, Split
 
@@ -26,6 +26,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 LONGEST_LINE = 64 * 2**20
 """Characters of the longest line; a file without line ends is not read into memory to find that out."""
+MOST_VALUES = 500_000
+"""Values within one row: each is an object in memory, which goes to a template and back."""
 MOST_FILES = 10_000
 """Files that one pattern may match."""
 MOST_ROWS = 2_000_000
@@ -189,8 +191,10 @@ def _jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        if sum(map(line.count, ",[{")) > MOST_VALUES:  # more values than these it cannot hold
+            raise DataError(_too_full(where))
         try:
-            row = json.loads(line, object_pairs_hook=_once_each)
+            row = _parsed(line)
         except json.JSONDecodeError as error:
             shown = line.strip() if len(line) < 80 else f"{line.strip()[:77]}..."
             raise DataError(
@@ -204,7 +208,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
+        rows = _parsed(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         hint = " One object a line is JSONL: name the file .jsonl." if error.msg == "Extra data" else ""
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
@@ -216,7 +220,14 @@ def _json(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects.")
     for number, row in enumerate(rows, start=1):
         where = f"{path}, item {number}"
+        if _holds_more_than(MOST_VALUES, row):
+            raise DataError(_too_full(where))
         yield where, _object(row, where)
+
+
+def _parsed(text: str) -> Any:
+    with uncollected():
+        return json.loads(text, object_pairs_hook=_once_each)
 
 
 class _TwiceError(ValueError):
@@ -238,6 +249,26 @@ def _beyond(where: str, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"{where}: lists and objects stand too deep within one another. Expected a flat object of columns."
     return f"{where}: a number has too many digits for Python to read ({error}). Write it as text."
+
+
+def _holds_more_than(most: int, value: Any) -> bool:
+    """Whether there are more values within one than that; looks at no more of them."""
+    count, left = 0, [value]
+    while left:
+        value = left.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        if count > most:
+            return True
+        left.extend(inner)
+    return False
+
+
+def _too_full(where: str) -> str:
+    return (
+        f"{where} holds more than {MOST_VALUES:,} values, or as many commas and brackets; expected one row, which is a "
+        "few texts and numbers. Check that the file is what its name says."
+    )
 
 
 def _object(row: Any, where: str) -> Mapping[str, Any]:

@@ -116,6 +116,17 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, name)
         columns(tmp_path / name)
 
 
+def test_a_row_of_very_many_values_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("multiflora.tasks.files.MOST_VALUES", 1000)
+    row = '{"a": [' + "[1], " * 600 + "1]}"
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n' + row)
+    with pytest.raises(DataError, match=r"r\.jsonl, line 2 holds more than 1,000 values.*expected one row"):
+        columns(tmp_path / "r.jsonl")
+    (tmp_path / "r.json").write_text('[{"a": {"b": [1]}}, ' + row + "]")
+    with pytest.raises(DataError, match=r"r\.json, item 2 holds more than 1,000 values"):
+        columns(tmp_path / "r.json")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
