@@ -72,7 +72,6 @@ def metric_of(spec: TaskSpec) -> str:
 def row_of(
     example: Example,
     texts: Callable[[Example], tuple[str, str]],
-    tokens: Callable[[str, str], int],
     around: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Return the JSONL row of an example.
@@ -80,7 +79,6 @@ def row_of(
     Args:
         example: The rendered example.
         texts: Gives the prompt and completion as the model reads them (through its chat template, perhaps).
-        tokens: Counts the tokens of a completion after a prompt.
         around: What a chat template writes before and behind an answer that is generated.
     """
     prompt, completion = texts(example)
@@ -91,7 +89,7 @@ def row_of(
         row["answer"] = example.answer
     if any(around):
         row["around"] = list(around)
-    return {**row, "tokens": tokens(prompt, completion)}
+    return row
 
 
 def to_harness(spec: TaskSpec, rows: Sequence[Mapping[str, Any]], folder: Path, *, max_new_tokens: int) -> Path:

@@ -1,9 +1,10 @@
 """The harness's own Hugging Face model class, told to do no more work than the scores need.
 
-Three departures that change no score: logits only at the end of a batch where the completions are; a row that has met
-its stop is finished, instead of running on until all have; and our progress instead of the harness's bars. And one that
-does: our tasks' texts become tokens as in training (`multiflora.data.encode`), while the harness would put a BOS before
-a chat template's text, an EOS between prompt and choice, and cut a token in two where a prompt ends within one.
+Departures that change no score: logits only at the end of a batch where the completions are; a prompt that several
+completions follow is read once; all texts of a task become tokens in one call; a row that has met its stop is finished,
+instead of running on until all have; and our progress instead of the harness's bars. And one that does: our tasks'
+texts become tokens as in training (`multiflora.data.encode`), while the harness would put a BOS before a chat
+template's text, an EOS between prompt and choice, and cut a token in two where a prompt ends within one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from torch.distributed.tensor import DTensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from multiflora.data.check import check_ids
-from multiflora.data.encode import encode_text, prompt_ids, text_ids
+from multiflora.data.encode import encode_spans, prompt_ids, text_ids
 from multiflora.errors import ConfigError, DataError
 from multiflora.evaluation.prompted import generate_behind_prompt
+from multiflora.evaluation.shared_prompt import by_prompt, score_behind
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 from multiflora.once import once
 from multiflora.tasks.chat_template import Asked, render_chat
@@ -103,9 +106,12 @@ class HarnessModel(HFLM):
         self.stops: tuple[str, ...] = ()
         self.templated: bool | None = None
         self._tail: int | None = None
+        self._known: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self._size = int(model.get_input_embeddings().num_embeddings)
         # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
         self._together = {"synced_gpus": True} if _is_spread(model) else {}
+        # a learned prompt stands before each row, and processes that hold parts must make as many forward passes each
+        self._can_share = self._can_slice and not virtual_tokens(model) and not self._together
         self._ticker = self.cache_hook = _Ticker(on_progress)
 
     templated: bool | None
@@ -199,29 +205,42 @@ class HarnessModel(HFLM):
             )
         return room
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Cut a prompt and a completion into tokens, in a comparison once for all its models."""
-        key = ("pair", self.tokenizer.name_or_path, self.templated, context, continuation)
-        pair: tuple[list[int], list[int]] = once(key, lambda: self._cut(context, continuation))
-        return pair
+    def read_ahead(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Cut the texts of our rows into tokens, all in one call: a tokenizer is slow for one text at a time.
+
+        In a comparison that happens once for all its models.
+        """
+        texts = [(row["prompt"], [row["completion"], *row.get("choices", ())]) for row in rows]
+        pairs = list(dict.fromkeys((prompt, text) for prompt, several in texts for text in several))
+        key = ("pairs", self.tokenizer.name_or_path, self.templated, tuple(pairs))
+        self._known.update(zip(pairs, once(key, lambda: self._cut(pairs)), strict=True))
 
     def count_tokens(self, prompt: str, completion: str) -> int:
         """Count the tokens of a completion after a prompt."""
         return len(self._encode_pair(prompt, completion)[1])
 
-    def _cut(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a prompt and of its completion as in training; see the harness.
-
-        The end of text belongs to the completion where it is written there.
-        """
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Cut a prompt and a completion into tokens, those of our tasks as in training; see the harness."""
         if self.templated is None:
             theirs: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return theirs
-        written = continuation.removesuffix(self.tokenizer.eos_token or "")
-        first, rest = encode_text(context, written, self.tokenizer, chat_template=self.templated)
-        wanted = rest if written != continuation else rest[:-1]
-        # the very first token is never predicted, nor is it in training
-        return (first, wanted) if first else (wanted[:1], wanted[1:])
+        pair = (context, continuation)
+        return self._known[pair] if pair in self._known else self._cut([pair])[0]
+
+    def _cut(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """The ids of prompts and of their completions; the end of text is one of these where it is written there."""
+        end = self.tokenizer.eos_token or ""
+        spans = [[(prompt, False), (text.removesuffix(end), True)] for prompt, text in pairs]
+        found = []
+        for (_, text), (_, (written, _)), encoded in zip(
+            pairs, spans, encode_spans(spans, self.tokenizer, chat_template=bool(self.templated)), strict=True
+        ):
+            split = encoded.loss.index(True)
+            first, rest = encoded.ids[:split], encoded.ids[split:]
+            wanted = rest if written != text else rest[:-1]
+            # the very first token is never predicted, nor is it in training
+            found.append((first, wanted) if first else (wanted[:1], wanted[1:]))
+        return found
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -234,8 +253,10 @@ class HarnessModel(HFLM):
                     "has no log-likelihood. Let the completion begin with a space."
                 )
         self._tell_of_cuts([len(context) + len(wanted) - 1 for _, context, wanted in requests], self.max_length)
-        answers: list[Any] = [None] * len(requests)
-        for batch in batches_of(requests, self.batch_size):
+        answers = self._scored_behind_prompts(requests)
+        left = [i for i in range(len(requests)) if i not in answers]
+        for part in batches_of([requests[i] for i in left], self.batch_size):
+            batch = [left[k] for k in part]
             chosen = [requests[i] for i in batch]
             self._tail = tail_length(chosen, self.max_length)
             try:
@@ -244,7 +265,17 @@ class HarnessModel(HFLM):
                 self._tail = None
             for i, answer in zip(batch, found, strict=True):
                 answers[i] = answer
-        return answers
+        return [answers[i] for i in range(len(requests))]
+
+    def _scored_behind_prompts(self, requests: list[Request]) -> dict[int, tuple[float, bool]]:
+        """Score what shares its prompt with others, where the model allows it."""
+        prompts = by_prompt(requests, self.max_length) if self._can_share else {}
+        if not prompts:
+            return {}
+        done = partial(self._ticker.add_partial, "loglikelihood", None, None)
+        found = score_behind(self.model, prompts, self.batch_size, self._pad, done)
+        self._can_share = found is not None
+        return found or {}
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return the logits of the last positions; the harness counts from the end."""

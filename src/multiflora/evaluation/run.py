@@ -220,14 +220,12 @@ def _written(spec: TaskSpec, plan: _Plan, lm: HarnessModel, folder: Path) -> tup
     is_generated = spec.score not in ("choices", "nll")
     new_tokens = (spec.max_new_tokens or plan.max_new_tokens) if is_generated else None
     rows = [
-        row_of(
-            example,
-            texts,
-            lm.count_tokens,
-            around_answer(example, tokenizer, chat) if is_generated else ("", ""),
-        )
+        row_of(example, texts, around_answer(example, tokenizer, chat) if is_generated else ("", ""))
         for example in ahead(examples, tokenizer, chat)
     ]
+    lm.read_ahead(rows)
+    for row in rows:
+        row["tokens"] = lm.count_tokens(row["prompt"], row["completion"])
     kept = [row for row in rows if not lm.left_out(row, new_tokens)]
     too_long = len(rows) - len(kept)
     told = f" with the {new_tokens:,} tokens of an answer" if new_tokens else ""

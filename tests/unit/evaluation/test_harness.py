@@ -89,7 +89,7 @@ def test_a_verifier_judges_the_row_it_made(tmp_path: Path) -> None:
     from multiflora.tasks.load import examples_of
 
     task = load_task({"name": "t", "source": {"generator": "basic_arithmetic", "sizes": {"train": 3, "test": 2}}})
-    rows = [row_of(e, lambda e: (e.prompt, e.completion), lambda p, c: 1) for e in examples_of(task, "test")]
+    rows = [row_of(e, lambda e: (e.prompt, e.completion)) for e in examples_of(task, "test")]
     to_harness(task, rows, tmp_path, max_new_tokens=5)
     kept = specs_in(tmp_path)["t"]
     for row in read_rows(tmp_path / "t.jsonl"):
@@ -103,7 +103,7 @@ def test_nats_are_per_token() -> None:
 
 def test_a_row_carries_the_texts_as_the_model_reads_them() -> None:
     example = Example("t", "t-0", "q", " b", choices=(" a", " b"), answer=1)
-    row = row_of(example, lambda e: (f"<{e.prompt}>", e.completion.strip()), lambda prompt, text: len(prompt + text))
+    row = row_of(example, lambda e: (f"<{e.prompt}>", e.completion.strip()))
     assert row == {
         "task": "t",
         "id": "t-0",
@@ -111,7 +111,6 @@ def test_a_row_carries_the_texts_as_the_model_reads_them() -> None:
         "completion": "b",
         "choices": ["a", "b"],
         "answer": 1,
-        "tokens": 4,
     }
 
 
