@@ -5,9 +5,9 @@ as many. A layer of a small model has some sixty such calls, and they came to tw
 the products follow one another at once, and what lies between them is a few loops. The arithmetic is the same in kind
 and order, so results are equal to the last bit, and whether this module is at work can be seen in nothing but the time.
 
-The first training on a processor builds the library with the system's C++ compiler, in about 20 seconds, into the
-user's cache, its digest beside it; every later process loads it from there, once it has seen that folder and files
-belong to the user or to root, that nobody else may write to them, and that the digest is the file's. Without a
+The first training or server on a processor builds the library with the system's C++ compiler, in about 20 seconds,
+into the user's cache, its digest beside it; every later process loads it from there, once it has seen that folder and
+files belong to the user or to root, that nobody else may write to them, and that the digest is the file's. Without a
 compiler, on another system than Linux, or with ``MULTIFLORA_NATIVE=0`` in the environment, Python goes on making the
 calls; so it does whatever goes wrong, and says once why.
 """
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from multiflora.files import cache_folder, write_text
 
-__all__ = ["SOURCE", "library_file", "serve", "state"]
+__all__ = ["SOURCE", "library_file", "prepare", "serve", "state"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,12 @@ def serve(x: Tensor) -> Functions | None:
     return _functions
 
 
+def prepare() -> None:
+    """Build the library where there is none: for a process that will use adapters for long, and trains none."""
+    if _functions is None and _tried != "to build":
+        _open(build=True)
+
+
 def library_file() -> Path:
     """Where the library of this source, this torch and this compiler lies, built or not."""
     what = (
@@ -129,7 +135,7 @@ def state() -> tuple[bool, str]:
             _check(file)
     except _REFUSALS as error:
         return False, f"computed by Python: {_reason(error)}"
-    return True, f"compiled, {file}" if there else "compiled by the first training, in about 20 seconds"
+    return True, f"compiled, {file}" if there else "compiled by the first training or server, in about 20 seconds"
 
 
 def _why_not() -> str | None:

@@ -50,6 +50,7 @@ def serve(
         EnvironmentProblem: The extra ``serve`` is not installed, or the port is taken.
     """
     uvicorn = _uvicorn()
+    from multiflora.ops import native
     from multiflora.serve.app import create_app
     from multiflora.serve.models import load_served
 
@@ -58,6 +59,8 @@ def serve(
         base, tokenizer, place = _load(model, dtype)
         known = name or place.rstrip("/").rpartition("/")[2] or place
         models = load_served(base, known, adapters or {})
+        if adapters and base.device.type == "cpu":
+            native.prepare()
         if host not in LOOPBACK and api_key is None:
             log.warning("Listening on %s without an API key: whoever reaches this machine may use the models.", host)
         app = create_app(

@@ -299,6 +299,16 @@ def test_only_training_builds(fresh, monkeypatch):
     assert builds == [native.library_file()]
 
 
+def test_what_trains_nothing_can_ask_for_the_build(fresh, monkeypatch):
+    builds = []
+    monkeypatch.setattr(native, "_build", builds.append)
+    with torch.no_grad():
+        native.serve(torch.ones(1))
+        native.prepare()
+        native.prepare()
+    assert builds == [native.library_file()]
+
+
 def test_a_compiler_that_fails_is_named_once_and_leaves_nothing(fresh, monkeypatch, caplog):
     failing = made_compiler(fresh, 'echo "something else" >&2; echo "packed.cpp: fatal error: no space" >&2; exit 1')
     monkeypatch.setenv("CXX", failing)
