@@ -1,9 +1,9 @@
 """The harness's own Hugging Face model class, told to do no more work than the scores need.
 
 Departures that change no score: logits only at the end of a batch where the completions are; a prompt that several
-completions follow is read once; all texts of a task become tokens in one call; a row that has met its stop is finished,
-instead of running on until all have; and our progress instead of the harness's bars. And one that does: our tasks'
-texts become tokens as in training (`multiflora.data.encode`), while the harness would put a BOS before a chat
+completions follow is read once; all texts of a task become tokens in one call; a row that has met its stop leaves its
+batch, instead of running on until all have; and our progress instead of the harness's bars. And one that does: our
+tasks' texts become tokens as in training (`multiflora.data.encode`), while the harness would put a BOS before a chat
 template's text, an EOS between prompt and choice, and cut a token in two where a prompt ends within one.
 """
 
@@ -22,19 +22,19 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from multiflora.data.check import check_ids
 from multiflora.data.encode import encode_spans, prompt_ids, text_ids
 from multiflora.errors import ConfigError, DataError
+from multiflora.evaluation.generation import RowStops, generate_leaving, may_leave
 from multiflora.evaluation.prompted import generate_behind_prompt
 from multiflora.evaluation.shared_prompt import by_prompt, score_behind
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 from multiflora.once import once
 from multiflora.tasks.chat_template import Asked, render_chat
-from multiflora.tasks.score import before_stop
 
-__all__ = ["HarnessModel", "RowStops", "batches_of", "tail_length"]
+__all__ = ["HarnessModel", "batches_of", "tail_length"]
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ class HarnessModel(HFLM):
         # where processes hold parts of the weights, all must make as many forward passes, whatever each one's text is
         self._together = {"synced_gpus": True} if _is_spread(model) else {}
         # a learned prompt stands before each row, and processes that hold parts must make as many forward passes each
-        self._can_share = self._can_slice and not virtual_tokens(model) and not self._together
+        is_plain = not virtual_tokens(model) and not self._together
+        self._can_share = is_plain and self._can_slice
+        self._can_leave = is_plain and may_leave(model)
         self._ticker = self.cache_hook = _Ticker(on_progress)
 
     templated: bool | None
@@ -296,21 +298,20 @@ class HarnessModel(HFLM):
             sampled: Tensor = super()._model_generate(context, max_length, stop, **settings)
             return sampled
         settings = {k: v for k, v in settings.items() if k not in {"do_sample", "temperature"}}
+        settings |= {"use_cache": True, "do_sample": False, **self._together}
         # where the input is given as embeddings, what is generated begins at 0
-        begin = 0 if self._front else context.shape[1]
-        settings |= {
-            "stopping_criteria": StoppingCriteriaList([RowStops([*stop, *self.stops], self.tokenizer, begin)]),
-            "pad_token_id": self._pad,
-            "use_cache": True,
-            "do_sample": False,
-            **self._together,
-        }
+        stops = RowStops([*stop, *self.stops], self.tokenizer, 0 if self._front else context.shape[1])
+        mask = settings.pop("attention_mask")
+        if self._can_leave:
+            return generate_leaving(
+                self.model, context, mask, stops=stops, max_length=max_length, pad=self._pad, **settings
+            )
+        settings |= {"stopping_criteria": StoppingCriteriaList([stops]), "pad_token_id": self._pad}
         if self._front:
-            mask = settings.pop("attention_mask")
             room = max_length - context.shape[1]
             with torch.no_grad():
                 return generate_behind_prompt(self.model, context, mask, max_new_tokens=room, **settings)
-        tokens: Tensor = self.model.generate(input_ids=context, max_length=max_length, **settings)
+        tokens: Tensor = self.model.generate(input_ids=context, attention_mask=mask, max_length=max_length, **settings)
         return tokens
 
     def _tell_of_cuts(self, lengths: Sequence[int], room: int) -> None:
@@ -345,30 +346,6 @@ def _pad_token(tokenizer: Any, model: Any) -> Iterator[None]:
     finally:
         if not usable:
             tokenizer.pad_token = had
-
-
-class RowStops(StoppingCriteria):
-    """Finish each row whose answer holds one of the stops; white space before an answer is none, see `before_stop`.
-
-    The harness's own criterion waits until one stop has come up in every row, so one row that ends in another way
-    keeps the whole batch running to its longest.
-
-    Args:
-        stops: The texts.
-        tokenizer: Turns ids into text.
-        prompt_length: Ids of the prompt, padding included.
-    """
-
-    def __init__(self, stops: Sequence[str], tokenizer: Any, prompt_length: int) -> None:
-        self.stops = list(stops)
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Say of each row, (rows,), whether it is finished."""
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
-        done = [before_stop(text, self.stops) != text for text in texts]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
 class _Ticker(CacheHook):

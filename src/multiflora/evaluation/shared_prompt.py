@@ -6,7 +6,6 @@ prompt of fifty are 318 tokens one by one, and 68 where the prompt's keys and va
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from multiflora.evaluation.kept_rows import base_of, has_rows, is_recurrent, rows_of
 
 __all__ = ["Choice", "by_prompt", "score_behind"]
 
@@ -48,14 +48,6 @@ def by_prompt(
     return {p: choices for p, choices in found.items() if sum(len(wanted) > 1 for _, wanted in choices) > 1}
 
 
-def _can_share(read: Any) -> bool:
-    """Whether what a model has kept of a text are keys and values, of which rows can be taken."""
-    cache = getattr(read, "past_key_values", None)
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in cache.layers
-    )
-
-
 def score_behind(
     model: Any, prompts: dict[tuple[int, ...], list[Choice]], size: int, pad: int, on_answer: Callable[[], None]
 ) -> dict[int, tuple[float, bool]] | None:
@@ -73,9 +65,9 @@ def score_behind(
         its tokens is the likeliest; None for a model that keeps something else of a text, as recurrent ones do.
     """
     found: dict[int, tuple[float, bool]] = {}
-    if getattr(_base(model), "_is_stateful", False):
+    if is_recurrent(model):
         return None
-    takes_positions = "position_ids" in inspect.signature(_base(model).forward).parameters
+    takes_positions = "position_ids" in inspect.signature(base_of(model).forward).parameters
     # the longest first, as rows of like length waste least
     order = sorted(prompts, key=lambda prompt: (-len(prompt), prompt))
     for start in range(0, len(order), size):
@@ -85,7 +77,7 @@ def score_behind(
         words = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
         with torch.no_grad():
             read = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **words)
-        if not _can_share(read):
+        if not has_rows(getattr(read, "past_key_values", None)):
             return None
         first = read.logits[:, -1]
         rows = [(row, *choice) for row, prompt in enumerate(chunk) for choice in prompts[prompt]]
@@ -98,7 +90,7 @@ def score_behind(
                 # what fills a row up needs a position too, and the model may have none behind the row's last
                 steps = torch.minimum(own.cumsum(-1) - 1, own.sum(-1, keepdim=True) - 1).clamp(min=0)
                 words = {"position_ids": lengths[of].unsqueeze(1) + steps} if takes_positions else {}
-                kept, seen = _rows_of(read.past_key_values, of), torch.cat([mask[of], own], 1)
+                kept, seen = rows_of(read.past_key_values, of), torch.cat([mask[of], own], 1)
                 with torch.no_grad():
                     behind = model(input_ids=ids, attention_mask=seen, past_key_values=kept, use_cache=True, **words)
                 logits = torch.cat([logits, behind.logits], 1)
@@ -106,14 +98,6 @@ def score_behind(
                 found[request] = _score(scores[: len(wanted)], wanted)
                 on_answer()
     return found
-
-
-def _rows_of(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache of these rows; the one they are taken from stays as it is."""
-    taken = copy.copy(cache)
-    taken.layers = [copy.copy(layer) for layer in cache.layers]
-    taken.batch_select_indices(rows)
-    return taken
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any, on_the_left: bool = False) -> tuple[Tensor, Tensor]:
@@ -139,7 +123,3 @@ def _chunks(rows: list[tuple[int, int, list[int]]], size: int) -> Iterator[list[
         end = start + max(size, TOKENS * size // len(rows[start][2]))
         yield rows[start:end]
         start = end
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

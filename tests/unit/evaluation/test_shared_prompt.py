@@ -8,34 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from language_models import MODELS, PAD, POSITIONS, SMALL, VOCABULARY, made
 from peft import get_peft_model
-from transformers import (
-    BloomConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    RecurrentGemmaConfig,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MambaConfig, PreTrainedConfig, RecurrentGemmaConfig
 
 import multiflora
 from multiflora.evaluation.shared_prompt import by_prompt, score_behind
 from multiflora.methods import build_config
 
-VOCABULARY, PAD, POSITIONS = 31, 0, 24
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": PAD}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 8}
-MODELS: dict[str, PreTrainedConfig] = {
-    "rotary positions": LlamaConfig(**SMALL, **HEADS, max_position_embeddings=POSITIONS),
-    "learned positions": GPT2Config(vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2),
-    "positions from the mask": BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2),
-    "a sliding window": MistralConfig(**SMALL, **HEADS, sliding_window=4, max_position_embeddings=POSITIONS),
-    "windows in every second layer": Gemma2Config(**SMALL, **HEADS, sliding_window=4, query_pre_attn_scalar=8),
-}
-KEEPS_STATES = {
+KEEPS_STATES: dict[str, PreTrainedConfig] = {
     "a recurrent model": MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4),
     "recurrent layers beside attention": RecurrentGemmaConfig(
         **SMALL, num_attention_heads=2, intermediate_size=32, lru_width=16, attention_window_size=4
@@ -44,11 +25,6 @@ KEEPS_STATES = {
 
 ids = st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=8)
 questions = st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=4)), min_size=1, max_size=5)
-
-
-def made(config: PreTrainedConfig) -> Any:
-    torch.manual_seed(0)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
 
 
 def alone(model: Any, prompt: list[int], wanted: list[int]) -> tuple[float, bool]:
