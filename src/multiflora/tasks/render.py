@@ -140,13 +140,23 @@ def _as_messages(value: Any, source: str) -> str:
 
 def _column_of(value: Any, source: str, row: Mapping[str, Any]) -> str:
     """Name the column that a template prints, where the value is one's."""
-    names = [name for name in sorted(columns_of(source, is_expression=False)) if name in row and row[name] is value]
+    # by its writing: the value has come back from another process, and NaN equals nothing
+    names = [
+        name
+        for name in sorted(columns_of(source, is_expression=False))
+        if name in row and type(row[name]) is type(value) and shown(row[name]) == shown(value)
+    ]
     return f" (column {names[0]})" if names else ""
+
+
+def _read_from(key: str, source: object) -> str:
+    """Name the column that a key of a task reads, where that has another name."""
+    return f" (column {source})" if isinstance(source, str) and source.isidentifier() and source != key else ""
 
 
 def _row_id(spec: TaskSpec, row: Mapping[str, Any], where: str) -> str:
     what = f"id of task {spec.name}"
-    return text_of(evaluated(spec.id or "", row, what, where), what, where)
+    return text_of(evaluated(spec.id or "", row, what, where), what + _read_from("id", spec.id), where)
 
 
 def _choices(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -201,6 +211,7 @@ def _answer(
         return None
     what = f"answer of task {spec.name}"
     value = evaluated(spec.answer, row, what, where)
+    what += _read_from("answer", spec.answer)
     if choices:
         return index_of(value, choices, labels, what, where)
     if value is None:
@@ -248,6 +259,7 @@ def _messages(spec: TaskSpec, row: Mapping[str, Any], where: str) -> tuple[Messa
     what = f"messages of task {spec.name}"
     if isinstance(spec.messages, str):
         turns: Any = evaluated(spec.messages, row, what, where)
+        what += _read_from("messages", spec.messages)
     else:
         turns = [{"role": m.role, "content": _text(m.content, row, what, where)} for m in spec.messages or ()]
     return trained_part(read_turns(turns, what, where), spec.train_on, what, where)

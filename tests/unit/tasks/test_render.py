@@ -95,6 +95,14 @@ def test_a_null_is_never_printed_as_none():
     )
 
 
+@pytest.mark.parametrize("value", [True, float("nan"), 1e20, ["a", "b"], {"a": 1}])
+def test_the_column_of_a_value_that_is_no_text_is_named(value):
+    told = refused({**ROW, "result": value})
+    assert "the completion of task t (column result) prints " in told
+    told = refused({**ROW, "right": value}, answer="right")
+    assert "the answer of task t (column right) is " in told
+
+
 def test_empty_texts_are_refused():
     assert "the prompt of task t is empty" in refused(prompt=" {{ '' }} ")
     assert "the completion of task t is empty; there is nothing to learn" in refused(completion=" {{ '' }}")
