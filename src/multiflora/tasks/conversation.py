@@ -29,7 +29,7 @@ def read_turns(value: Any, what: str, where: str) -> list[tuple[Message, float]]
     """Read a conversation.
 
     Args:
-        value: A list of turns, or JSON text of one (as a CSV file has it).
+        value: A list of turns, or JSON text of one (as a CSV file has it); or a list of such, one after the other.
         what: What it is, for messages: ``messages of task t``.
         where: The row's place.
 
@@ -44,6 +44,9 @@ def read_turns(value: Any, what: str, where: str) -> list[tuple[Message, float]]
         Message(role='assistant', content='Hello', more='', loss=False)
     """
     turns = as_list(value)
+    parts = [as_list(turn) for turn in turns or ()]
+    if all(part is not None for part in parts):
+        turns = [turn for part in parts for turn in part or ()] if parts else turns
     if turns is None:
         raise DataError(f"{where}: the {what} give {shown(value)}; expected a list of turns with 'role' and 'content'.")
     return [_turn(turn, f"turn {number} of the {what}", where) for number, turn in enumerate(turns, start=1)]

@@ -135,7 +135,7 @@ def _as_messages(value: Any, source: str) -> str:
     names = sorted(columns_of(source, is_expression=False))
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value) or not names:
         return ""
-    return f" A conversation is a task's messages: {'prompt + completion' if names == ['prompt'] else names[0]}."
+    return f" A conversation is a task's messages: {'[prompt, completion]' if names == ['prompt'] else names[0]}."
 
 
 def _column_of(value: Any, source: str, row: Mapping[str, Any]) -> str:
@@ -234,24 +234,36 @@ def _completion(
                 f"{where}: the conversation of task {spec.name} does not end with a turn of the assistant, "
                 "and the task has no 'completion'; there is nothing to learn. End it with one, or write the template."
             )
-        if right is None:
-            return f" {said(last)}" if last is not None and said(last) else ""
-        # a file that has both columns says the same thing twice, or two things
-        told = row.get("completion") if spec.choices == "choices" else None
-        if isinstance(told, str) and told.strip() != right.strip():
-            raise DataError(_contradiction(spec, told, answer, right, where, "Correct the one or the other."))
-        return right
+        end = None if last is None else said(last)
+        chosen = right if right is not None else f" {end}" if end else ""
+        # a row that says its completion twice says the same thing, or two things
+        for what, told in (("completion", _told(spec, row, where)), ("last turn", end)):
+            if told is not None and told.strip() != chosen.strip():
+                other = f"choice {answer}" if right is not None else "the last turn"
+                raise DataError(_contradiction(spec, what, told, other, chosen, where, "Correct the one or the other."))
+        return chosen
     completion = _text(spec.completion, row, f"completion of task {spec.name}", where)
     if right is not None and completion != right:
         advice = "Remove the 'completion' template: the right choice is the completion."
-        raise DataError(_contradiction(spec, completion, answer, right, where, advice))
+        raise DataError(_contradiction(spec, "completion", completion, f"choice {answer}", right, where, advice))
     return completion
 
 
-def _contradiction(spec: TaskSpec, told: str, answer: int | str | None, right: str, where: str, advice: str) -> str:
+def _told(spec: TaskSpec, row: Mapping[str, Any], where: str) -> str | None:
+    """What a file's own column ``completion`` says where choices or a conversation decide what is learned."""
+    value = row.get("completion")
+    if not (spec.choices == "choices" or spec.messages in ("messages", "conversations")) or value == "":
+        return None
+    turns = as_list(value)
+    if turns and all(isinstance(turn, Mapping) for turn in turns):
+        return said(read_turns(turns, f"completion of task {spec.name}", where)[-1][0])
+    return str(value) if is_text(value) else None
+
+
+def _contradiction(spec: TaskSpec, what: str, told: str, other: str, right: str, where: str, advice: str) -> str:
     return (
-        f"{where}: the completion of task {spec.name} is {shown(told)} but choice {answer} is {shown(right)}; "
-        f"they must be the same text. {advice}"
+        f"{where}: the {what} of task {spec.name} is {shown(told)} but {other} is {shown(right)}; they must be the "
+        f"same text. {advice}"
     )
 
 

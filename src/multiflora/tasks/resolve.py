@@ -116,13 +116,15 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
     row = facts.first
     if is_conversation(row.get("prompt")) and "choices" in row:
         task["messages"] = "prompt"
+    elif is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
+        task["messages"] = "[prompt, completion]"  # trl's form
     elif is_conversation(row.get("prompt")):
-        if task.get("completion") is None and not is_conversation(row.get("completion")):
+        if task.get("completion") is None:
             raise DataError(
                 f"{_first_file(source)}: prompt is a list of turns and completion is {shown(row.get('completion'))}; "
                 'expected a list of turns in both: "completion": [{"role": "assistant", "content": "..."}].'
             )
-        task["messages"] = "prompt + completion"  # trl's form
+        task["messages"] = "prompt"
     elif "messages" in facts.with_column and "prompt" not in row:
         task["messages"] = "messages"
     elif "conversations" in row and "prompt" not in row:

@@ -96,3 +96,43 @@ def test_tools_and_trls_columns_are_found(tmp_path):
         DataError, match=r"prompt is a list of turns and completion is ' Yes\.'; expected a list of turns"
     ):
         load_task({"name": "t", "source": str(tmp_path / "u.jsonl")})
+
+
+def test_what_a_row_says_twice_is_the_same_text(tmp_path):
+    choices = {"choices": [" No.", " Yes."], "answer": 1}
+    assert example(tmp_path, [U, A], row=choices).completion == " Yes."
+    assert example(tmp_path, [U, A], row={"completion": "Yes."}).completion == " Yes."
+    assert example(tmp_path, [U, A], row={"completion": ""}).completion == " Yes."
+    no = {"role": "assistant", "content": "No."}
+    for row, told in (
+        ({"messages": [U, no], **choices}, r"the last turn of task t is 'No\.' but choice 1 is ' Yes\.'"),
+        (
+            {"prompt": [U], "completion": [no], **choices},
+            r"the completion of task t is 'No\.' but choice 1 is ' Yes\.'",
+        ),
+        (
+            {"prompt": "Q?", "completion": "No.", **choices},
+            r"the completion of task t is 'No\.' but choice 1 is ' Yes\.'",
+        ),
+        (
+            {"messages": [U, A], "completion": "No."},
+            r"the completion of task t is 'No\.' but the last turn is ' Yes\.'",
+        ),
+    ):
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=rf"t\.jsonl, line 1: {told}; they must be the same text"):
+            examples_of(load_task({"name": "t", "source": {"test": str(tmp_path / "t.jsonl")}}), "test")
+
+
+@pytest.mark.parametrize("written", [json.dumps, list], ids=["JSON text", "lists"])
+def test_trls_columns_may_be_json_text_as_in_a_csv_file(tmp_path, written):
+    row = {"prompt": json.dumps([U, A, U]), "completion": written([A])}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    made = examples_of(load_task({"name": "t", "source": {"test": str(tmp_path / "t.jsonl")}}), "test")[0]
+    assert (made.prompt, made.completion) == ("User: Q?\nAssistant: Yes.\nUser: Q?\nAssistant:", " Yes.")
+
+
+def test_a_template_may_write_the_answer_to_turns_of_a_file(tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": [U], "result": 4}) + "\n")
+    task = {"name": "t", "source": {"test": str(tmp_path / "t.jsonl")}, "completion": " {{ result }}"}
+    assert examples_of(load_task(task), "test")[0].completion == " 4"
