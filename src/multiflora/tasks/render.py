@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import Undefined
@@ -26,6 +27,8 @@ from multiflora.tasks.spec import TaskSpec
 from multiflora.tasks.values import as_list, is_text, kind_of, shown, text_of
 
 __all__ = ["evaluated", "keeps", "render"]
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def keeps(spec: TaskSpec, row: Mapping[str, Any], where: str) -> bool:
@@ -74,8 +77,16 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
     turns = (*messages, end) if messages else ()
     what = f"tools of task {spec.name}"
     tools = read_tools(evaluated(spec.tools, row, what, where), what, where) if spec.tools else ""
-    texts = [row_id, prompt, completion, *choices, str(answer), tools]
-    _check_text((*texts, *(text for turn in turns for text in (turn.content, turn.more))), spec, where)
+    texts = {
+        "messages": "".join(text for turn in turns for text in (turn.content, turn.more)),
+        "prompt": prompt,
+        "choices": "".join(choices),
+        "completion": completion,
+        "answer": str(answer),
+        "tools": tools,
+        "id": row_id,
+    }
+    _check_text(texts, spec, where)
     _check_reference(spec, answer, where)
     return Example(spec.name, row_id, prompt, completion, choices, answer, turns, tools)
 
@@ -295,18 +306,16 @@ def _check_reference(spec: TaskSpec, answer: int | str | None, where: str) -> No
         )
 
 
-def _check_text(texts: Iterable[str], spec: TaskSpec, where: str) -> None:
+def _check_text(texts: Mapping[str, str], spec: TaskSpec, where: str) -> None:
     """Refuse NUL, and halves of characters (``\\ud800``), which JSON can spell and no tokenizer can read."""
-    whole = "".join(texts)
-    if "\0" in whole:
+    for key, text in texts.items():
+        if "\0" in text:
+            found = "a NUL character, which is no text"
+        elif half := _HALF.search(text):
+            found = f"{half.group()!r}, half of a character, which is no Unicode text"
+        else:
+            continue
         raise DataError(
-            f"{where}: a text of task {spec.name} holds a NUL character, which is no text. Write the row again from "
-            "its source, or leave it out with 'keep'."
+            f"{where}: the {key} of task {spec.name} holds {found}. Write the row again from its source, or leave it "
+            "out with 'keep'."
         )
-    try:
-        whole.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: a text of task {spec.name} holds {error.object[error.start]!r}, half of a character, which is "
-            "no Unicode text. Write the row again from its source, or leave it out with 'keep'."
-        ) from error

@@ -9,6 +9,7 @@ from multiflora.tasks import load_task
 from multiflora.tasks.load import examples_of
 
 U, A = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "Yes."}
+S = {"role": "system", "content": "s"}
 CALLS = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"up": 1}'}}]
 CALL = {"role": "assistant", "content": None, "tool_calls": CALLS}
 WRITTEN = '{"name": "look", "arguments": {"up": 1}}'
@@ -45,6 +46,11 @@ def example(tmp_path, messages, **keys):
         ([{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "Yes."}], "User: Q?\nAssistant:", " Yes."),
         ([{**U, "tool_calls": None, "name": None}, A], "User: Q?\nAssistant:", " Yes."),
         (json.dumps([U, A]), "User: Q?\nAssistant:", " Yes."),
+        ([{"role": "user", "content": 5}, {"role": "assistant", "content": 7}], "User: 5\nAssistant:", " 7"),
+        ([U, A, A], "User: Q?\nAssistant: Yes.\nAssistant:", " Yes."),
+        ([U, A, S, U, A], "User: Q?\nAssistant: Yes.\nSystem: s\nUser: Q?\nAssistant:", " Yes."),
+        ([S, A], "System: s\nAssistant:", " Yes."),
+        ([{"role": "user", "content": ""}, A], "User: \nAssistant:", " Yes."),
     ],
 )
 def test_a_conversation_becomes_its_text(tmp_path, messages, prompt, completion):
@@ -70,6 +76,7 @@ def test_a_conversation_becomes_its_text(tmp_path, messages, prompt, completion)
         ([{**U, "tool_calls": CALLS}, A], "expected a list of calls in a turn of the assistant"),
         ([U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "the arguments as a JSON object"),
         ([U, A, U], "does not end with a turn of the assistant"),
+        ([U, A, S], "does not end with a turn of the assistant"),
         ('[{"role": ', "expected a list of turns"),
         ({"role": "user"}, "expected a list of turns"),
     ],

@@ -153,7 +153,7 @@ def test_what_tasks_do_need_works_as_before():
 
 def test_half_a_character_is_refused_where_it_stands():
     spec = load_task({"name": "t", "source": "x/", "prompt": "{{ p }}", "completion": " a"})
-    with pytest.raises(DataError, match=r"row 3: a text of task t holds '\\ud800', half of a character"):
+    with pytest.raises(DataError, match=r"row 3: the prompt of task t holds '\\ud800', half of a character"):
         render(spec, {"p": "a \ud800"}, "row 3")
 
 

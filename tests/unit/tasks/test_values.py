@@ -34,8 +34,7 @@ def example(tmp_path, line, **keys):
 def test_what_is_no_text_is_refused(tmp_path, column, value, told):
     row = {"prompt": '"q"', "completion": '" c"', "answer": '"c"'} | {column: value}
     line = "{" + ", ".join(f'"{key}": {text}' for key, text in row.items()) + "}"
-    place = rf"v\.jsonl, line 1: .*{'' if 'u0' in value or 'ud' in value else column}"
-    with pytest.raises(DataError, match=f"{place}.*{told}"):
+    with pytest.raises(DataError, match=rf"v\.jsonl, line 1: the {column} of task v .*{told}"):
         example(tmp_path, line, prompt="{{ prompt }}", completion="{{ completion }}", answer="answer", score="exact")
 
 
