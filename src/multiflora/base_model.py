@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "loading", "place_of"]
+__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "loading", "place_of"]
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
@@ -149,3 +149,20 @@ def _of_recipe(told: str) -> ConfigError:
         f"{told}. Give a folder with a model in Hugging Face format, the id of one on the hub (which needs the network "
         "once), or 'embedded'; in a recipe it is the model's name."
     )
+
+
+def empty_model(config: Any, *, dtype: Any = None, remote: bool = False) -> Any:
+    """Build a causal language model from its config alone, without storage for a single weight.
+
+    Args:
+        config: The model's transformers config.
+        dtype: Type of its weights.
+        remote: Let the config name classes outside transformers.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote)
+    model.tie_weights()  # parameters were replaced one by one, so a head that shares the embedding's came apart
+    return model

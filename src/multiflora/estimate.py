@@ -46,7 +46,6 @@ __all__ = [
     "activation_bytes",
     "adapted_modules",
     "count_parameters",
-    "empty_model",
     "estimate",
     "memory_of",
 ]
@@ -141,7 +140,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.files import check_writable
     from multiflora.jobs.lorahub import check_lorahub, steps_of_tasks
     from multiflora.tasks.kind import explain
-    from multiflora.training.adapter import adapter_config
+    from multiflora.training.adapter import adapted_on_meta, adapter_config
     from multiflora.training.baselines import adalora_steps
     from multiflora.training.fit import order_examples
 
@@ -149,7 +148,7 @@ def estimate(recipe: Recipe) -> Estimate:
     if recipe.method.name == "lorahub":
         check_lorahub(recipe)
     check_writable(recipe.output)
-    tokenizer, model = load_tokenizer(recipe.model), _adapted(recipe)
+    tokenizer, model = load_tokenizer(recipe.model), adapted_on_meta(recipe)
     examples = encode_tasks(recipe, tokenizer, _base_of(model).config, taken=virtual_tokens(model))
     data, steps = order_examples(recipe, examples)
     if recipe.method.name == "adalora":
@@ -178,17 +177,6 @@ def estimate(recipe: Recipe) -> Estimate:
     )
 
 
-def _adapted(recipe: Recipe) -> Any:
-    """The recipe's model with the recipe's adapter, on the meta device."""
-    from multiflora.base_model import load_config
-    from multiflora.training.adapter import add_adapter
-    from multiflora.training.precision import weights_of
-
-    spec = recipe.model
-    model = empty_model(load_config(spec), dtype=weights_of(recipe), remote=spec.trust_remote_code)
-    return add_adapter(model, recipe, low_cpu_mem_usage=True)
-
-
 def _batches(recipe: Recipe, dataset: Any) -> Iterator[tuple[int, int, int]]:
     """Rows, row length and positions with loss of every forward pass of the run."""
     columns = dataset.select_columns(["length", "loss_tokens"]).with_format("numpy")[:]
@@ -198,23 +186,6 @@ def _batches(recipe: Recipe, dataset: Any) -> Iterator[tuple[int, int, int]]:
         loss = int(columns["loss_tokens"][start : start + size].sum())
         rows = fold(lengths, recipe.train.max_length) if recipe.train.packing else [[i] for i in range(len(lengths))]
         yield len(rows), max(sum(lengths[i] for i in row) for row in rows), loss
-
-
-def empty_model(config: Any, *, dtype: Any = None, remote: bool = False) -> Any:
-    """Build a causal language model from its config alone, without storage for a single weight.
-
-    Args:
-        config: The model's transformers config.
-        dtype: Type of its weights.
-        remote: Let the config name classes outside transformers.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote)
-    model.tie_weights()  # parameters were replaced one by one, so a head that shares the embedding's came apart
-    return model
 
 
 def adapted_modules(model: Any) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from multiflora.estimate import empty_model
+from multiflora.base_model import empty_model
 from multiflora.methods import METHODS, settings_of
 from multiflora.recipe import load_recipe
 from multiflora.training.adapter import adapter_config, add_adapter

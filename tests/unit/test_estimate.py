@@ -10,9 +10,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from multiflora.base_model import load_config
+from multiflora.base_model import empty_model, load_config
 from multiflora.errors import ConfigError
-from multiflora.estimate import activation_bytes, adapted_modules, count_parameters, empty_model, memory_of
+from multiflora.estimate import activation_bytes, adapted_modules, count_parameters, memory_of
 from multiflora.methods import METHODS, build_config, settings_of
 from multiflora.recipe import ModelSpec
 from multiflora.training.adapter import parameter_counts, put_on

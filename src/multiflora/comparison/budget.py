@@ -233,7 +233,7 @@ def adapted_widths(model_config: Any, settings: Mapping[str, Any], *, trust_remo
     """
     from peft import get_peft_model
 
-    from multiflora.estimate import empty_model
+    from multiflora.base_model import empty_model
     from multiflora.peft_bridge import layer_widths
 
     words = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -257,8 +257,8 @@ def count_on_meta(model_config: Any, name: str, settings: Mapping[str, Any], *, 
         settings: Its settings.
         trust_remote_code: Let the config name classes outside transformers.
     """
+    from multiflora.base_model import empty_model
     from multiflora.estimate import count_parameters as count_on_model
-    from multiflora.estimate import empty_model
     from multiflora.training.adapter import put_on
 
     model = empty_model(model_config, remote=trust_remote_code)

@@ -112,8 +112,7 @@ def _guessed(comparison: Comparison) -> float:
 
     A frozen weight takes part in a forward and a backward product, two operations each for every token.
     """
-    from multiflora.base_model import load_config
-    from multiflora.estimate import empty_model
+    from multiflora.base_model import empty_model, load_config
 
     recipe = comparison.recipe
     model = empty_model(load_config(recipe.model), remote=recipe.model.trust_remote_code)

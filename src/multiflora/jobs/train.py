@@ -28,6 +28,7 @@ from multiflora.once import once
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.redact import refuse_secrets, without_secrets
 from multiflora.training.adapter import (
+    adapted_on_meta,
     adapter_config,
     add_adapter,
     check_answers,
@@ -120,6 +121,7 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             require_separate_examples(base)
         before: Results | None = None
         if recipe.evaluate.before and not is_sharded():
+            adapted_on_meta(recipe)  # an adapter that the model does not take is refused before the work
             with _timed(seconds, "evaluate_before"):
                 before = _score(base, tokenizer, recipe, quiet=quiet)
         numbers = parameter_counts(base)[1]

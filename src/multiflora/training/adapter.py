@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from multiflora.adapter_folder import check_adapter
 from multiflora.adapter_tensors import method_of
+from multiflora.base_model import empty_model, load_config
 from multiflora.compress.layer import compressed_layers, sparsify
 from multiflora.compress.saved import save_compressed
 from multiflora.compress.spec import CompressSpec
@@ -28,10 +29,12 @@ from multiflora.recipe import Recipe
 from multiflora.suggest import shown
 from multiflora.tied import check_tied, tied_modules
 from multiflora.training.baselines import adalora_steps
+from multiflora.training.precision import weights_of
 from multiflora.training.processes import is_first_process, is_sharded
 from multiflora.training.sharded import adapter_tensors
 
 __all__ = [
+    "adapted_on_meta",
     "adapter_config",
     "add_adapter",
     "check_answers",
@@ -77,6 +80,13 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
             f"method: {recipe.method.name} cannot be put on {type(model).__name__}: {str(error)[:300]} "
             "Check method.target_modules."
         ) from error
+
+
+def adapted_on_meta(recipe: Recipe) -> Any:
+    """The recipe's model with the recipe's adapter, where both have shapes and no values; see `add_adapter`."""
+    spec = recipe.model
+    model = empty_model(load_config(spec), dtype=weights_of(recipe), remote=spec.trust_remote_code)
+    return add_adapter(model, recipe, low_cpu_mem_usage=True)
 
 
 def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
