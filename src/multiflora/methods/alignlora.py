@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from multiflora.methods.base import Loss, Method, Seen
-from multiflora.methods.config import AdapterConfig, not_negative, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import alignment
@@ -49,7 +49,6 @@ class AlignLoraConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *not_negative(self, "align_weight"),
             *one_of(self, "init_weights", (True, False)),
         ]
 

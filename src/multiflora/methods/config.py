@@ -113,15 +113,11 @@ class AdapterConfig(PeftConfig):
         return number
 
     def problems(self) -> list[str]:
-        """What cannot work in these settings, a sentence each; a method adds its own."""
-        found = [
-            *at_least(self, 1, "r"),
-            *above(self, 0, "lora_alpha"),
-            *probability(self, "lora_dropout"),
-            *one_of(self, "bias", ("none", "all", "lora_only")),
-        ]
-        if self.num_tasks is not None:
-            found += at_least(self, 1, "num_tasks")
+        """What cannot work in these settings, a sentence each; a method adds its own.
+
+        Types and ranges have been looked at before, by the settings' names: see `multiflora.methods.settings`.
+        """
+        found: list[str] = []
         if self.task_names is not None:
             if len(set(self.task_names)) < len(self.task_names):
                 found.append(f"task_names has a name twice: {self.task_names}; each task needs its own.")
@@ -155,46 +151,10 @@ class AdapterConfig(PeftConfig):
         return found
 
 
-def at_least(config: Any, least: int, *names: str) -> list[str]:
-    """A sentence for each field that is not a whole number of at least ``least``."""
-    return [
-        f"{name} is {value!r}; it must be a whole number of at least {least}."
-        for name in names
-        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < least
-    ]
-
-
-def above(config: Any, bound: float, *names: str) -> list[str]:
-    """A sentence for each field that is not a number above ``bound``."""
-    return [
-        f"{name} is {value!r}; it must be a number above {bound}."
-        for name in names
-        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not value > bound
-    ]
-
-
-def not_negative(config: Any, *names: str) -> list[str]:
-    """A sentence for each field that is not a number of at least 0."""
-    return [
-        f"{name} is {value!r}; it must be a number of at least 0."
-        for name in names
-        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not value >= 0
-    ]
-
-
-def probability(config: Any, *names: str) -> list[str]:
-    """A sentence for each field that is not in [0, 1)."""
-    return [
-        f"{name} is {value!r}; it must be in [0, 1)."
-        for name in names
-        if not isinstance(value := getattr(config, name), (int, float)) or isinstance(value, bool) or not 0 <= value < 1
-    ]
-
-
 def one_of(config: Any, name: str, allowed: tuple[Any, ...]) -> list[str]:
     """A sentence if the field is none of ``allowed``."""
     value = getattr(config, name)
-    if any(value is choice or (value == choice and type(value) is type(choice)) for choice in allowed):
+    if value in allowed:
         return []
     return [f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}."]
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method, Parts
-from multiflora.methods.config import AdapterConfig, above, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
 
@@ -52,8 +52,6 @@ class DeltaLoraConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *above(self, 0, "update_ratio"),
-            *at_least(self, 0, "start_step"),
             *one_of(self, "init_weights", (True, False)),
         ]
 

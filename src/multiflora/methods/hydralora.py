@@ -18,7 +18,7 @@ from torch import Tensor
 
 from multiflora.errors import DataError
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
@@ -46,7 +46,6 @@ class HydraLoraConfig(RouterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *at_least(self, 1, "num_heads"),
             *one_of(self, "init_weights", (True, False)),
         ]
 

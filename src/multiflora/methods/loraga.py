@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, above, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
 
@@ -50,8 +50,6 @@ class LoraGaConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *above(self, 0, "gamma"),
-            *at_least(self, 1, "gradient_batches"),
             *one_of(self, "init_weights", (True, False)),
         ]
 

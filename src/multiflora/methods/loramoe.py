@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Loss, Method, Seen
-from multiflora.methods.config import at_least, not_negative, one_of, probability
+from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import localized_balance, per_row
@@ -58,9 +58,6 @@ class LoraMoeConfig(RouterConfig):
         """See the base class."""
         found = [
             *super().problems(),
-            *at_least(self, 1, "num_experts"),
-            *not_negative(self, "balance_weight"),
-            *probability(self, "balance_delta"),
             *one_of(self, "init_weights", (True, False)),
         ]
         unknown = sorted(set(self.knowledge_tasks or ()) - set(self.task_names or ()))

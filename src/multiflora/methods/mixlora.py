@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import at_least, one_of
+from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
@@ -54,7 +54,7 @@ leave it out.
 
     def problems(self) -> list[str]:
         """See the base class."""
-        return [*super().problems(), *at_least(self, 1, "num_experts"), *one_of(self, "init_weights", (True, False))]
+        return [*super().problems(), *one_of(self, "init_weights", (True, False))]
 
 
 METHOD = Method(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskEmbeddingGate
 from multiflora.methods.initial import kaiming_uniform, normal, random_heads
 
@@ -51,9 +51,7 @@ class MoeLoraConfig(AdapterConfig):
         """See the base class."""
         found = [
             *super().problems(),
-            *at_least(self, 1, "num_experts", "task_embedding_dim"),
             *one_of(self, "init_weights", (True, False)),
-            *one_of(self, "shared_gate", (True, False)),
         ]
         if not found:
             for where, rank in {

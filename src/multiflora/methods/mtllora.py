@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from multiflora.methods.base import Between, Method
-from multiflora.methods.config import AdapterConfig, above, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskTemperatureGate
 from multiflora.methods.hydralora import start
 
@@ -39,8 +39,6 @@ class MtlLoraConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *at_least(self, 1, "num_heads"),
-            *above(self, 0, "temperature"),
             *one_of(self, "task_matrix", ("full", "diagonal")),
             *one_of(self, "init_weights", (True, False)),
         ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least, one_of
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import ScaleGate
 from multiflora.methods.initial import kaiming_uniform, random_heads
 
@@ -49,7 +49,6 @@ class MultiLoraConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *at_least(self, 1, "num_modules"),
             *one_of(self, "scale_shape", ("vector", "scalar")),
         ]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
 from multiflora.methods.base import Between, Method
-from multiflora.methods.config import above, at_least, one_of, probability
+from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
 from multiflora.methods.mtllora import task_matrix_shape
@@ -86,17 +86,13 @@ set offset=True, which takes the start off, or heads='zero'.
     def problems(self) -> list[str]:
         """See the base class."""
         found = [
-            *at_least(self, 1, "num_heads", "task_embedding_dim"),
             *one_of(self, "stem", ("shared", "own")),
             *one_of(self, "heads", ("zero", "random")),
             *one_of(self, "gate", tuple(GATES)),
-            *one_of(self, "offset", (True, False)),
             *one_of(self, "task_matrix", ("none", "full", "diagonal")),
             *one_of(self, "router_init", ("kaiming", "normal", "zero")),
             *one_of(self, "scale_shape", ("vector", "scalar")),
             *one_of(self, "init_weights", (True, False)),
-            *probability(self, "head_dropout"),
-            *above(self, 0, "gamma", "temperature"),
         ]
         return [*super().problems(), *(found or misfits(self))]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, above, at_least, one_of, probability
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
@@ -50,9 +50,6 @@ class RandomHeadsConfig(AdapterConfig):
         """See the base class."""
         return [
             *super().problems(),
-            *at_least(self, 1, "num_heads"),
-            *probability(self, "head_dropout"),
-            *above(self, 0, "gamma"),
             *one_of(self, "init_weights", (True, False, "paper", "code", "zero")),
         ]
 
@@ -68,7 +65,8 @@ class RLoraConfig(RandomHeadsConfig, RouterConfig):
         >>> RLoraConfig(num_heads=0)
         Traceback (most recent call last):
         ...
-        multiflora.errors.ConfigError: RLoraConfig: num_heads is 0; it must be a whole number of at least 1.
+        multiflora.errors.ConfigError: RLoraConfig: num_heads is 0; it must be a whole number of at least 1, and \
+at most 10,000.
     """
 
     method_name: ClassVar[str] = "rlora"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Optional
 from torch import Tensor
 
 from multiflora.methods.base import Loss, Seen
-from multiflora.methods.config import AdapterConfig, not_negative
+from multiflora.methods.config import AdapterConfig
 from multiflora.methods.losses import load_balance, router_z
 
 __all__ = ["ROUTER_LOSS", "RouterConfig", "router_loss", "sparse_routing_problems"]
@@ -37,8 +37,7 @@ class RouterConfig(AdapterConfig):
 
     def problems(self) -> list[str]:
         """See the base class."""
-        found = [*super().problems(), *not_negative(self, "router_balance_loss", "router_z_loss")]
-        return found or sparse_routing_problems(self, self.heads_setting)
+        return super().problems() or sparse_routing_problems(self, self.heads_setting)
 
 
 def sparse_routing_problems(config: Any, heads_setting: str) -> list[str]:
@@ -48,7 +47,7 @@ def sparse_routing_problems(config: Any, heads_setting: str) -> list[str]:
         if config.router_balance_loss:
             return ["router_balance_loss balances which heads are chosen, and without top_k all are: set top_k."]
         return []
-    if not isinstance(k, int) or isinstance(k, bool) or not isinstance(heads, int) or not 2 <= k < heads:
+    if not 2 <= k < heads:
         return [
             f"top_k is {k!r}; it must be a whole number from 2 to one less than {heads_setting} ({heads!r}). With 1, "
             "the chosen head's weight would always be 1 and the router would learn nothing; with all, leave it out."

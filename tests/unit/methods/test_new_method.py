@@ -16,7 +16,7 @@ from torch import nn
 
 from multiflora import AdapterError, ConfigError, ExportError
 from multiflora.methods.base import Method
-from multiflora.methods.config import AdapterConfig, at_least
+from multiflora.methods.config import AdapterConfig
 from multiflora.methods.gates import FixedGate, TokenRouter
 from multiflora.methods.registration import register
 
@@ -27,9 +27,6 @@ class PosyConfig(AdapterConfig):
 
     method_name: ClassVar[str] = "posy"
     num_heads: int = field(default=2, metadata={"help": "How many heads."})
-
-    def problems(self):
-        return [*super().problems(), *at_least(self, 1, "num_heads")]
 
 
 POSY = Method(

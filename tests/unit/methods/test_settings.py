@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +14,7 @@ from multiflora import RLoraConfig
 from multiflora.adapter_folder import check_adapter
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS, build_config, settings_of
+from multiflora.methods.settings import setting_problems
 
 BAD = {
     "r": ["4", None, 0, -1, 2.5, True, [4], 10**12, float("nan")],
@@ -54,6 +57,84 @@ def test_a_value_of_another_type_or_out_of_range_is_refused_by_its_name(name):
         for value in values if key in known else ():
             with pytest.raises(ConfigError, match=rf"(method\.|Config: ){key}(\[.*\])? (is|holds|has)"):
                 build_config(name, {key: value})
+
+
+MANY, HEADS, STEPS = 10**6, 10**4, 10**12
+WHOLE = {
+    **dict.fromkeys(("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size", "deltaT"), (1, MANY)),
+    **dict.fromkeys(("task_embedding_dim", "gradient_batches", "qalora_group_size", "examples", "budget"), (1, MANY)),
+    **dict.fromkeys(("num_heads", "num_experts", "num_modules", "num_tasks", "encoder_num_layers"), (1, HEADS)),
+    **dict.fromkeys(("tinit", "tfinal", "start_step"), (0, STEPS)),
+    "init_seed": (0, 2**63 - 1),
+}
+ABOVE_0 = ("lora_alpha", "gamma", "temperature", "loraplus_lr_ratio", "update_ratio")
+FROM_0 = ("router_z_loss", "router_balance_loss", "balance_weight", "align_weight", "orth_reg_weight")
+BELOW_1 = ("lora_dropout", "head_dropout", "encoder_dropout", "balance_delta")
+EDGES = {
+    **{name: ([least, most], [least - 1, most + 1]) for name, (least, most) in WHOLE.items()},
+    **dict.fromkeys(ABOVE_0, ([1e-9, MANY], [0, MANY + 1])),
+    **dict.fromkeys(FROM_0, ([0, MANY], [-1e-9, MANY + 1])),
+    **dict.fromkeys(BELOW_1, ([0, 0.999], [-1e-9, 1])),
+    "beta1": ([1e-9, 0.999], [0, 1]),
+    "alpha_pattern": ([{"up": 1e-9}, {}], [{"up": 0}]),
+    "rank_pattern": ([{"up": 1}, {}], [{"up": 0}, {"up": MANY + 1}]),
+    "layers_to_transform": ([0, [0, 7], None], [-1, [0, -1]]),
+    "target_modules": (["all-linear", ["a"], ("a",), {"a"}, None], [1, [1]]),
+    "task_type": (["CAUSAL_LM", None], [3]),
+    "use_rslora": ([True, False], [0, "no"]),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.config])
+def test_ranges_are_taken_to_their_edges_and_no_further(name):
+    card = METHODS[name]
+    config_class = getattr(peft if card.module is None else import_module(card.module), card.config)
+    wrong = []
+    for key in EDGES.keys() & set(settings_of(name)):
+        if (name, key) == ("adalora", "rank_pattern"):  # its masks
+            continue
+        for place, values in enumerate(EDGES[key]):
+            for value in values:
+                found = list(setting_problems(config_class, {key: value}, extra=card.training))
+                if len(found) != place or not all(problem.startswith(key) for problem in found):
+                    wrong.append((key, value, found))
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("rlora", {"r": "4"}, "r is '4'; it must be a whole number of at least 1, and at most 1,000,000."),
+        ("rlora", {"gamma": 0}, "gamma is 0; it must be a number above 0, and at most 1,000,000."),
+        ("rlora", {"head_dropout": 1}, "head_dropout is 1; it must be in [0, 1)."),
+        ("adalora", {"beta1": 1}, "beta1 is 1; it must be in (0, 1)."),
+        ("rlora", {"use_rslora": 1}, "use_rslora is 1; it must be true or false."),
+        ("rlora", {"router_init": 1}, "router_init is 1; it must be text."),
+        ("rlora", {"bias": "evil"}, "bias is 'evil'; it must be one of 'none', 'all', 'lora_only'."),
+        ("rlora", {"modules_to_save": 1}, "modules_to_save is 1; it must be a list, of text each or null."),
+        ("rlora", {"rank_pattern": {3: 2}}, "rank_pattern has the key 3; it must be text."),
+        (
+            "rlora",
+            {"alpha_pattern": {"up": "x"}},
+            "alpha_pattern['up'] is 'x'; it must be a number above 0, and at most 1,000,000.",
+        ),
+        (
+            "rlora",
+            {"rank_pattern": [1]},
+            "rank_pattern is [1]; it must be a mapping of names, to a whole number of at least 1, and at most 1,000,000"
+            " each.",
+        ),
+        (
+            "lora",
+            {"arrow_config": {"a": 1}},
+            "arrow_config is {'a': 1}; it takes an object of Python, which a file cannot hold. Leave it out.",
+        ),
+    ],
+)
+def test_what_is_said(name, settings, words):
+    with pytest.raises(ConfigError) as caught:
+        build_config(name, settings)
+    assert str(caught.value) == f"method.{words}"
 
 
 @pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.config])
