@@ -84,11 +84,11 @@ def make_map(tests: list[str], only: str) -> None:
         measured = coverage.Coverage(data_file=None, include=[str(COPY / name) for name in sources(COPY)])
         recorded = Recorded(measured.switch_context)
         measured.start()
-        pytest.main([*QUIET, file, *(["-k", only] if only else [])], plugins=[recorded])
+        code = pytest.main([*QUIET, file, *(["-k", only] if only else [])], plugins=[recorded])
         measured.stop()
         add_to_map(known, file, recorded, measured.get_data())
         write(MAP, known)
-        print(f"{file}: {sum(recorded.seconds.values()):.0f} s; failed: {recorded.failed}", flush=True)
+        print(f"{file}: {sum(recorded.seconds.values()):.0f} s, {code!r}; failed: {recorded.failed}", flush=True)
 
 
 def add_to_map(known: dict[str, Any], file: str, recorded: Recorded, data: Any) -> None:

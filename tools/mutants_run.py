@@ -106,7 +106,7 @@ def _living(mutant: Mutant, text: str) -> list[tuple[FunctionType, CodeType]]:
     return [
         (thing, new)
         for thing in gc.get_objects()
-        if isinstance(thing, FunctionType)
+        if type(thing) is FunctionType
         and thing.__code__.co_filename == file
         and (thing.__code__.co_qualname, thing.__code__.co_firstlineno) == (old.co_qualname, old.co_firstlineno)
     ]

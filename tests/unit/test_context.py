@@ -163,3 +163,31 @@ def test_generate_takes_a_task_for_each_row(num_beams):
     assert torch.equal(mixed[0], first[0])
     assert torch.equal(mixed[1], second[1])
     assert not torch.equal(first, second)
+
+
+def test_a_generation_is_one_pass_and_another_is_another():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = get_peft_model(LlamaForCausalLM(config), HydraLoraConfig(target_modules=["q_proj"])).eval()
+    routing, ids, seen = find(model), torch.randint(1, 50, (1, 4)), []
+    model.base_model.model.model.layers[0].register_forward_hook(lambda *_: seen.append(routing.number))
+    assert routing.number is None
+    for _ in range(2):
+        model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert len(seen) == 6
+    assert seen[0] == seen[1] == seen[2] < seen[3] == seen[4] == seen[5]
+    model(ids)
+    assert seen[6] > seen[5]
+    assert routing.number is None
+
+
+def test_an_adapter_that_joins_on_other_layers_is_not_trained_beside_the_active_one():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), HydraLoraConfig(target_modules=["0"]))
+    model.add_adapter("two", HydraLoraConfig(target_modules=["1"]))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(name.endswith(".default") and ".0." in name for name in trained)
+    model.set_adapter("two")
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(name.endswith(".two") and ".1." in name for name in trained)

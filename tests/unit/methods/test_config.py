@@ -33,6 +33,27 @@ REFUSED = [
     ("hydralora", {"task_names": ["a", "a"]}, "a name twice"),
     ("hydralora", {"task_names": ["a"], "num_tasks": 2}, "make them agree"),
     ("hydralora", {"target_parameters": ["w"]}, "only modules can be adapted"),
+    ("hydralora", {"layer_replication": [[0, 1]]}, "replicate the layers yourself"),
+    ("hydralora", {"ensure_weight_tying": True}, "ensure_weight_tying is True"),
+    ("hydralora", {"rank_pattern": {"(": 2}}, r"rank_pattern key '\(' is not a regular expression"),
+    ("hydralora", {"alpha_pattern": {"(": 2}}, r"alpha_pattern key '\(' is not a regular expression"),
+    (
+        "hydralora",
+        {"target_modules": ".*up", "layers_to_transform": 0},
+        "layers_to_transform cannot be used",
+    ),
+    (
+        "hydralora",
+        {"target_modules": ".*up", "layers_to_transform": [1], "layers_pattern": "h"},
+        "layers_pattern can",
+    ),
+    ("hydralora", {"layers_pattern": "h"}, "without layers_to_transform: say which layers"),
+    (
+        "moelora",
+        {"rank_pattern": {"up": 12}},
+        r"rank_pattern\['up'\] is 12; it must be a multiple of num_exp",
+    ),
+    ("mlora", {"init_weights": "zero", "head_dropout": 0.0}, "keeps all heads identical for ever"),
     ("rlora", {"num_head": 3}, r"method.num_head is not a setting of rlora; did you mean num_heads"),
     ("rlor", {}, "there is no such method; did you mean rlora"),
 ]
@@ -101,3 +122,32 @@ def test_suggested_heads_are_the_number_of_topics():
     assert multiflora.suggest_num_heads(texts, most=8) == 3
     with pytest.raises(multiflora.DataError, match="at least two"):
         multiflora.suggest_num_heads(["one", "one"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("hydralora", {"target_modules": ["up"], "layers_to_transform": 0, "layers_pattern": "h"}),
+        ("hydralora", {"target_modules": "all-linear", "layers_to_transform": [0, 2], "layers_pattern": ["h"]}),
+        ("hydralora", {"rank_pattern": {".*up": 2}, "alpha_pattern": {"^a": 3.0}, "task_names": ["a", "b"]}),
+        ("hydralora", {"task_names": ["a", "b"], "num_tasks": 2, "ensure_weight_tying": False}),
+        ("moelora", {"rank_pattern": {"up": 24}}),
+        ("mlora", {"init_weights": "zero", "head_dropout": 0.1}),
+        ("mlora", {"init_weights": "zero", "head_dropout": 0.0, "num_heads": 1}),
+        ("mlora", {"init_weights": "paper", "head_dropout": 0.0}),
+        ("loramoe", {"balance_weight": 1.0}),
+        ("loramoe", {"balance_delta": 0.1}),
+        ("loramoe", {"balance_weight": 1.0, "balance_delta": 0.1, "knowledge_tasks": ["a"], "task_names": ["a", "b"]}),
+    ],
+)
+def test_taken(name, settings):
+    config = build_config(name, settings)
+    assert all(getattr(config, key) == value for key, value in settings.items() if key != "target_modules")
+
+
+@pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.module])
+def test_the_start_of_tests_is_there_for_every_method(name):
+    assert build_config(name, {"init_weights": False}).init_weights is False
+    if name != "multilora":
+        with pytest.raises(ConfigError, match="init_weights is 'evil'; it must be one of True, False"):
+            build_config(name, {"init_weights": "evil"})

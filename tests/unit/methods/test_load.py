@@ -66,11 +66,13 @@ def test_padding_is_left_out():
 def test_gates_that_are_no_shares_have_the_entropy_of_their_shares():
     counter = RoutingCounter(Routing())
     counter("up", 4 * GATE[:1], None)
+    counter("few", 0.01 * GATE[:1], None)
     counter("none", torch.zeros(1, 2), None)
     counter("one", torch.ones(3, 1), None)
     found = counter.result()
     assert found["up"].load == [3, 1]
     assert found["up"].entropy == pytest.approx(entropy(0.25, 0.75))
+    assert found["few"].entropy == pytest.approx(entropy(0.25, 0.75))
     assert (found["none"].load, found["none"].entropy, found["none"].dead) == ([0, 0], 0, [0, 1])
     assert (found["one"].load, found["one"].entropy) == ([1], 0)
 

@@ -45,3 +45,11 @@ def test_one_bad_element_of_one_gradient_is_found(bad: float) -> None:
     assert gradients_finite(weights)
     weights[2].grad[1, 2] = bad  # type: ignore[index]
     assert not gradients_finite(weights)
+
+
+def test_a_process_without_a_batch_finds_nothing_bad() -> None:
+    numbers = StepNumbers(1)
+    assert numbers.are_finite()
+    assert numbers.suspects() == ([], False)
+    numbers.gradients = torch.tensor(False)
+    assert not numbers.are_finite()

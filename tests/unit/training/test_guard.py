@@ -100,3 +100,12 @@ def test_who_asks_for_an_end_gets_a_checkpoint_of_sound_numbers(tmp_path: Path) 
     run.stop()
     with pytest.raises(TrainingError, match=r"at step 1 \(tasks: b\)"):
         run.step([BAD], [1])
+
+
+def test_a_training_that_goes_on_counts_from_its_checkpoint(tmp_path: Path) -> None:
+    run = Training(tmp_path)
+    run.state.global_step = 6
+    run.guard.on_train_begin(run.args, run.state, run.control, model=run.model)
+    run.step([BAD], [3])
+    with pytest.raises(TrainingError, match="no longer finite at step 7 "):
+        run.step([1.0], [4])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multiflora.training.losses import loss_by_task, predicted_positions, project_only, token_losses
+from multiflora.training.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
 
 
 def test_positions_are_one_before_their_labels_and_stay_in_their_row() -> None:
@@ -50,3 +50,9 @@ def test_losses_are_in_float32_for_half_precision_logits() -> None:
 def test_sums_and_counts_belong_to_their_task() -> None:
     sums = loss_by_task(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([2, 0, 2, 0]), num_tasks=4)
     assert sums.tolist() == [[10.0, 0.0, 5.0, 0.0], [2.0, 0.0, 2.0, 0.0]]
+
+
+def test_positions_behind_a_learned_prompt() -> None:
+    positions = torch.tensor([0, 2, 4, 8])
+    assert behind(positions, length=3, front=5).tolist() == [5, 7, 14, 23]
+    assert behind(positions, length=3, front=0).tolist() == [0, 2, 4, 8]
