@@ -37,7 +37,10 @@ OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
 }
 """Each operator and what it becomes."""
 
-_COMPOUND = (ast.If, ast.While, ast.For, ast.With, ast.Try, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
+_KEPT = ("stacklevel", "device")
+"""Keywords that are not dropped: what they do shows in another place, or on a GPU alone."""
+_READ_BY_PEOPLE = ("title", "paper")
+"""Keywords whose text no program reads."""
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,13 @@ class _Maker:
             self.constant(node)
         if isinstance(node, ast.Call):
             for keyword in node.keywords:
-                if keyword.arg and keyword.arg != "stacklevel":
+                if keyword.arg and keyword.arg not in _KEPT:
                     start, stop = self.at(keyword)
                     comma = re.match(rb"\s*,", self.data[stop:])
                     self.add(start, stop + (comma.end() if comma else 0), "", keyword.lineno)
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.keyword) and child.arg in _READ_BY_PEOPLE:
+                continue
             if not isinstance(
                 child, (ast.operator, ast.cmpop, ast.boolop, ast.unaryop, ast.expr_context, ast.arguments)
             ):
