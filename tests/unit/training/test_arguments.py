@@ -73,6 +73,14 @@ def test_autocast_runs_only_where_it_helps(
     recipe = make_recipe(bf16=bf16)
     args = training_arguments(recipe, folder=tmp_path, steps=1, weights=weights, casts_itself=casts_itself)
     assert args.bf16 is autocast
+    assert not args.fp16
+
+
+@pytest.mark.parametrize("casts_itself", [True, False])
+def test_float16_weights_are_trained_with_its_loss_scaler(tmp_path: Path, casts_itself: bool) -> None:
+    args = training_arguments(make_recipe(), folder=tmp_path, steps=1, weights=torch.float16, casts_itself=casts_itself)
+    assert args.fp16
+    assert not args.bf16
 
 
 def test_weights_are_in_the_type_that_was_asked_for() -> None:

@@ -1,0 +1,52 @@
+"""One adapted layer: what of the base is trained beside it, and dropout head by head as in the packed sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from multiflora.context import reference_loop
+from multiflora.methods import build_config
+
+
+def adapted(name, **more):
+    torch.manual_seed(0)
+    settings = {"target_modules": ["0"], "init_weights": False, "lora_dropout": 0.0, "num_tasks": 1}
+    return get_peft_model(nn.Sequential(nn.Linear(6, 5)), build_config(name, settings | more)).train()
+
+
+@pytest.mark.parametrize("name", ["hydralora", "multilora", "moelora"])
+def test_a_bias_that_is_trained_gets_its_gradient(name):
+    model, x = adapted(name, bias="all"), torch.randn(4, 6)
+    layer = model.base_model.model[0]
+    assert layer.base_layer.bias.requires_grad
+    assert not layer.base_layer.weight.requires_grad
+    model(x).sum().backward()
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((5,), 4.0))
+    assert layer.base_layer.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [
+        ("hydralora", {"lora_dropout": 0.5}),
+        ("rlora", {"head_dropout": 0.5}),
+        ("rlora", {"lora_dropout": 0.5, "head_dropout": 0.5}),
+        ("moelora", {"lora_dropout": 0.5}),
+    ],
+)
+def test_dropout_head_by_head_is_that_of_the_packed_sum(name, dropout):
+    model, x = adapted(name, **dropout), torch.randn(7, 6)
+
+    def drawn():
+        torch.manual_seed(3)
+        return model(x)
+
+    packed = drawn()
+    with reference_loop(model):
+        assert torch.allclose(drawn(), packed, atol=1e-6)
+        without = model.eval()(x)
+    assert torch.allclose(model(x), without, atol=1e-6)
+    assert not torch.allclose(packed, without, atol=1e-2)
