@@ -21,14 +21,16 @@ __all__ = ["Choice", "by_prompt", "score_behind"]
 Choice = tuple[int, list[int]]
 """A continuation: where its request stands, and its ids."""
 
+SAVED = 100
+"""Tokens that a prompt must save: with less, the second pass and the copies of keys and values cost as much."""
 TOKENS = 16
 """Tokens of continuations in a forward pass, for each of its prompts: many short ones cost little more than one."""
 
 
 def by_prompt(
-    requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int
+    requests: Sequence[tuple[Any, list[int], list[int]]], max_length: int, *, least: int = SAVED
 ) -> dict[tuple[int, ...], list[Choice]]:
-    """Find the prompts that several continuations follow, where that saves work.
+    """Find the prompts that several continuations follow, where reading them once saves work.
 
     A continuation of one token needs no row of its own anyway, and what does not fit into the context is cut, so that
     it begins elsewhere.
@@ -36,16 +38,21 @@ def by_prompt(
     Args:
         requests: (the texts, the prompt's ids, the continuation's ids).
         max_length: The model's context, in tokens.
+        least: Tokens that a prompt must save.
 
     Example:
-        >>> by_prompt([("", [1, 2], [3, 4]), ("", [1, 2], [5, 4]), ("", [1], [3, 4])], max_length=8)
+        >>> by_prompt([("", [1, 2], [3, 4]), ("", [1, 2], [5, 4]), ("", [1], [3, 4])], max_length=8, least=2)
         {(1, 2): [(0, [3, 4]), (1, [5, 4])]}
     """
     found: dict[tuple[int, ...], list[Choice]] = defaultdict(list)
     for i, (_, prompt, wanted) in enumerate(requests):
         if len(prompt) + len(wanted) - 1 <= max_length:
             found[tuple(prompt)].append((i, wanted))
-    return {p: choices for p, choices in found.items() if sum(len(wanted) > 1 for _, wanted in choices) > 1}
+    # those of one token share a row in the ordinary way, too
+    rows = {
+        p: sum(len(w) > 1 for _, w in choices) + any(len(w) == 1 for _, w in choices) for p, choices in found.items()
+    }
+    return {p: choices for p, choices in found.items() if (rows[p] - 1) * len(p) >= least}
 
 
 def score_behind(
