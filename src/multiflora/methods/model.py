@@ -123,9 +123,6 @@ class BranchModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, r, alpha)
         # an adapter that joins a model in eval mode must not begin to drop out
         layer.train(target.training)
-        if adapter_name not in self.active_adapters:
-            # peft's rule: an adapter that is added beside the active one is not trained
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:

@@ -50,3 +50,24 @@ def test_dropout_head_by_head_is_that_of_the_packed_sum(name, dropout):
         without = model.eval()(x)
     assert torch.allclose(model(x), without, atol=1e-6)
     assert not torch.allclose(packed, without, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("hydralora", {"lora_dropout": 0.5}, {}),
+        ("rlora", {"head_dropout": 0.5, "init_weights": "paper"}, {"head_dropout": 0.0}),  # with an offset, and without
+        ("moelora", {"r": 16}, {"r": 8}),
+    ],
+)
+def test_a_deleted_adapter_leaves_nothing_to_the_next_of_its_name(name, before, after):
+    model, x = adapted(name, **before), torch.randn(7, 6)
+    other = adapted(name, **after)
+    config = other.peft_config["default"]
+    model.add_adapter("two", config)
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    model.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(model.train()(x), other(x))
+    assert torch.equal(model.eval()(x), other(x))
