@@ -1,4 +1,4 @@
-"""One adapted layer: what of the base is trained beside it, and dropout head by head as in the packed sum."""
+"""One adapted layer: what is trained beside it, dropout head by head, and what it remembers between calls."""
 
 from __future__ import annotations
 
@@ -71,3 +71,15 @@ def test_a_deleted_adapter_leaves_nothing_to_the_next_of_its_name(name, before, 
     model.load_state_dict(other.state_dict(), strict=False)
     assert torch.equal(model.train()(x), other(x))
     assert torch.equal(model.eval()(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["hydralora", "multilora", "moelora"])
+def test_a_layer_by_itself_and_in_its_model_gives_the_same(name):
+    model, x = adapted(name).eval(), torch.randn(4, 6)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        alone = [layer(x), model(x), layer(x), model(x)]
+        assert all(torch.equal(one, alone[0]) for one in alone)
+        layer.parts("default")["A"].data.mul_(2)  # which torch does not count
+        assert not torch.allclose(layer(x), alone[0])
+        assert torch.equal(layer(x), model(x))
