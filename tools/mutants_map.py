@@ -143,7 +143,11 @@ class Lines:
                 return found
         if mutant.function and not self.on_import(mutant):
             return set()
-        return {test for tests in self.lines[mutant.path].values() for test in tests} - {IMPORT}
+        # a table of constants has no line that a test runs: the tests of its own file read it
+        path = Path(mutant.path)
+        mirror = f"tests/unit/{path.with_name(f'test_{path.name}')}::"
+        found = {test for tests in self.lines[mutant.path].values() for test in tests} - {IMPORT}
+        return found | {test for test in self.seconds if test.startswith(mirror)}
 
 
 def affordable(tests: Iterable[str], seconds: dict[str, float], limit: float) -> list[str]:
