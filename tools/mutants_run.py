@@ -68,7 +68,10 @@ class Living:
         return True
 
     def fate(self, mutant: Mutant, text: str, tests: list[str], limit: float) -> tuple[str, str]:
-        """Whether one of the tests fails on a function with a fault; "import" where it is in no living function."""
+        """Whether one of the tests fails on a function with a fault; "import" where it is in no living function.
+
+        A function that has run already, for a table or a cache, may survive here and not when it is imported anew.
+        """
         found = _living(mutant, text)
         chosen = [self.items[test] for test in tests if test in self.items]
         if not found or not chosen:
