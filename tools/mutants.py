@@ -109,10 +109,8 @@ def try_living(trial: Trial, mutants: list[Mutant]) -> None:
             begun = time.monotonic()
             text = mutant.text((COPY / mutant.path).read_text("utf-8"))
             fate, by = session.fate(mutant, text, tests, trial.limit(tests))
-            if fate in (
-                "killed",
-                "timeout",
-            ):  # a survivor may be what ran before: it is tried once more from the import
+            # a survivor may be what ran before: it is tried once more from the import
+            if fate in ("killed", "timeout"):
                 trial.note(mutant, fate, by, tests, begun)
 
     files = sorted({test.partition("::")[0] for mutant in mutants for test in trial.tests(mutant)})
