@@ -67,8 +67,9 @@ class _HalfDone(StoppingCriteria):
 
 def may_leave(model: Any) -> bool:
     """Whether a model's rows can go on in a smaller batch."""
-    own = base_of(model).generation_config
-    return not is_recurrent(model) and all(getattr(own, name, None) is None for name in _COUNT_FROM_THE_PROMPT)
+    own = getattr(base_of(model), "generation_config", None)  # a model that only scores has none
+    words = own is not None and all(getattr(own, name, None) is None for name in _COUNT_FROM_THE_PROMPT)
+    return words and not is_recurrent(model)
 
 
 def generate_leaving(

@@ -95,3 +95,4 @@ def test_what_counts_from_the_prompt_is_left_to_one_call() -> None:
     assert not may_leave(model)
     recurrent = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
     assert not may_leave(made(recurrent))
+    assert not may_leave(torch.nn.Linear(2, 2))
