@@ -154,12 +154,19 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
 
 
+def _apart(value: Any) -> Any:
+    """A copy in which nothing stands twice: a thousand equal lists are a thousand, of which one can be changed."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else copy.deepcopy(value)
+
+
 def put(value: Any, path: tuple[Any, ...], change: Any) -> Any:
     """A copy with one value changed: replaced, left out, or given a neighbour."""
     kind, new = change
     if not path:
         return new
-    value = copy.deepcopy(value)
+    value = _apart(value)
     inner = value
     for key in path[:-1]:
         inner = inner[key]
