@@ -47,7 +47,7 @@ SEEDS = tuple(range(10))
 METHODS = ("lora", "multilora", "rlora", "hydralora", "mlora", "mtllora", "moelora", "single")
 """``single``: K LoRAs that share the budget, one for each task, each with its share of the steps."""
 STEPS, BATCH, SHARES = 300, 16, (0.125, 0.25, 0.5)
-BASE = {"max_steps": 400, "batch_size": 16, "learning_rate": 2e-3, "max_length": 128}
+BASE = {"max_steps": 400, "batch_size": 16, "learning_rate": 2e-3, "max_length": 128, "bf16": False}
 RATES, FACTOR, GROW = (1e-3, 3e-3, 1e-2, 3e-2), 3.0, 3
 """The first learning rates, the step by which the grid grows where a best rate is on its edge, by how many rates."""
 
@@ -106,13 +106,15 @@ def comparison(each: Condition, seed: int, study: Study, split: str) -> Comparis
     cells = study.output / "cells" / f"{each.name}-{recipe_digest(each, study)}-{code_digest()}"
     return load_comparison(
         {
-            "model": str((study.output / "base").absolute()),
+            # everywhere the same arithmetic: `auto` is bfloat16 on some machines, and seeds come from several
+            "model": {"name": str((study.output / "base").absolute()), "dtype": "float32"},
             "tasks": [{"name": name, "source": str((data / name).absolute())} for name in NAMES[: each.tasks]],
             "train": {
                 "max_steps": study.steps,
                 "batch_size": BATCH,
                 "max_length": 128,
                 "loss": "tasks",
+                "bf16": False,
                 "log_every": study.steps,
             },
             "evaluate": {"batch_size": 60, "split": split, **({"during": SHARES} if split == "test" else {})},
@@ -152,7 +154,7 @@ def prepare_base(study: Study) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)
     task = {"name": "questions", "source": str(study.source.absolute())}
-    recipe = {"model": str(study.model), "method": "full", "tasks": [task], "train": BASE, "output": str(folder)}
+    recipe = {"model": {"name": str(study.model), "dtype": "float32"}, "method": "full", "tasks": [task], "train": BASE, "output": str(folder)}
     print("the base model ...", flush=True)
     run = multiflora.train({**recipe, "evaluate": {"batch_size": 60}}, quiet=True)
     print(f"the base model scores {run.results['adapted']['macro']:.3f}", flush=True)
