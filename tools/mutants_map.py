@@ -143,9 +143,9 @@ class Lines:
                 return found
         if mutant.function and not self.on_import(mutant):
             return set()
-        # a table of constants has no line that a test runs: the tests of its own file read it
+        # a table of constants has no line that a test runs: the tests of its own file read it, or those of the cards
         path = Path(mutant.path)
-        mirror = f"tests/unit/{path.with_name(f'test_{path.name}')}::"
+        mirror = tuple(f"tests/unit/{path.with_name(f'test_{name}')}::" for name in (path.name, "cards.py"))
         found = {test for tests in self.lines[mutant.path].values() for test in tests} - {IMPORT}
         return found | {test for test in self.seconds if test.startswith(mirror)}
 

@@ -154,9 +154,10 @@ def prepare_base(study: Study) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)
     task = {"name": "questions", "source": str(study.source.absolute())}
-    recipe = {"model": {"name": str(study.model), "dtype": "float32"}, "method": "full", "tasks": [task], "train": BASE, "output": str(folder)}
+    recipe = {"method": "full", "tasks": [task], "train": BASE, "output": str(folder)}
+    model = {"name": str(study.model), "dtype": "float32"}
     print("the base model ...", flush=True)
-    run = multiflora.train({**recipe, "evaluate": {"batch_size": 60}}, quiet=True)
+    run = multiflora.train({"model": model, **recipe, "evaluate": {"batch_size": 60}}, quiet=True)
     print(f"the base model scores {run.results['adapted']['macro']:.3f}", flush=True)
 
 

@@ -49,9 +49,12 @@ def test_no_torch_is_imported(words: list[str], code: int, tmp_path: Path) -> No
     assert heavy_line == "HEAVY"
 
 
-# each name is the first import of a process of its own, forked where torch and transformers are there already
+# each name is the first import of a process of its own, forked where all that peft itself imports is there already,
+# and of peft nothing
 DEEP = """
-import importlib.util, multiprocessing, pathlib, pkgutil, sys, torch, transformers, transformers.integrations.peft
+import importlib.util, multiprocessing, pathlib, pkgutil, sys, torch, transformers, transformers.integrations.peft, peft
+for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+    del sys.modules[name]
 
 def first(name):
     module, _, attribute = name.partition(":")

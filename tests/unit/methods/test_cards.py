@@ -208,3 +208,24 @@ def test_shapes_of_peft_s_methods_are_those_that_peft_makes(name):
     made = sorted(tuple(weight.shape) for weight in model.parameters() if weight.requires_grad)
     assert sorted(describe(name).shapes(config, 3, 5, 7).values()) == made
     assert describe("ia3").shapes is describe("full").shapes is None
+
+
+# peft's fields that a baseline cannot use, or that peft fills in: not one of them is offered
+NOT_OFFERED = {
+    "adalora": "r total_step rank_pattern",
+    "prompt": "token_dim num_transformer_submodules num_attention_heads num_layers",
+    "prefix": "token_dim num_transformer_submodules num_attention_heads num_layers",
+    "ptuning": "token_dim num_transformer_submodules num_attention_heads num_layers",
+    "lorahub": "bias lora_bias modules_to_save trainable_token_indices target_parameters layer_replication use_dora "
+    "init_lora_weights",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.module is None and card.config])
+def test_what_a_baseline_cannot_use_is_not_offered(name: str) -> None:
+    fields = {item.name for item in dataclasses.fields(getattr(peft, METHODS[name].config))}
+    internal = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
+    left_out = set(NOT_OFFERED.get(name, "").split())
+    assert left_out <= fields
+    offered = set(settings_of(name)) - set(METHODS[name].training)
+    assert offered == fields - internal - {"runtime_config"} - left_out

@@ -66,6 +66,18 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert routing_line(ROUTED) in lines[-1]
 
 
+@pytest.mark.parametrize(("height", "shown"), [(16, 8), (9, 1), (3, 1)])
+def test_as_many_tasks_are_shown_as_the_terminal_has_lines_and_one_at_least(height: int, shown: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=height, color_system=None)
+    view = LiveView(console)
+    feed(view, [{"loss": 1.0, **{f"loss/task_{i}": float(i) for i in range(12)}}])
+    with console.capture() as capture:
+        console.print(view.get_renderable())
+    text = capture.get()
+    assert [i for i in range(12) if f"task_{i} " in text] == list(range(12 - shown, 12))
+    assert f"and {12 - shown} more, all lower" in text
+
+
 def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(quiet=False) as [bar]:
         feed(bar._progress, [{"loss": 0.25, "loss/a": 0.25, "tokens_per_second": 99.0}])
