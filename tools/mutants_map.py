@@ -30,6 +30,14 @@ TESTS = (
     "tests/property/test_rows.py",
     "tests/reference",
     "tests/unit/test_adapter_folder.py",
+    "tests/unit/test_auxiliary_losses.py",
+    "tests/unit/test_forward_pass.py",
+    "tests/unit/test_task_ids.py",
+    "tests/unit/ops/test_packed.py",
+    "tests/unit/comparison/test_plan.py",
+    "tests/integration/test_course.py",
+    "tests/integration/test_train.py",
+    "tests/integration/test_train_fit.py",
 )
 IMPORT = ""
 """In place of a test: a line runs while modules are imported."""

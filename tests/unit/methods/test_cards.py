@@ -129,7 +129,7 @@ def test_a_card_agrees_with_its_class(name):
         assert card.config is None
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.module])
 def test_every_setting_says_what_it_is(name):
     own = set(METHODS[name].settings) | set(SHARED)
     for item in dataclasses.fields(getattr(multiflora, METHODS[name].config)):
@@ -229,3 +229,11 @@ def test_what_a_baseline_cannot_use_is_not_offered(name: str) -> None:
     assert left_out <= fields
     offered = set(settings_of(name)) - set(METHODS[name].training)
     assert offered == fields - internal - {"runtime_config"} - left_out
+
+
+@pytest.mark.parametrize("name", [name for name, card in METHODS.items() if card.module is None and card.config])
+def test_the_rank_of_a_baseline_is_one_of_its_settings(name: str) -> None:
+    baseline = describe(name)
+    if baseline.shapes is not None:
+        assert baseline.rank_key == {"adalora": "init_r"}.get(name, "r")
+        assert baseline.rank_key in settings_of(name)

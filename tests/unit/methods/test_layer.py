@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 
 from multiflora.context import reference_loop
 from multiflora.methods import build_config
@@ -26,6 +27,18 @@ def test_a_bias_that_is_trained_gets_its_gradient(name):
     model(x).sum().backward()
     assert torch.equal(layer.base_layer.bias.grad, torch.full((5,), 4.0))
     assert layer.base_layer.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["hydralora", "multilora", "moelora"])
+def test_a_pruned_bias_is_added_as_it_is_now(name):
+    model, x = adapted(name).eval(), torch.randn(4, 6)
+    base = model.base_model.model[0].base_layer
+    with torch.no_grad():
+        whole = model(x)
+        prune.l1_unstructured(base, "bias", amount=2)
+        gone = base.bias_orig * (1 - base.bias_mask)
+        assert int((gone != 0).sum()) == 2
+        assert torch.allclose(model(x), whole - gone, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 import multiflora
 from multiflora import ConfigError, ExportError, PartsConfig
 from multiflora.methods import build_config, merges
-from multiflora.methods.parts import GATES
+from multiflora.methods.parts import GATES, chosen
 
 SHARED = {"r": 2, "target_modules": ["0", "2"], "num_tasks": 2, "lora_dropout": 0.0}
 
@@ -128,6 +128,11 @@ def test_known_methods_come_out(name, settings, words):
 def test_what_does_not_go_together_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         PartsConfig(**words)
+
+
+@pytest.mark.parametrize("words", ALLOWED, ids=lambda words: "-".join(map(str, words.values())))
+def test_only_a_router_has_losses_of_its_own(words):
+    assert (chosen(PartsConfig(**words, **SHARED)).loss is not None) == (words["gate"] == "token")
 
 
 def test_two_adapters_of_different_parts_live_on_one_model():

@@ -28,6 +28,18 @@ def test_without_an_accelerator_it_is_the_cpu() -> None:
     assert own_device() == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("rank", "index"), [(None, 0), ("3", 3)])
+def test_each_process_of_a_machine_has_an_accelerator_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, index: int
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device() == torch.device("cuda", index)
+
+
 @pytest.mark.parametrize(
     ("switches", "spread"),
     [

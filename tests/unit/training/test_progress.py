@@ -78,6 +78,19 @@ def test_as_many_tasks_are_shown_as_the_terminal_has_lines_and_one_at_least(heig
     assert f"and {12 - shown} more, all lower" in text
 
 
+def test_a_narrow_terminal_cuts_names_and_wraps_nothing() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=48, height=9, color_system="standard")
+    view = LiveView(console)
+    for step in range(24):
+        view.add({"loss": 1.0, "loss/a_name_that_is_long": 1.0 + step % 2, "loss/b": 0.5})
+    with console.capture() as capture:
+        console.print(view._losses())
+    _, total, task, rest = capture.get().rstrip().splitlines()
+    assert "all tasks" in total
+    assert "a_name_that…" in task  # twelve cells of it
+    assert "\x1b[2mand 1 more, all lower" in rest  # dim
+
+
 def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(quiet=False) as [bar]:
         feed(bar._progress, [{"loss": 0.25, "loss/a": 0.25, "tokens_per_second": 99.0}])

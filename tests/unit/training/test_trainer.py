@@ -74,8 +74,9 @@ def make_examples(number: int = 12, num_tasks: int = 3) -> Dataset:
 
 
 def make_trainer(
-    model: nn.Module, folder: Path, *, packing: bool = False, examples: Dataset | None = None, **settings: Any
+    model: nn.Module, folder: Path, *, packing: bool | None = None, examples: Dataset | None = None, **settings: Any
 ) -> MultitaskTrainer:
+    folded = {} if packing is None else {"packing": packing}
     given = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "weight_decay": 0.0} | settings
     args = SFTConfig(
         output_dir=str(folder),
@@ -93,9 +94,17 @@ def make_trainer(
         train_dataset=examples or make_examples(),
         processing_class=make_tokenizer(),
         task_names=("a", "b", "c"),
-        packing=packing,
         max_length=24,
+        **folded,
     )
+
+
+def test_a_batch_has_a_row_for_each_example_and_fewer_only_where_they_are_packed(tmp_path: Path) -> None:
+    rows = {}
+    for packing in ({}, {"packing": False}, {"packing": True}):
+        batch = next(iter(make_trainer(make_model(), tmp_path, **packing).get_train_dataloader()))
+        rows[str(packing)] = len(batch["input_ids"])
+    assert rows == {"{}": 4, "{'packing': False}": 4, "{'packing': True}": 2}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
