@@ -16,7 +16,15 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 OLDEST_PEFT := 0.21.0
 
-.PHONY: help demo test peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints audit audit-online clean
+# one method of each kind for peft's own tests: additive, routed by token, routed by task; `make test-all` has all of them
+KINDS := multilora rlora moelora
+
+# what a method is made of: after a change of any of these, CI runs `make test-all`
+DEEP := src/multiflora/methods src/multiflora/ops src/multiflora/peft_bridge.py src/multiflora/adapter_tensors.py \
+	src/multiflora/context.py src/multiflora/forward_pass.py src/multiflora/task_ids.py src/multiflora/auxiliary_losses.py \
+	src/multiflora/tied.py tests/contract tests/peft_suite constraints.txt
+
+.PHONY: help demo test test-all deep peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints audit audit-online clean
 
 help: ## show this menu
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,9 +32,17 @@ help: ## show this menu
 demo: $(DEMO) ## train one adapter on six tasks, with the embedded model: no account, no GPU, under 10 minutes
 	HF_HUB_OFFLINE=1 $(BIN)/multiflora train configs/demo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: lint types audit ## everything CI runs: lint, format check, strict types, dependencies, all tests
+test: lint types audit ## lint, format check, strict types, dependencies, and the tests; peft's own on one method of each kind
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not whole"
+	MULTIFLORA_PEFT_METHODS="$(KINDS)" $(MAKE) peft-suite
+
+test-all: lint types audit ## the same and what takes long: marked tests, peft's own on all methods, the oldest peft
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 	$(MAKE) peft-suite test-oldest-peft
+	$(MAKE) --no-print-directory --silent deep > .ci/deep
+
+deep: # a number that changes with what a method is made of; .ci/deep has that of which all tests were seen to pass
+	@git ls-files --stage $(DEEP) | git hash-object --stdin
 
 peft-suite: $(DEV) ## peft's own tests, from its source distribution, on our methods
 	$(TEST_ENV) $(BIN)/python tools/peft_suite.py -n 2

@@ -16,6 +16,10 @@ __all__ = ["LiveView", "log_line", "progress_bar", "routing_line", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _POINTS = 24
+_NAME = 12
+"""Cells of a task's name that are always shown."""
+_FIGURES = 22
+"""Cells of the two columns of numbers, and of what lies between the columns."""
 _AROUND = 8
 """Lines of a terminal that are not tasks: the bar, the heading, the sum, the routing, and room for what was above."""
 
@@ -58,9 +62,10 @@ class LiveView(Progress):
         room = max(1, self.console.height - _AROUND)
         names = sorted((key for key in self.history if key != "loss"), key=lambda key: -self.history[key][-1])
         table = Table(box=None, pad_edge=False, expand=False)
-        table.add_column(
-            "task", max_width=max(12, self.console.width - _POINTS - 24), no_wrap=True, overflow="ellipsis"
-        )
+        # a narrow terminal has shorter curves: a number that is cut says nothing
+        left = self.console.width - _NAME - _FIGURES
+        points = min(_POINTS, max(1, left))
+        table.add_column("task", max_width=_NAME + max(0, left - points), no_wrap=True, overflow="ellipsis")
         for heading in ("loss", "change"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, style="cyan")
@@ -70,10 +75,14 @@ class LiveView(Progress):
                 name = "all tasks" if key == "loss" else key[5:]
                 change = f"{past[-1] - past[0]:+.3f}" if len(past) > 1 else ""
                 table.add_row(
-                    Text(name), f"{past[-1]:.3f}", change, sparkline(past), style="bold" if key == "loss" else ""
+                    Text(name),
+                    f"{past[-1]:.3f}",
+                    change,
+                    sparkline(past[-points:]),
+                    style="bold" if key == "loss" else "",
                 )
         if len(names) > room:
-            table.add_row(Text(f"and {len(names) - room} more, all lower", style="dim"))
+            table.add_row(Text(f"and {len(names) - room} lower", style="dim"))
         return table
 
 
