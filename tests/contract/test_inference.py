@@ -36,7 +36,9 @@ def test_prepared_is_general(case, tiny_llama, tasks):
     expected = general(model, tasks)
     assert not kept(model)
     assert relative(logits(model, tasks), expected) < CLOSE
-    assert relative(logits(model, tasks), expected) < CLOSE  # as it was kept
+    before = [id(form) for form in kept(model)]
+    assert relative(logits(model, tasks), expected) < CLOSE
+    assert [id(form) for form in kept(model)] == before  # as it was kept
     mixed = case.method.needs_task() and len(set(tasks.tolist())) > 1
     assert kept(model) or (mixed and case.method.between is not None)
 

@@ -18,7 +18,7 @@ TASKS = ("trec", "sst2", "commonsenseqa")
 USUAL, OURS = 2e-4, 5e-3
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.whole,
     pytest.mark.skipif(not (SHARED / "models" / "tinylm-1m").is_dir(), reason="the shared model is not there"),
 ]
 

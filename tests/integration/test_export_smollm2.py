@@ -11,7 +11,7 @@ import multiflora
 from multiflora.embedded import find_gguf
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.whole,
     pytest.mark.skipif(find_gguf() is None, reason="the embedded model is not installed: make demo installs it"),
 ]
 

@@ -25,6 +25,7 @@ def test_there_are_four() -> None:
     assert len(TWINS) == 4
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_runs(name: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")

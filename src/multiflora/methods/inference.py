@@ -10,7 +10,7 @@ What is prepared is kept on the layer until something that it was made of change
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Kept:
     settings: tuple[Any, ...]
     digest: int | None
     """Of the sources' bytes; None where nobody is fast enough to make one."""
-    compared: int = field(default=-1)
+    compared: int
     """The forward pass in which the bytes were last looked at."""
 
     def holds(self, settings: tuple[Any, ...], forward_pass: int | None) -> bool:
