@@ -19,10 +19,11 @@ OLDEST_PEFT := 0.21.0
 # one method of each kind for peft's own tests: additive, routed by token, routed by task; `make test-all` has all of them
 KINDS := multilora rlora moelora
 
-# what a method is made of: after a change of any of these, CI runs `make test-all`
+# what the longer tests are about: after a change of any of these, CI runs `make test-all`
 DEEP := src/multiflora/methods src/multiflora/ops src/multiflora/peft_bridge.py src/multiflora/adapter_tensors.py \
 	src/multiflora/context.py src/multiflora/forward_pass.py src/multiflora/task_ids.py src/multiflora/auxiliary_losses.py \
-	src/multiflora/tied.py tests/contract tests/peft_suite constraints.txt
+	src/multiflora/tied.py src/multiflora/comparison src/multiflora/export src/multiflora/stoppable.py configs/papers \
+	tests/contract tests/peft_suite tests/fuzz constraints.txt
 
 .PHONY: help demo test test-all deep peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints audit audit-online clean
 
@@ -33,11 +34,11 @@ demo: $(DEMO) ## train one adapter on six tasks, with the embedded model: no acc
 	HF_HUB_OFFLINE=1 $(BIN)/multiflora train configs/demo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint types audit ## lint, format check, strict types, dependencies, and the tests; peft's own on one method of each kind
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not whole"
+	MULTIFLORA_FUZZ_TIMES=0.3 $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not whole"
 	MULTIFLORA_PEFT_METHODS="$(KINDS)" $(MAKE) peft-suite
 
 test-all: lint types audit ## the same and what takes long: marked tests, peft's own on all methods, the oldest peft
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 	$(MAKE) peft-suite test-oldest-peft
 	$(MAKE) --no-print-directory --silent deep > .ci/deep
 
