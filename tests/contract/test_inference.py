@@ -40,7 +40,7 @@ def test_prepared_is_general(case, tiny_llama, tasks):
     assert relative(logits(model, tasks), expected) < CLOSE
     assert [id(form) for form in kept(model)] == before  # as it was kept
     mixed = case.method.needs_task() and len(set(tasks.tolist())) > 1
-    assert kept(model) or (mixed and case.method.between is not None)
+    assert kept(model) or (mixed and case.method.task_matrix is not None)
 
 
 def test_token_by_token(case, tiny_llama):

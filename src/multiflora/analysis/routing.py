@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from multiflora.context import find
-from multiflora.methods.load import DEAD, LayerRouting, RoutingCounter
+from multiflora.methods.head_load import DEAD, LayerRouting, RoutingCounter
 
 __all__ = ["DEAD", "LayerRouting", "RoutingCounter", "recording"]
 

@@ -29,7 +29,7 @@ from multiflora.evaluation.results import (
     mean_nll,
     task_score,
 )
-from multiflora.evaluation.screen import Bar, as_it_was, quiet
+from multiflora.evaluation.screen import Bar, quiet, restored
 from multiflora.files import write_text
 from multiflora.recipe import EvaluateSpec
 from multiflora.suggest import nearest
@@ -144,7 +144,7 @@ def evaluate(
         raise ConfigError("There are no tasks to score; expected some, e.g. tasks=['boolq'] or --tasks boolq.")
     with ExitStack() as stack:
         stack.enter_context(quiet())
-        stack.enter_context(as_it_was(model))
+        stack.enter_context(restored(model))
         place = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         return _score(plan, model, tokenizer, place / "harness", stack.enter_context(Bar(progress)))
 

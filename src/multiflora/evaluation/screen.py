@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["Bar", "as_it_was", "quiet"]
+__all__ = ["Bar", "quiet", "restored"]
 
 
 class Bar:
@@ -71,7 +71,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def as_it_was(model: Any) -> Iterator[None]:
+def restored(model: Any) -> Iterator[None]:
     """Put the model's mode and the global random numbers back afterwards, so that scoring never changes a training."""
     import numpy as np
     import torch

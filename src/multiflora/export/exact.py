@@ -43,9 +43,9 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
     wide = {name: part.to(torch.float32) for name, part in layer.parts.items()}
     x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0))
     heads = method.heads(config)
-    between = None
-    if method.between is not None:
-        between = method.between.matrices(wide)[task].expand(len(x), -1, -1)
+    matrix = None
+    if method.task_matrix is not None:
+        matrix = method.task_matrix.matrices(wide)[task].expand(len(x), -1, -1)
     frozen = method.frozen_term(config, wide) or (None, None)
     looped = ops.loop(
         torch.zeros(len(x), B.shape[0]),
@@ -57,7 +57,7 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
         num_heads=heads,
         rank=layer.rank,
         scale=layer.scale,
-        between=between,
+        task_matrix=matrix,
     )
     hidden = x @ A.t()
     off = float((hidden @ B.t() - looped).norm())

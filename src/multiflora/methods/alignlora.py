@@ -21,7 +21,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from multiflora.methods.base import Loss, Method, Seen
+from multiflora.methods.base import Loss, LossInputs, Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
@@ -53,14 +53,14 @@ class AlignLoraConfig(AdapterConfig):
         ]
 
 
-def loss(config: AlignLoraConfig, seen: Seen) -> Tensor | None:
+def loss(config: AlignLoraConfig, inputs: LossInputs) -> Tensor | None:
     """λ times the mean divergence between tasks."""
     if config.num_tasks == 1:
         return None
-    tasks = seen.tokens.tasks(config, seen.stems.device)
+    tasks = inputs.tokens.tasks(config, inputs.stems.device)
     if tasks is None:
         raise missing(config)
-    return config.align_weight * alignment(seen.stems.t(), tasks, config.num_tasks or 1, seen.tokens.keep())
+    return config.align_weight * alignment(inputs.stems.t(), tasks, config.num_tasks or 1, inputs.tokens.keep())
 
 
 METHOD = Method(

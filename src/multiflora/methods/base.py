@@ -32,7 +32,7 @@ Start = Callable[[Any, Tensor, Tensor, int, "torch.Generator | None"], None]
 Merges = Literal["exactly", "per task", "no"]
 
 
-class Seen(NamedTuple):
+class LossInputs(NamedTuple):
     """What one layer made of a batch in training: all that a method's loss may read. Tokens come last."""
 
     stems: Tensor
@@ -49,8 +49,8 @@ class Seen(NamedTuple):
 class Loss:
     """What a method adds to the loss, layer by layer; the model's is the mean over the layers."""
 
-    value: Callable[[Any, Seen], Tensor | None]
-    """(config, what the layer saw) -> what to add, or None where nothing can be said."""
+    value: Callable[[Any, LossInputs], Tensor | None]
+    """(config, what it reads of the layer) -> what to add, or None where nothing can be said."""
     weights: tuple[str, ...]
     """Settings that turn it on: where all of them are 0, it is off and nobody asks for its value."""
     reads_task: bool = False
@@ -66,7 +66,7 @@ def _no(config: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Between:
+class TaskMatrix:
     """A matrix (or diagonal) per task between stem and heads: u becomes M_t u. The identity at the start."""
 
     shape: Callable[[Any, int], tuple[int, ...]]
@@ -108,7 +108,7 @@ class Method:
     """Whether the random start is subtracted as a frozen low-rank term."""
     head_dropout: Callable[[Any], float] = lambda config: 0.0
     """Dropout on each head's input."""
-    between: Between | None = None
+    task_matrix: TaskMatrix | None = None
     shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that all layers have in common; the first adapted layer holds them."""
     loss: Loss | None = None
@@ -121,17 +121,17 @@ class Method:
     why_not_mergeable: str | None = None
     """One sentence, for methods whose update is no matrix for another reason than what their gate reads."""
     chosen: Callable[[Any], Method] | None = None
-    """For a method that is spelled out in its config: (config) -> the method that it spells."""
+    """For a method whose parts are settings: (config) -> the method with these parts."""
     chosen_names: tuple[str, ...] = ()
     """Names of all trainable tensors that any of those may have."""
 
     def of(self, config: Any) -> Method:
-        """The description that holds for a config: this one, unless the config spells it out."""
+        """The description that holds for a config: this one, unless its parts are settings."""
         return self if self.chosen is None else self.chosen(config)
 
     def needs_task(self) -> bool:
         """Whether an output cannot be computed without the row's task."""
-        return self.gate.reads == "task" or self.between is not None
+        return self.gate.reads == "task" or self.task_matrix is not None
 
     def loss_needs_task(self, config: Any) -> bool:
         """Whether what is added cannot be computed without the row's task."""
@@ -169,22 +169,22 @@ class Method:
         stems = 1 if self.shared_stem else heads
         shapes: dict[str, tuple[int, ...]] = {"A": (stems * rank, d_in), "B": (d_out, heads * rank)}
         shapes |= self.gate.shapes(config, heads, d_in, d_out)
-        if self.between is not None:
-            shapes["task_matrix"] = self.between.shape(config, rank)
+        if self.task_matrix is not None:
+            shapes["task_matrix"] = self.task_matrix.shape(config, rank)
         return shapes
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable tensors, whatever the config."""
         if self.chosen is not None:
             return self.chosen_names
-        return ("A", "B", *self.gate.names, *(("task_matrix",) if self.between is not None else ()))
+        return ("A", "B", *self.gate.names, *(("task_matrix",) if self.task_matrix is not None else ()))
 
     def fill(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
         """Give every tensor its first value, in place."""
         self.start(config, parts["A"], parts["B"], self.heads(config), generator)
         self.gate.start(config, parts, generator)
-        if self.between is not None:
-            self.between.start(parts["task_matrix"])
+        if self.task_matrix is not None:
+            self.task_matrix.start(parts["task_matrix"])
 
     def mean_head(self, config: Any, parts: Parts) -> Tensor:
         r""":math:`\bar B^0`: the heads blended as a gate that prefers none would blend them.
@@ -232,8 +232,8 @@ class Method:
         B = self.gate.fold(config, wide, wide["B"])
         weighted = torch.stack(head_views(B, heads), 1) * (gate.to(B.device, B.dtype) * scale).view(1, heads, 1)
         columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
-        if self.between is not None:
-            columns = columns @ self.between.matrices(wide)[task]
+        if self.task_matrix is not None:
+            columns = columns @ self.task_matrix.matrices(wide)[task]
         frozen = self.frozen_term(config, wide)
         if frozen is not None:
             A, columns = torch.cat((A, frozen[0])), torch.cat((columns, -scale * frozen[1]), 1)

@@ -129,7 +129,7 @@ def can_prepare(method: Method, config: Any) -> bool:
     """Whether branches have a prepared form: their gate is constant, looked up by task, or the softmax of a router."""
     gate = method.gate
     if gate.reads == "token":
-        return type(gate) is TokenRouter and method.between is None
+        return type(gate) is TokenRouter and method.task_matrix is None
     return gate.reads == "nothing" or isinstance(gate, TaskGate)
 
 
@@ -159,7 +159,7 @@ def keep(
             branches = _routed(plan, parts, scale, wanted.dtype)
         elif wanted.task is not None or not method.needs_task():
             branches = _plain(plan, parts, scale, wanted)
-        elif method.between is None and isinstance(method.gate, TaskGate):
+        elif method.task_matrix is None and isinstance(method.gate, TaskGate):
             branches = _side_by_side(plan, parts, scale, wanted.dtype, router=None, top_k=None)
             table = method.gate.table(config, parts).contiguous()
         else:

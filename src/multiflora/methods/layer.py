@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from multiflora import ops
 from multiflora.errors import AdapterError
 from multiflora.forward_pass import Tokens
-from multiflora.methods.base import Loss, Method, Seen, class_of
+from multiflora.methods.base import Loss, LossInputs, Method, class_of
 from multiflora.methods.inference import Kept
 from multiflora.methods.layer_weights import OFFSET, Plan
 from multiflora.methods.merging import MergingLayer
@@ -161,8 +161,8 @@ class BranchLinear(MergingLayer):
             dropout=self._dropout("lora_dropout", adapter_name),
         )
         stems = u
-        if method.between is not None:
-            matrices = method.between.matrices(parts)[tasks].to(u.dtype)
+        if method.task_matrix is not None:
+            matrices = method.task_matrix.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
         value = self._value(loss, plan, stems, gate, logits, tokens)
@@ -234,7 +234,7 @@ class BranchLinear(MergingLayer):
             method.gate.fold(config, parts, parts["B"]),
             None,
             None,
-            between=None if method.between is None else method.between.matrices(parts)[tasks],
+            task_matrix=None if method.task_matrix is None else method.task_matrix.matrices(parts)[tasks],
             scale=scale,
             num_heads=plan.heads,
             rank=plan.rank,
@@ -295,7 +295,7 @@ class BranchLinear(MergingLayer):
         """What the layer adds to the loss, or None."""
         if loss is None or tokens is None:
             return None
-        return loss.value(plan.config, Seen(stems, gate, logits, tokens))
+        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens))
 
     def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
         recorder = self.routing.recorder

@@ -84,7 +84,7 @@ class BranchWeights(nn.Module, BaseTunerLayer):
                 method.rank(config, self.ranks[adapter_name]),
                 method.needs_task(),
                 method.shared(config),
-                method.between is None and method.gate.left_to_op(config),
+                method.task_matrix is None and method.gate.left_to_op(config),
                 can_prepare(method, config),
             )
         return found

@@ -16,7 +16,7 @@ from typing import ClassVar, Optional
 import torch
 from torch import Tensor
 
-from multiflora.methods.base import Loss, Method, Seen
+from multiflora.methods.base import Loss, LossInputs, Method
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
@@ -71,11 +71,11 @@ class LoraMoeConfig(RouterConfig):
         return found
 
 
-def loss(config: LoraMoeConfig, seen: Seen) -> Tensor | None:
+def loss(config: LoraMoeConfig, inputs: LossInputs) -> Tensor | None:
     """Localized balance loss plus the router's own, each with its weight."""
-    total = router_loss(config, seen)
-    if config.balance_weight and seen.gate is not None:
-        gate, tokens = seen.gate.t(), seen.tokens
+    total = router_loss(config, inputs)
+    if config.balance_weight and inputs.gate is not None:
+        gate, tokens = inputs.gate.t(), inputs.tokens
         # an expert's tokens are of no row that could be known: their load is balanced as that of one
         rows, count = tokens.rows(gate.device), tokens.batch
         if rows is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from multiflora.methods.base import Between, Method
+from multiflora.methods.base import Method, TaskMatrix
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskTemperatureGate
 from multiflora.methods.hydralora import start
@@ -54,6 +54,6 @@ METHOD = Method(
     config=MtlLoraConfig,
     heads=lambda config: config.num_heads,
     gate=TaskTemperatureGate(),
-    between=Between(shape=task_matrix_shape),
+    task_matrix=TaskMatrix(shape=task_matrix_shape),
     start=start,
 )

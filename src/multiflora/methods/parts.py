@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
-from multiflora.methods.base import Between, Method
+from multiflora.methods.base import Method, TaskMatrix
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
@@ -148,7 +148,7 @@ def start(config: PartsConfig, A: Tensor, B: Tensor, heads: int, generator: torc
 
 
 @cache
-def spelled(stem: str, gate: str, task_matrix: str) -> Method:
+def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
     """The description with these parts; all else is read from the config."""
     return Method(
         name="parts",
@@ -159,18 +159,18 @@ def spelled(stem: str, gate: str, task_matrix: str) -> Method:
         start=start,
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
-        between=None if task_matrix == "none" else Between(shape=task_matrix_shape),
+        task_matrix=None if task_matrix == "none" else TaskMatrix(shape=task_matrix_shape),
         loss=ROUTER_LOSS if gate == "token" else None,
     )
 
 
 def chosen(config: Any) -> Method:
     """The description that a config spells out."""
-    return spelled(config.stem, config.gate, config.task_matrix)
+    return method_of_parts(config.stem, config.gate, config.task_matrix)
 
 
 METHOD = replace(
-    spelled("shared", "token", "none"),
+    method_of_parts("shared", "token", "none"),
     chosen=chosen,
     chosen_names=("A", "B", *(name for gate in GATES.values() for name in gate.names), "task_matrix"),
 )

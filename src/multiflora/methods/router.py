@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
-from multiflora.methods.base import Loss, Seen
+from multiflora.methods.base import Loss, LossInputs
 from multiflora.methods.config import AdapterConfig
 from multiflora.methods.losses import load_balance, router_z
 
@@ -55,13 +55,13 @@ def sparse_routing_problems(config: Any, heads_setting: str) -> list[str]:
     return []
 
 
-def router_loss(config: Any, seen: Seen) -> Tensor | None:
+def router_loss(config: Any, inputs: LossInputs) -> Tensor | None:
     """The load-balance loss and the z-loss with their weights, or None when both are off."""
     balance, z = config.router_balance_loss, config.router_z_loss
-    if not (balance or z) or seen.gate is None or seen.logits is None:
+    if not (balance or z) or inputs.gate is None or inputs.logits is None:
         return None
-    logits, gate = seen.logits.t(), seen.gate.t()
-    keep = seen.tokens.keep()
+    logits, gate = inputs.logits.t(), inputs.gate.t()
+    keep = inputs.tokens.keep()
     terms: list[Tensor] = []
     if balance:
         terms.append(balance * load_balance(logits, gate, keep))

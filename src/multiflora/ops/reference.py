@@ -24,12 +24,12 @@ def loop(
     rank: int,
     scale: float,
     dropout: tuple[float, int] = (0.0, 0),
-    between: Tensor | None = None,
+    task_matrix: Tensor | None = None,
 ) -> Tensor:
     """Add every head's update to y with a product of its own, as the published code does; autograd does the rest.
 
     Arguments are those of :func:`multiflora.ops.heads`, with the stems' input x, (T, d_in), in place of u, and
-    ``between``: a matrix per token between stem and heads, (T, r, r), or None. Given the same seed, the masks are the
+    ``task_matrix``: a matrix per token between stem and heads, (T, r, r), or None. Given the same seed, masks are the
     packed op's.
     """
     p, seed = dropout
@@ -40,8 +40,8 @@ def loop(
     for h in range(num_heads):
         stem = A[h * rank : (h + 1) * rank] if own_stems else A
         hidden = F.linear(x, stem.to(x.dtype))
-        if between is not None:
-            hidden = (between.to(x.dtype) @ hidden.unsqueeze(-1)).squeeze(-1)
+        if task_matrix is not None:
+            hidden = (task_matrix.to(x.dtype) @ hidden.unsqueeze(-1)).squeeze(-1)
         if mask is not None:
             hidden = hidden * mask[h].t()
         update = F.linear(hidden, B[:, h * rank : (h + 1) * rank].to(x.dtype)) * scale

@@ -57,7 +57,7 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Look at the gradients, before they are used. With a loss scaler, infinite ones are its daily bread."""
+        """Look at the gradients, before they are used. A loss scaler expects infinite ones and skips their step."""
         if not args.fp16:
             self.numbers.gradients = gradients_finite(self._trained)
 

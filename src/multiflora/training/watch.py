@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from multiflora.context import Routing
-from multiflora.methods.load import DEAD, LayerRouting, RoutingCounter
+from multiflora.methods.head_load import DEAD, LayerRouting, RoutingCounter
 
 __all__ = ["RoutingWatch", "figures_of"]
 

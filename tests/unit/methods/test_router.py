@@ -7,7 +7,7 @@ import torch
 
 from multiflora import ConfigError, HydraLoraConfig, LoraMoeConfig, MixLoraConfig, RLoraConfig
 from multiflora.forward_pass import Pass, Side, Tokens
-from multiflora.methods.base import Seen
+from multiflora.methods.base import LossInputs
 from multiflora.methods.losses import load_balance, router_z
 from multiflora.methods.router import ROUTER_LOSS, router_loss
 
@@ -18,7 +18,7 @@ def seen(logits=True, gate=True):
     best = torch.softmax(rows.masked_fill(rows == rows.min(1, keepdim=True).values, -torch.inf), 1)
     mask = torch.tensor([[1, 1], [1, 0]])
     tokens = Tokens(Pass(None), "up", Side(2, 2, mask), torch.Size([2, 2]))
-    return rows, best, Seen(torch.zeros(2, 4), best.t() if gate else None, rows.t() if logits else None, tokens)
+    return rows, best, LossInputs(torch.zeros(2, 4), best.t() if gate else None, rows.t() if logits else None, tokens)
 
 
 @pytest.mark.parametrize(("balance", "z"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])

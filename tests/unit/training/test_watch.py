@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multiflora.context import Routing, find
 from multiflora.methods import build_config
-from multiflora.methods.load import LayerRouting, RoutingCounter
+from multiflora.methods.head_load import LayerRouting, RoutingCounter
 from multiflora.training.watch import RoutingWatch, figures_of
 from tests.unit.training.test_trainer import make_model, make_trainer
 

@@ -9,7 +9,7 @@ import torch
 
 from multiflora.context import Routing
 from multiflora.forward_pass import Pass, Side, Tokens
-from multiflora.methods.load import LayerRouting, RoutingCounter
+from multiflora.methods.head_load import LayerRouting, RoutingCounter
 
 GATE = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0], [0.25, 0.75]])
 
