@@ -17,7 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from multiflora.cli.border import TERMINATED, explain
+from multiflora.cli.errors import TERMINATED, explain
 from multiflora.data.prepare import encode_tasks
 from multiflora.errors import EnvironmentProblem, Interrupted, TrainingError
 from multiflora.recipe import Recipe

@@ -14,12 +14,12 @@ from typer.core import TyperGroup
 from multiflora._version import __version__
 from multiflora.cli.analyze import analyze
 from multiflora.cli.bench import bench
-from multiflora.cli.border import Border
 from multiflora.cli.compare import compare
 from multiflora.cli.compose import compose
 from multiflora.cli.compress import compress
 from multiflora.cli.convert import convert
 from multiflora.cli.doctor import doctor
+from multiflora.cli.errors import ErrorsInWords
 from multiflora.cli.evaluate import evaluate
 from multiflora.cli.expand import expand
 from multiflora.cli.init import init
@@ -35,10 +35,10 @@ __all__ = ["app", "main"]
 
 
 class _Group(TyperGroup):
-    """Every command runs inside the error border."""
+    """Every command says its errors in words."""
 
     def invoke(self, ctx: Any) -> Any:
-        with Border(debug=bool(ctx.params.get("debug"))):
+        with ErrorsInWords(debug=bool(ctx.params.get("debug"))):
             return super().invoke(ctx)
 
 
@@ -48,7 +48,7 @@ app = typer.Typer(
     help="Fine-tune one language model for many tasks at once with multi-branch LoRA.",
     no_args_is_help=True,
     add_completion=False,
-    # a bug shows Python's own traceback; everything else has been answered at the border
+    # a bug shows Python's own traceback; everything else has been said in words
     pretty_exceptions_enable=False,
 )
 

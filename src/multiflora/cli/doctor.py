@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from multiflora.cli.border import BAD_INPUT
+from multiflora.cli.errors import BAD_INPUT
 from multiflora.cli.screen import log_on_stderr, print_json, stdout
 
 __all__ = ["doctor"]

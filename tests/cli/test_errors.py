@@ -1,4 +1,4 @@
-"""The error border: which errors get a paragraph, and with which exit code."""
+"""Which errors a user gets in words, and with which exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from multiflora.cli.border import BAD_INPUT, STOPPED, Border, explain
+from multiflora.cli.errors import BAD_INPUT, STOPPED, ErrorsInWords, explain
 from multiflora.errors import ConfigError, DataError, EnvironmentProblem, MultifloraError
 
 
@@ -46,12 +46,12 @@ def test_a_forbidden_file_says_so() -> None:
 @pytest.mark.parametrize("bug", [ZeroDivisionError("x"), KeyError("x"), OSError(errno.EBADF, "x"), SystemExit(0)])
 def test_a_bug_is_left_alone(bug: BaseException) -> None:
     assert explain(bug) is None
-    with pytest.raises(type(bug)), Border(debug=False):
+    with pytest.raises(type(bug)), ErrorsInWords(debug=False):
         raise bug
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit, match=str(STOPPED)) as end, Border(debug=False):
+    with pytest.raises(typer.Exit, match=str(STOPPED)) as end, ErrorsInWords(debug=False):
         raise KeyboardInterrupt
     assert end.value.exit_code == STOPPED
     assert "Stopped" in capsys.readouterr().err
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_the_traceback_is_shown_only_with_debug(debug: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit, match=str(BAD_INPUT)), Border(debug=debug):
+    with pytest.raises(typer.Exit, match=str(BAD_INPUT)), ErrorsInWords(debug=debug):
         _refuse({"methd": "[bold]rlora[/bold]"})
     shown: Any = capsys.readouterr()
     assert shown.out == ""

@@ -1,4 +1,4 @@
-"""The error border: what a user sees when something is wrong, one paragraph on stderr and an exit code."""
+"""What a user sees when something is wrong: one paragraph on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from multiflora.cli.screen import stderr
 from multiflora.errors import Interrupted, MultifloraError
 
-__all__ = ["BAD_INPUT", "STOPPED", "TERMINATED", "Border", "explain"]
+__all__ = ["BAD_INPUT", "STOPPED", "TERMINATED", "ErrorsInWords", "explain"]
 
 BAD_INPUT = 2
 """Exit code for everything the user can mend; the same as for a mistyped option."""
@@ -75,7 +75,7 @@ def _os_error(error: BaseException) -> int | None:
     return int(found.group(1)) if found else None
 
 
-class Border:
+class ErrorsInWords:
     """Context manager around a command; leaves bugs alone, answers everything else in one paragraph.
 
     A class and not ``try``/``except``: ``__exit__`` sees every error without catching those it has no answer for.
