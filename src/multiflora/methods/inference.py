@@ -94,12 +94,17 @@ class Store:
         self._kept.clear()
 
     def get(
-        self, layer: BranchWeights, plan: Plan, adapter_name: str, x: Tensor, rows: Sequence[int] | None = None
+        self,
+        layer: BranchWeights,
+        plan: Plan,
+        adapter_name: str,
+        dtype: torch.dtype,
+        rows: Sequence[int] | None = None,
     ) -> Kept | None:
-        """The adapter's branches for this input, as they were kept or made anew; None where they must not be prepared.
+        """The adapter's branches, as they were kept or made anew; None where they must not be prepared.
 
         They are not in training, where gradients are on or gates are recorded, under ``torch.compile``, and of methods
-        that have no prepared form. `rows` are those of x, in a batch of several adapters.
+        that have no prepared form. `rows` are those that the adapter serves, in a batch of several adapters.
         """
         routing = layer.routing
         if (
@@ -111,11 +116,11 @@ class Store:
         ):
             return None
         task = routing.now().one_task(plan.config, rows) if plan.needs_task else None
-        wanted = Wanted(adapter_name, x.dtype, task)
-        kept = self._kept.get(wanted)
+        kept = self._kept.get((adapter_name, dtype, task))
         settings = (layer.scaling[adapter_name], plan.config.changes)
         if kept is not None and kept.holds(settings, routing.number):
             return kept
+        wanted = Wanted(adapter_name, dtype, task)
         kept = keep(plan, layer.places(adapter_name), wanted, settings, routing.number)
         self._kept.pop(wanted, None)
         if kept is not None:

@@ -85,22 +85,13 @@ class BranchLinear(MergingLayer):
     def _base_is_plain(self, x: Tensor) -> bool:
         """Whether the base product can be taken together with the stems': a frozen ``nn.Linear`` nobody hooks into."""
         base: Any = self._modules["base_layer"]
-        if type(base) is not nn.Linear or torch.compiler.is_compiling() or self._loops():
+        if not _is_bare(base, x) or self._loops():
             return False
-        parameters: dict[str, Any] = base._parameters
-        # neither is a parameter where pruning or weight norm computes it anew in each call
-        weight: Any = parameters.get("weight")
-        bias = parameters.get("bias")
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         return (
-            # a quantised or sharded weight is a Tensor subclass, whose Parameter has that subclass's type
-            type(weight) in (nn.Parameter, Tensor)
-            and weight.dtype == _compute_dtype(x) == x.dtype
-            and not weight.requires_grad
+            not weight.requires_grad
             and not (bias is not None and bias.requires_grad)
-            and "bias" in parameters
-            and "forward" not in base.__dict__
-            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not (base._backward_hooks or base._backward_pre_hooks)
         )
 
     def _loops(self) -> bool:
@@ -126,7 +117,7 @@ class BranchLinear(MergingLayer):
         """The packed sum for x, (..., d_in): added to y, or with the base product taken along."""
         plan, parts = self.plans.get(adapter_name) or self.plan(adapter_name), self.parts(adapter_name)
         config, method = plan.config, plan.method
-        kept = self._prepared.get(self, plan, adapter_name, x, rows)
+        kept = self._prepared.get(self, plan, adapter_name, x.dtype, rows)
         if kept is not None:
             return ops.infer(x, kept.branches, base, y=y, gate=self._gate(kept, plan, x, rows, of))
         loss = self._loss(adapter_name, plan)
@@ -183,19 +174,21 @@ class BranchLinear(MergingLayer):
 
     def _infer(self, x: Tensor) -> Tensor | None:
         """The output without gradients, of a plain layer with one adapter; None where it is not that simple."""
-        # each line is paid for by every layer for every token
+        # each line is paid for by every layer for every token, and more dearly than it looks: the caches are full of
+        # the last layer's weights
         state = self.__dict__
-        active = state["_active_adapter"]
+        active, base = state["_active_adapter"], state["_modules"]["base_layer"]
         if state["_disable_adapters"] or state["merged_adapters"] or len(active) != 1 or type(active) is str:
             return None
         plan = state["plans"].get(active[0])
-        if plan is None or not self._base_is_plain(x):
+        if plan is None or not _is_bare(base, x) or self._loops():
             return None
-        kept = state["_prepared"].get(self, plan, active[0], x)
+        kept = state["_prepared"].get(self, plan, active[0], x.dtype)
         if kept is None:
             return None
-        base = state["_modules"]["base_layer"]._parameters
-        return ops.infer(x, kept.branches, (x, base["weight"], base["bias"]), gate=self._gate(kept, plan, x))
+        gate = None if kept.table is None else self._gate(kept, plan, x)
+        own = base._parameters
+        return ops.infer(x, kept.branches, (x, own["weight"], own["bias"]), gate=gate)
 
     def _gate(
         self, kept: Kept, plan: Plan, x: Tensor, rows: Sequence[int] | None = None, of: int | None = None
@@ -302,6 +295,25 @@ class BranchLinear(MergingLayer):
         if gate is not None and tokens is not None and recorder is not None:
             with self.routing.reporting(tokens):
                 recorder(self.name, gate.detach().t(), tasks)
+
+
+def _is_bare(base: Any, x: Tensor) -> bool:
+    """Whether a layer's product is that of its weight and x alone: an ``nn.Linear`` that nobody hooks into."""
+    if type(base) is not nn.Linear or torch.compiler.is_compiling():
+        return False
+    state = base.__dict__
+    parameters = state["_parameters"]
+    # neither is a parameter where pruning or weight norm computes it anew in each call
+    weight = parameters.get("weight")
+    return (
+        # a quantised or sharded weight is a Tensor subclass, whose Parameter has that subclass's type
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == x.dtype == _compute_dtype(x)
+        and "bias" in parameters
+        and "forward" not in state
+        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def _is_transformed() -> bool:
