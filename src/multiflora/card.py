@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from multiflora.recipe import ModelSpec, Recipe
     from multiflora.tasks.spec import Source
 
-__all__ = ["base_name", "model_card"]
+__all__ = ["base_name", "best_words", "model_card"]
 
 
 def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -250,8 +250,31 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     return (
         f"Method: {method.title} ({method.paper}){settings}.{size}\n\n"
         f"{length} of {_count(rows, 'example')}, learning rate {train.learning_rate:g} ({train.lr_scheduler}), at most "
-        f"{train.max_length:,} tokens an example, seed {recipe.seed}."
+        f"{train.max_length:,} tokens an example, seed {recipe.seed}.{best_words(results['training'])}"
     )
+
+
+def best_words(training: Mapping[str, Any]) -> str:
+    """Which step's adapter was kept and whether the training ended early, each a sentence with a space before it.
+
+    Args:
+        training: That part of ``results.json``.
+
+    Example:
+        >>> best_words({"best": {"step": 40, "by": "macro", "score": 0.612}})
+        ' The adapter is that of step 40, whose mean score on validation rows was the best (0.612).'
+        >>> best_words({})
+        ''
+    """
+    best = training.get("best")
+    if best is None:
+        return ""
+    what = "mean score" if best["by"] == "macro" else "worst task's score"
+    told = f" The adapter is that of step {best['step']:,}, whose {what} on validation rows was the best"
+    early = ""
+    if "planned_steps" in training:
+        early = f" The training ended early, after {training['steps']:,} of {training['planned_steps']:,} steps."
+    return f"{told} ({best['score']:.3f}).{early}"
 
 
 def _weights(composition: Mapping[str, Any] | None) -> str:

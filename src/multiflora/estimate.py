@@ -142,12 +142,14 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.tasks.kind import explain
     from multiflora.training.adapter import adapted_on_meta, adapter_config
     from multiflora.training.baselines import adalora_steps
+    from multiflora.training.course import check_course
     from multiflora.training.fit import order_examples
 
     adapter_config(recipe)  # the cheapest of the checks go first
     if recipe.method.name == "lorahub":
         check_lorahub(recipe)
     check_writable(recipe.output)
+    check_course(recipe)
     tokenizer, model = load_tokenizer(recipe.model), adapted_on_meta(recipe)
     examples = encode_tasks(recipe, tokenizer, _base_of(model).config, taken=virtual_tokens(model))
     data, steps = order_examples(recipe, examples)

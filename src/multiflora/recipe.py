@@ -219,10 +219,30 @@ class EvaluateSpec(Strict):
     """The split that is scored."""
     during: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
     """Shares of the steps after which the tasks are scored too, e.g. ``[0.125, 0.25, 0.5]``; None: only at the end."""
+    every: int | None = Field(default=None, gt=0)
+    """Steps between scores of the tasks' validation rows, with one after the last step; None: none."""
+    keep_best: Literal["macro", "worst"] | None = None
+    """Save the adapter of the best of these scores: by their mean (``macro``) or the worst task's; None: the last."""
+    early_stopping_patience: int | None = Field(default=None, gt=0)
+    """End the training after so many of these scores in a row that are no better than the best; None: never."""
     harness_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness to score beside ours, by their names there."""
     extra_tasks: tuple[Task, ...] = ()
     """Tasks that are scored and not trained on."""
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> EvaluateSpec:
+        if self.keep_best is not None and self.every is None:
+            raise ValueError(
+                f"keep_best is {self.keep_best!r}, but nothing is scored on the way. Add every: the number of steps "
+                "between two scores of the validation rows, e.g. 100."
+            )
+        if self.early_stopping_patience is not None and self.keep_best is None:
+            raise ValueError(
+                f"early_stopping_patience is {self.early_stopping_patience}, but it is not said which score is the best"
+                ". Add keep_best: macro (the mean over tasks) or worst (the worst task's), and every."
+            )
+        return self
 
 
 class Recipe(Strict):

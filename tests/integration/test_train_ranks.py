@@ -125,6 +125,26 @@ def test_a_resumed_run_of_two_equals_one_that_never_stopped(model: str, tmp_path
     assert same["adapted"] == results["adapted"]
 
 
+def test_two_processes_keep_the_same_best_adapter_and_end_at_the_same_step(model: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model, "rlora", max_steps=20, save_every=2, learning_rate=1e-6)
+    asked = ("every=2", "keep_best=worst", "early_stopping_patience=1", "before=false")
+    words = [word for key in asked for word in ("--set", f"evaluate.{key}")]
+    train(2, recipe, *words)
+    assert said(recipe.parent / "said").count("  validation scores ") == 2
+    assert "  validation scores " not in said(recipe.parent / "said", 1)
+    adapter, results = outcome(tmp_path / "run")
+    training = results["training"]
+    assert (training["best"]["step"], training["steps"]) == (2, 4)  # so low a rate changes nothing
+    for path in (tmp_path / "run").iterdir():
+        if path.is_file():
+            path.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    train(2, recipe, "--resume", *words)
+    again, same = outcome(tmp_path / "run")
+    assert all(tensor.equal(again[name]) for name, tensor in adapter.items())
+    assert same == results
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_deepspeed_that_is_not_installed_is_asked_for(model: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model, "rlora")

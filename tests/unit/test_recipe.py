@@ -123,6 +123,21 @@ def test_a_task_that_is_trained_on_is_not_an_extra_task():
     assert "evaluate.extra_tasks.0 (rte) is there twice already" in told
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"keep_best": "macro"}, "evaluate: keep_best is 'macro', but nothing is scored on the way. Add every"),
+        (
+            {"every": 5, "early_stopping_patience": 2},
+            "evaluate: early_stopping_patience is 2, but it is not said which",
+        ),
+        ({"every": 5, "keep_best": "wors"}, "evaluate.keep_best is 'wors'; did you mean worst?"),
+    ],
+)
+def test_a_best_needs_scores_and_patience_a_best(evaluate, message):
+    assert message in refused(minimal(evaluate=evaluate))
+
+
 def test_no_task_at_all_is_refused():
     assert "tasks is []; expected" in refused(minimal(tasks=[]))
 

@@ -207,7 +207,8 @@ def trial_cell(comparison: Comparison, competitor: Competitor, seed: int, learni
 def clock_cell(comparison: Comparison, competitor: Competitor, number: int, steps: int) -> Cell:
     """A short training whose steps are timed; what comes of it is of no interest."""
     recipe = _recipe(comparison, competitor, comparison.compare.seeds[0], None, max_steps=steps)
-    unscored: dict[str, Any] = {"limit": 1, "extra_tasks": (), "harness_tasks": (), "during": None}
+    nothing = dict.fromkeys(("during", "every", "keep_best", "early_stopping_patience"))
+    unscored: dict[str, Any] = {"limit": 1, "extra_tasks": (), "harness_tasks": (), **nothing}
     changed = {
         "train": recipe.train.model_copy(update={"log_every": 1, "save_every": None, "report_to": ()}),
         "evaluate": recipe.evaluate.model_copy(update=unscored),

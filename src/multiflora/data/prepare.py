@@ -66,6 +66,17 @@ class Examples:
             dataset = dataset.add_column("loss_weight", weights)
         return TrainingData(dataset=dataset, report=report)
 
+    def first(self, data: TrainingData, number: int) -> TrainingData:
+        """Return the first of the examples in training order: what a run that ended early has read.
+
+        Args:
+            data: What `take` gave.
+            number: How many.
+        """
+        read = data.dataset.select(range(min(number, len(data.dataset))))
+        lengths, loss_tokens = (_column(self.store, name) for name in ("length", "loss_tokens"))
+        return TrainingData(dataset=read, report=self.mixture.report(_column(read, "example"), lengths, loss_tokens))
+
 
 def fill_up(dataset: Dataset, multiple: int) -> Dataset:
     """Append rows without loss until the length is a multiple of ``multiple``.

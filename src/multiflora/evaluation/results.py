@@ -14,7 +14,9 @@ __all__ = [
     "Group",
     "Results",
     "TaskScore",
+    "deciding_score",
     "example_scores",
+    "goodness",
     "harness_example_scores",
     "macro_average",
     "macro_stderr",
@@ -104,6 +106,32 @@ def macro_words(results: Results | Mapping[str, Any]) -> str:
 def _averaged(scores: Mapping[str, TaskScore]) -> list[TaskScore]:
     """The scores that the macro average is made of."""
     return [s for s in scores.values() if s["group"] == "tasks" and s["metric"] not in LOWER_IS_BETTER]
+
+
+def deciding_score(results: Results | Mapping[str, Any], by: Literal["macro", "worst"]) -> float:
+    """The score by which the best of several adapters is chosen.
+
+    Args:
+        results: Scores of the trained tasks.
+        by: ``macro``: the mean over the tasks where more is better, see `macro_average`; ``worst``: the lowest of them.
+            Where all tasks are scored in nats, the mean or the highest of those.
+
+    Example:
+        >>> one = {"metric": "acc", "n": 9, "stderr": None, "nll": None, "other": {}, "group": "tasks"}
+        >>> results = {"tasks": {"a": {"score": 0.5, **one}, "b": {"score": 1.0, **one}}, "macro": 0.75}
+        >>> deciding_score(results, "macro"), deciding_score(results, "worst")
+        (0.75, 0.5)
+    """
+    points = [score["score"] for score in _averaged(results["tasks"])]
+    values = points or [score["score"] for score in results["tasks"].values() if score["group"] == "tasks"]
+    return sum(values) / len(values) if by == "macro" else min(points) if points else max(values)
+
+
+def goodness(results: Results | Mapping[str, Any], by: Literal["macro", "worst"]) -> float:
+    """`deciding_score` as a number of which more is always better; what is no number is the worst."""
+    score = deciding_score(results, by)
+    sign = 1 if _averaged(results["tasks"]) else -1
+    return -math.inf if math.isnan(score) else sign * score
 
 
 def task_score(

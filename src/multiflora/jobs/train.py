@@ -18,7 +18,7 @@ from multiflora.artifact import fingerprint, write_artifact
 from multiflora.base_model import load_config, load_model, load_tokenizer
 from multiflora.data.prepare import Examples, encode_tasks
 from multiflora.evaluation.load import load_target
-from multiflora.evaluation.results import Results
+from multiflora.evaluation.results import Results, deciding_score, goodness
 from multiflora.evaluation.run import evaluate
 from multiflora.evaluation.table import results_table
 from multiflora.files import write_json, write_text
@@ -39,13 +39,15 @@ from multiflora.training.adapter import (
     save_adapter,
     start_of,
 )
-from multiflora.training.course import course_of, require_one_process
+from multiflora.training.arguments import steps_of
+from multiflora.training.best import KeepBest, best_of
+from multiflora.training.course import check_course, course_of, validation_of
 from multiflora.training.engines import require_engine
 from multiflora.training.fit import fit
 from multiflora.training.output import check_data, disk_guard, only_run, open_output
 from multiflora.training.packing import require_separate_examples
 from multiflora.training.precision import weights_of
-from multiflora.training.processes import is_first_process, is_sharded, own_device
+from multiflora.training.processes import is_first_process, is_sharded, num_processes, own_device
 from multiflora.training.quiet import quiet_libraries
 from multiflora.training.trackers import require_trackers
 
@@ -101,7 +103,7 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
         check_lorahub(recipe)
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
-    require_one_process(recipe)
+    check_course(recipe)
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
@@ -154,17 +156,19 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
                     fingerprints=fingerprints,
                     quiet=quiet,
                     score=lambda model: _score(model, tokenizer, recipe, quiet=True),
+                    validate=lambda model: _validate(model, tokenizer, recipe),
+                    best=_keeper(recipe),
                     paused=pauses.append,
                 )
                 report = data.report
+                figures = _on_the_way(recipe, examples, history)
         if pauses:
             seconds["train"] -= sum(pauses)
             seconds["evaluate_during"] = sum(pauses)
-        course = course_of(history)
         save_adapter(model, recipe.output, start=start)
         if is_first_process():
             write_text(recipe.output / "recipe.yaml", without_secrets(recipe.to_yaml(recipe.output)))
-            if figures:
+            if "composition" in figures:
                 write_json(recipe.output / "composition.json", figures["composition"])
             if not isinstance(model, PeftModel):
                 tokenizer.save_pretrained(recipe.output)  # a whole model needs its own
@@ -195,7 +199,7 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             adapted=after,
             mixture=report,
             parameters=parameters,
-            training={"log": _without_times(history), **({"course": course} if course else {}), **figures},
+            training={"log": _without_times(history), **figures},
             fingerprints=fingerprints,
             seconds=seconds,
             notes=examples.notes,
@@ -226,6 +230,27 @@ def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
+def _keeper(recipe: Recipe) -> KeepBest | None:
+    """What keeps the best adapter, where the recipe asks for it."""
+    wanted = recipe.evaluate
+    if wanted.keep_best is None:
+        return None
+    return KeepBest(partial(goodness, by=wanted.keep_best), wanted.early_stopping_patience)
+
+
+def _on_the_way(recipe: Recipe, examples: Examples, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the log says about scores on the way: the course, the validation scores, the best of them, an early end."""
+    course, validation, by = course_of(history), validation_of(history), recipe.evaluate.keep_best
+    found: dict[str, Any] = ({"course": course} if course else {}) | ({"validation": validation} if validation else {})
+    if by is None:
+        return found
+    best = validation[best_of(validation, partial(goodness, by=by))]
+    found["best"] = {"step": best["step"], "by": by, "score": deciding_score(best["scores"], by)}
+    planned, done = steps_of(recipe, examples.mixture.epoch_size, num_processes())[0], validation[-1]["step"]
+    log.info("The adapter of step %d is kept, the best of %d by its validation scores", best["step"], len(validation))
+    return found | ({"steps": done, "planned_steps": planned} if done < planned else {})
+
+
 def _score(model: Any, tokenizer: Any, recipe: Recipe, *, folder: Path | None = None, quiet: bool) -> Results:
     """Score a model on the recipe's tasks, as the recipe says.
 
@@ -233,17 +258,32 @@ def _score(model: Any, tokenizer: Any, recipe: Recipe, *, folder: Path | None = 
     checkpoint to keep, so that one that failed early can simply be started again.
     """
     wanted = recipe.evaluate
+    return _evaluate(
+        model,
+        tokenizer,
+        recipe,
+        split=wanted.split,
+        extra_tasks=wanted.extra_tasks,
+        harness_tasks=wanted.harness_tasks,
+        folder=folder,
+        progress=not quiet,
+    )
+
+
+def _validate(model: Any, tokenizer: Any, recipe: Recipe) -> Results:
+    """Score a model on validation rows of the trained tasks: what is decided by them must not have seen test rows."""
+    return _evaluate(model, tokenizer, recipe, split="validation", progress=False)
+
+
+def _evaluate(model: Any, tokenizer: Any, recipe: Recipe, **words: Any) -> Results:
+    wanted = recipe.evaluate
     return evaluate(
         model,
         tokenizer,
         recipe.tasks,
-        split=wanted.split,
         limit=wanted.limit,
         batch_size=wanted.batch_size,
         max_new_tokens=wanted.max_new_tokens,
-        extra_tasks=wanted.extra_tasks,
-        harness_tasks=wanted.harness_tasks,
         chat_template=recipe.model.chat_template,
-        folder=folder,
-        progress=not quiet,
+        **words,
     )

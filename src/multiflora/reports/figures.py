@@ -20,6 +20,7 @@ __all__ = [
     "run_scores",
     "scores",
     "task_differences",
+    "validation_curves",
 ]
 
 _POINTS = 120  # of a learning curve: more than a page can show
@@ -213,6 +214,46 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> Iterator[Drawing]:
             + ", ".join(f"{task} {ys[0]:.3f} to {ys[-1]:.3f}" for task, (_, ys) in series.items())
             + ".",
         )
+
+
+def validation_curves(points: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None = None) -> Iterator[Drawing]:
+    """A run's scores on validation rows, task by task; tasks scored in nats have a figure of their own.
+
+    Args:
+        points: Step and scores of each time they were scored.
+        best: The step that was kept, and by what; None: the last one was.
+    """
+    tasks = {task: score["metric"] for point in points[:1] for task, score in point["scores"]["tasks"].items()}
+    kept = "" if best is None else f" The adapter of step {best['step']:,} was kept."
+    for name, is_nats, y, factor, digits in (
+        ("validation", False, "points of 100", 100, 1),
+        ("validation-nats", True, "nats per token", 1, 3),
+    ):
+        series = {
+            task: (
+                [point["step"] for point in points],
+                [factor * point["scores"]["tasks"][task]["score"] for point in points],
+            )
+            for task, metric in tasks.items()
+            if (metric in LOWER_IS_BETTER) == is_nats
+        }
+        if series and len(points) > 1:
+            yield curves(
+                name,
+                "Nats on validation rows by task" if is_nats else "Scores on validation rows by task",
+                f"{'Nats per token, less is better' if is_nats else 'Points of 100'}. A line that has turned means "
+                f"that the task was better off with fewer steps.{kept}",
+                series,
+                x="step",
+                y=y,
+                alt=f"First, {'lowest' if is_nats else 'highest'} and last score on validation rows: "
+                + ", ".join(
+                    f"{task} {ys[0]:.{digits}f}, {(min if is_nats else max)(ys):.{digits}f}, {ys[-1]:.{digits}f}"
+                    for task, (_, ys) in series.items()
+                )
+                + "."
+                + kept,
+            )
 
 
 def run_scores(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[Drawing]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from multiflora.card import base_name
+from multiflora.card import base_name, best_words
 from multiflora.evaluation.results import LOWER_IS_BETTER, macro_stderr
 from multiflora.methods import METHODS
 from multiflora.recipe import LOSSES, Recipe
@@ -30,7 +30,7 @@ def run_page(folder: Path, recipe: Recipe, results: Mapping[str, Any], run: Mapp
         run: What ``run.json`` holds.
         inside: Figures of what the adapter is like inside.
     """
-    method = METHODS[recipe.method.name]
+    method, training = METHODS[recipe.method.name], results["training"]
     sections = [
         Section(
             name="result",
@@ -42,7 +42,11 @@ def run_page(folder: Path, recipe: Recipe, results: Mapping[str, Any], run: Mapp
             name="learning",
             title="Training",
             tables=list(_mixture(recipe, results["mixture"])),
-            figures=list(figures.run_curves(results["training"].get("log", []))),
+            text=[words] if (words := best_words(training).strip()) else [],
+            figures=[
+                *figures.validation_curves(training.get("validation", []), training.get("best")),
+                *figures.run_curves(training.get("log", [])),
+            ],
         ),
         inside.section(),
         _how(folder, recipe, run),
@@ -87,7 +91,8 @@ def _answer(results: Mapping[str, Any]) -> str:
 
 def _facts(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> list[tuple[str, str]]:
     train, counts = recipe.train, results["parameters"]
-    steps = length_of(train)
+    done = results["training"].get("steps")
+    steps = length_of(train if done is None else train.model_copy(update={"max_steps": done}))
     trained = f"{counts['trainable']:,} of {counts['total']:,} parameters" if counts.get("trainable") else ""
     seconds = run["seconds"].get("train")
     facts = [

@@ -178,6 +178,13 @@ def adapter_config(recipe: Recipe) -> Any:
             f"method.task_type is {config.task_type!r}, but what is trained here is a causal language model. Leave it "
             "out."
         )
+    if recipe.evaluate.keep_best is not None and (name == "adalora" or METHODS[name].trains == "factors"):
+        what = "ranks" if name == "adalora" else "rows of its weights"
+        raise ConfigError(
+            f"evaluate.keep_best is {recipe.evaluate.keep_best!r}, but {name} takes {what} away until its training "
+            "ends: an earlier state is larger than what was asked for. Remove evaluate.keep_best; evaluate.every alone "
+            "shows how the scores went."
+        )
     if name == "adalora" and train.max_steps is not None:
         adalora_steps(recipe.method.settings, train.max_steps)
     method = method_of(config)

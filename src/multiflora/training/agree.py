@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["Agreement"]
+
+T = TypeVar("T")
 
 # far longer than any step: it must not be what ends a run whose first step compiles or downloads
 _PATIENCE = timedelta(hours=24)
@@ -63,6 +65,15 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Let the first process make a value while the others wait, and return it in all of them."""
+        if self._group is None:
+            return make()
+        values: list[Any] = [make() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        found: T = values[0]
+        return found
 
     def _collect(self, number: int) -> list[bool]:
         if self._waiting is None:

@@ -1,8 +1,7 @@
-"""Scores while a run trains: the course of learning, at given shares of its steps."""
+"""Scores while a run trains: at given shares of its steps, or every so many of them on validation rows."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,65 +10,129 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from multiflora.errors import ConfigError
+from multiflora.errors import ConfigError, DataError
 from multiflora.recipe import Recipe
-from multiflora.training.processes import num_processes
+from multiflora.tasks.load import examples_of
+from multiflora.training.agree import Agreement
+from multiflora.training.processes import is_sharded, num_processes
 
-__all__ = ["Course", "course_of", "require_one_process"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Course", "at_shares", "check_course", "course_of", "every", "figures_of", "validation_of"]
 
 _KEY = "scores"  # of the log lines that hold scores and no loss
 
+Due = Callable[[int, int], Mapping[str, Any] | None]
+"""A step and all steps -> what to write down beside the scores after it; None: nothing is scored there."""
+
+
+def at_shares(shares: Sequence[float], split: str) -> Due:
+    """Score after shares of all steps, no sooner than after the first.
+
+    Example:
+        >>> at_shares([0.25, 0.5], "test")(2, 8), at_shares([0.5], "test")(1, 8)
+        ({'split': 'test', 'share': 0.25}, None)
+    """
+
+    def due(step: int, steps: int) -> Mapping[str, Any] | None:
+        here = [share for share in shares if step == max(1, round(share * steps))]
+        return {"split": split, "share": here[-1]} if here else None
+
+    return due
+
+
+def every(number: int) -> Due:
+    """Score the validation rows after every so many steps and after the last.
+
+    Example:
+        >>> [step for step in range(1, 8) if every(3)(step, 7)]
+        [3, 6, 7]
+    """
+    return lambda step, steps: {"split": "validation"} if step % number == 0 or step == steps else None
+
 
 class Course(TrainerCallback):
-    """Scores the model at shares of its steps, and leaves the scores in the trainer's log, which checkpoints keep.
+    """Scores the model on the way, and leaves the scores in the trainer's log, which checkpoints keep.
+
+    Of several processes the first one scores, and the others are told: all go on with the same numbers.
 
     Args:
-        shares: Of all steps, above 0 and below 1.
+        due: After which steps, see `at_shares` and `every`.
         score: Scores a model.
-        paused: Told how many seconds every scoring took.
+        told: Told the line of the log, and how many seconds the scoring took.
     """
 
     def __init__(
-        self, shares: Sequence[float], score: Callable[[nn.Module], Mapping[str, Any]], paused: Callable[[float], None]
+        self,
+        due: Due,
+        score: Callable[[nn.Module], Mapping[str, Any]],
+        told: Callable[[Mapping[str, Any], float], None],
     ) -> None:
-        self._shares, self._score, self._paused = shares, score, paused
+        self._due, self._score, self._told = due, score, told
+        self._agreement: Agreement | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Make the channel among the processes."""
+        self._agreement = Agreement()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Score after the steps that make up a share."""
-        due = [share for share in self._shares if state.global_step == max(1, round(share * state.max_steps))]
-        if not due:
+        """Score after the steps that are due."""
+        mark = self._due(state.global_step, state.max_steps)
+        if mark is None:
             return
+        assert self._agreement is not None
         start = time.perf_counter()
         with _as_loaded(model):
-            found = self._score(model)
+            found = self._agreement.from_first(lambda: self._score(model))
+        line: dict[str, Any] = {"step": state.global_step, **mark, _KEY: found}
         # transformers' type says floats; it only writes the line down
-        state.log_history.append({"step": state.global_step, "share": due[-1], _KEY: found})
-        self._paused(time.perf_counter() - start)
-        log.info("Scored after %d of %d steps", state.global_step, state.max_steps)
+        state.log_history.append(line)
+        self._told(line, time.perf_counter() - start)
 
 
 def course_of(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `Course` left in a log: step, share of the steps, scores."""
-    return [{key: line[key] for key in ("step", "share", _KEY)} for line in history if _KEY in line]
+    """What was scored at shares of the steps: step, share, scores."""
+    return [{key: line[key] for key in ("step", "share", _KEY)} for line in history if _KEY in line and "share" in line]
 
 
-def require_one_process(recipe: Recipe) -> None:
-    """Refuse scores during training where they cannot be had.
+def validation_of(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was scored every so many steps on validation rows: step, scores."""
+    return [{key: line[key] for key in ("step", _KEY)} for line in history if _KEY in line and "share" not in line]
+
+
+def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """A log line's scores as figures for trackers and the screen: ``validation/macro``, ``validation/<task>``.
+
+    Example:
+        >>> scores = {"tasks": {"sst2": {"score": 0.75}}, "macro": 0.75}
+        >>> figures_of({"step": 9, "split": "validation", "scores": scores})
+        {'validation/macro': 0.75, 'validation/sst2': 0.75}
+    """
+    scores = line[_KEY]
+    macro = {} if scores["macro"] is None else {"macro": scores["macro"]}
+    by_task = macro | {task: score["score"] for task, score in scores["tasks"].items()}
+    return {f"{line['split']}/{name}": value for name, value in by_task.items()}
+
+
+def check_course(recipe: Recipe) -> None:
+    """Refuse scores during training where they cannot be had, before the model is loaded.
 
     Raises:
-        ConfigError: Several processes train.
+        ConfigError: The model is spread over several processes.
+        DataError: A task has no validation rows, and they are to be scored.
     """
-    if not recipe.evaluate.during:
-        return
-    if num_processes() > 1:
+    wanted = recipe.evaluate
+    asked = f"evaluate.every is {wanted.every}" if wanted.every else f"evaluate.during is {list(wanted.during or ())}"
+    if (wanted.during or wanted.every) and is_sharded():
         raise ConfigError(
-            f"evaluate.during is {list(recipe.evaluate.during)}, but {num_processes()} processes train, and a model "
-            "spread over them cannot be scored on the way. Train in one process, or remove the key."
+            f"{asked}, but the weights are spread over {num_processes()} processes (FSDP or ZeRO-3), and such a model "
+            "cannot be scored on the way. Start it with whole copies (DDP) or on one device, or remove the key."
         )
+    for task in recipe.tasks if wanted.every else ():
+        try:
+            examples_of(task, "validation", wanted.limit)
+        except DataError as error:
+            raise DataError(f"{asked}, which scores validation rows: {error}") from error
 
 
 @contextmanager

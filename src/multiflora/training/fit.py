@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from multiflora.context import find
 from multiflora.data.mixture import Mixture
@@ -17,8 +18,9 @@ from multiflora.errors import ConfigError, Interrupted
 from multiflora.recipe import Recipe
 from multiflora.training.arguments import steps_of, training_arguments
 from multiflora.training.baselines import schedules, training_settings
+from multiflora.training.best import KeepBest
 from multiflora.training.checkpoint import CHECKPOINTS
-from multiflora.training.course import Course
+from multiflora.training.course import Course, at_shares, every, figures_of
 from multiflora.training.guard import Guard
 from multiflora.training.hooks import training_callbacks
 from multiflora.training.interrupt import stop_on_sigterm
@@ -30,6 +32,8 @@ from multiflora.training.trainer import MultitaskTrainer, own_forward
 __all__ = ["fit", "order_examples"]
 
 log = logging.getLogger(__name__)
+
+Score = Callable[[Any], Mapping[str, Any]]
 
 MOST_EXAMPLES = 100_000_000
 """Examples of one training, repeats included: their order is held in memory."""
@@ -91,7 +95,9 @@ def fit(
     checkpoint: Path | None = None,
     fingerprints: Mapping[str, Any] | None = None,
     quiet: bool = False,
-    score: Callable[[Any], Mapping[str, Any]] | None = None,
+    score: Score | None = None,
+    validate: Score | None = None,
+    best: KeepBest | None = None,
     paused: Callable[[float], None] = lambda seconds: None,
 ) -> tuple[TrainingData, list[dict[str, Any]]]:
     """Train the adapter.
@@ -105,7 +111,9 @@ def fit(
         fingerprints: Those of the tasks' rows; laid beside checkpoints.
         quiet: Show no progress.
         score: Scores the model, for ``evaluate.during``.
-        paused: Told how many seconds every such scoring took.
+        validate: Scores it on validation rows, for ``evaluate.every``.
+        best: Keeps the adapter of the best of these scores, which the model is left with, and may end the training.
+        paused: Told how many seconds every scoring took.
     Returns:
         The data that were trained on, and the log: one mapping for each line.
     Raises:
@@ -118,6 +126,19 @@ def fit(
     data, steps = order_examples(recipe, examples, processes)
     schedule = schedules(model, recipe, steps)
     rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
+
+    def told(line: Mapping[str, Any], seconds: float) -> None:
+        trainer.stand_still(seconds)
+        paused(seconds)
+        trainer.show(figures_of(line))
+
+    wanted, scoring = recipe.evaluate, list[TrainerCallback]()
+    if score is not None and wanted.during:
+        scoring.append(Course(at_shares(wanted.during, wanted.split), score, told))
+    if validate is not None and wanted.every:
+        scoring.append(Course(every(wanted.every), validate, told))
+    if best is not None:
+        scoring.append(best)
     with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop:
         guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
         trainer = MultitaskTrainer(
@@ -135,30 +156,32 @@ def fit(
             guard=guard,
             recipe=recipe.to_yaml(folder),
             fingerprints=fingerprints,
-            callbacks=[*bars, *schedule, *training_callbacks(model)],
+            callbacks=[*bars, *schedule, *training_callbacks(model), *scoring],
+            best=best,
             loraplus_lr_ratio=training_settings(recipe).get("loraplus_lr_ratio"),
             router_lr_ratio=recipe.train.router_lr_ratio,
         )
-        if score is not None and recipe.evaluate.during:
-
-            def told(seconds: float) -> None:
-                trainer.stand_still(seconds)
-                paused(seconds)
-
-            trainer.add_callback(Course(recipe.evaluate.during, score, told))
         trainer.remove_callback(PrinterCallback)  # the bar says the same, in words
         if uses_zero3():
             gather_containers(model)
         if not is_first_process():
             torch.manual_seed(own_seed(recipe.seed))
         with own_forward(model):  # without autocast afterwards: scored in the arithmetic a loaded model will have
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if best is not None and checkpoint is not None and best.ended_at(checkpoint):
+                best.load(checkpoint)
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if guard.stopped:
         raise Interrupted(
             f"The run was asked to stop (SIGTERM) and did so after step {trainer.state.global_step} of {steps}. Its "
             f"checkpoint is {folder / f'checkpoint-{trainer.state.global_step}'}; go on with --resume."
         )
     keep_root_whole(model, trainer.model_wrapped)
+    if best is not None:
+        best.put_back(model)
+    if trainer.state.global_step < steps:
+        data = examples.first(data, trainer.state.global_step * _per_step(recipe, processes))
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -66,7 +66,7 @@ class Guard(TrainerCallback):
         assert self._agreement is not None
         self._steps.append(self.numbers)
         self.numbers = StepNumbers(state.global_step + 1)
-        at_once = control.should_save or state.global_step >= state.max_steps
+        at_once = control.should_save or control.should_training_stop or state.global_step >= state.max_steps
         waiting = 0 if at_once else 1
         bad = not all(step.are_finite() for step in list(self._steps)[: len(self._steps) - waiting])
         flags = [self.stop.asked, bad]

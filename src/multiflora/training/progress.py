@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["LiveView", "log_line", "progress_bar", "routing_line", "sparkline"]
+__all__ = ["LiveView", "log_line", "progress_bar", "routing_line", "score_line", "sparkline"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _POINTS = 24
@@ -20,15 +20,16 @@ _NAME = 12
 """Cells of a task's name that are always shown."""
 _FIGURES = 22
 """Cells of the two columns of numbers, and of what lies between the columns."""
-_AROUND = 8
-"""Lines of a terminal that are not tasks: the bar, the heading, the sum, the routing, and room for what was above."""
+_AROUND = 9
+"""Lines of a terminal that are no tasks: bar, heading, sum, scores on the way, routing, and room for what was above."""
 
 
 class LiveView(Progress):
-    """A bar over a table: each task's loss, how it came there, and the routers' health."""
+    """A bar over a table: each task's loss, how it came there, the latest scores and the routers' health."""
 
     def __init__(self, console: Console) -> None:
         self.history: dict[str, list[float]] = {}
+        self.scores = ""
         self.routing = ""
         columns = (
             TextColumn("{task.description}"),
@@ -46,6 +47,8 @@ class LiveView(Progress):
         yield self.make_tasks_table(self.tasks)
         if self.history:
             yield self._losses()
+        if self.scores:
+            yield Text(self.scores, style="cyan", no_wrap=True, overflow="ellipsis")
         if self.routing:
             yield Text(self.routing, style="yellow" if "dead" in self.routing else "dim")
 
@@ -111,7 +114,15 @@ class ProgressBar(TrainerCallback):
         **_: Any,
     ) -> None:
         """Show an entry of the log."""
-        if self._bar is None or not logs or "loss" not in logs:
+        if self._bar is None or not logs:
+            return
+        scored = score_line(state.global_step, logs)
+        if scored and isinstance(self._progress, LiveView):
+            self._progress.scores = scored
+            self._progress.refresh()
+        elif scored:
+            self._progress.console.print(scored, highlight=False, markup=False, soft_wrap=True)
+        if "loss" not in logs:
             return
         if "tokens_per_second" in logs:
             self._progress.update(self._bar, figures=f"{logs['tokens_per_second']:,.0f} tokens/s")
@@ -138,6 +149,22 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
     if routing_line(logs):
         parts.append(routing_line(logs))
     return "  ".join(parts)
+
+
+def score_line(step: int, logs: Mapping[str, Any]) -> str:
+    """Write scores on the way as a line of text; empty where an entry of the log holds none.
+
+    Example:
+        >>> score_line(40, {"validation/macro": 0.625, "validation/sst2": 0.75, "validation/gsm8k": 0.5})
+        'step 40  validation scores 0.625  (sst2 0.750, gsm8k 0.500)'
+    """
+    split = next((split for split in ("validation", "test") if any(key.startswith(f"{split}/") for key in logs)), "")
+    if not split:
+        return ""
+    found = {key.partition("/")[2]: f"{value:.3f}" for key, value in logs.items()}
+    macro = found.pop("macro", "")
+    by_task = ", ".join(f"{task} {score}" for task, score in found.items())
+    return "  ".join(part for part in (f"step {step}", f"{split} scores {macro}".rstrip(), f"({by_task})") if part)
 
 
 def routing_line(logs: Mapping[str, Any]) -> str:

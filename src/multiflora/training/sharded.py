@@ -6,15 +6,16 @@ every tensor is gathered from all processes first, and the saved file is read ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-__all__ = ["adapter_tensors", "gather_containers", "keep_root_whole"]
+__all__ = ["adapter_tensors", "gather_containers", "keep_root_whole", "put_tensors"]
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
@@ -38,6 +39,14 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
     kept = model.state_dict().keys() if adapters is None else ()  # buffers that belong to a saved model
     names += [(_plain(n), b) for n, b in model.named_buffers() if wanted(_plain(n), n in kept)]
     return _copies((name, tensor) for name, tensor in names if name not in found) | found
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model that is whole in this process the values of tensors by the names of `adapter_tensors`."""
+    here = {_plain(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            here[name].copy_(tensor)
 
 
 def _copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

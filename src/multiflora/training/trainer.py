@@ -23,6 +23,7 @@ from multiflora.methods.baselines import tokens_in_front
 from multiflora.methods.layer import BranchLinear
 from multiflora.training.adapter import save_adapter
 from multiflora.training.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
+from multiflora.training.best import KeepBest
 from multiflora.training.checkpoint import DATA, Window, remove_older, seal
 from multiflora.training.guard import Guard
 from multiflora.training.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
@@ -81,6 +82,7 @@ class MultitaskTrainer(SFTTrainer):
         router_lr_ratio: The token routers' rate over that of the rest; None: one rate for all.
         num_examples: Examples to be trained on; rows after them only fill the last step up. None: all.
         guard: Told of every batch's losses; stops the run when they go bad or somebody asks it to stop.
+        best: Keeps the best adapter so far; checkpoints hold it, too.
         recipe: Text of the recipe, laid beside the checkpoints for a resumed run to compare with.
         fingerprints: Those of the tasks' rows, laid there too.
         callbacks: Further callbacks.
@@ -104,6 +106,7 @@ class MultitaskTrainer(SFTTrainer):
         router_lr_ratio: float | None = None,
         num_examples: int | None = None,
         guard: Guard | None = None,
+        best: KeepBest | None = None,
         recipe: str | None = None,
         fingerprints: Mapping[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -140,6 +143,7 @@ class MultitaskTrainer(SFTTrainer):
         self.examples_read = num_examples or len(train_dataset)
         self.epoch_size = epoch_size or self.examples_read
         self.guard = guard
+        self.best = best
         self.recipe = recipe
         self.fingerprints = fingerprints
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -201,9 +205,11 @@ class MultitaskTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | None = None, **words: Any) -> Any:
-        """Train, from the start or on from a checkpoint of this trainer's, its log window included."""
+        """Train, from the start or on from a checkpoint of this trainer's, its log window and best adapter included."""
         if resume_from_checkpoint is not None:
             self._take_window(Path(resume_from_checkpoint))
+            if self.best is not None:
+                self.best.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **words)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -228,6 +234,12 @@ class MultitaskTrainer(SFTTrainer):
             done = self.state.global_step * self.args.train_batch_size * self.args.gradient_accumulation_steps
             self.state.epoch = min(done * self.args.world_size, self.examples_read) / self.epoch_size
         super().log(logs, start_time)
+
+    def show(self, figures: dict[str, float]) -> None:
+        """Tell the screen and the trackers of figures that are no part of the log window, which stays open."""
+        was_due = self.control.should_log
+        self.callback_handler.on_log(self.args, self.state, self.control, figures)
+        self.control.should_log = was_due  # it has been told of these figures alone
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the parameters that weight decay applies to: matrices, of our branches A and B alone."""
@@ -289,6 +301,8 @@ class MultitaskTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         save_adapter(self.model, checkpoint)  # whole, however the parameters are spread
         Window.save(checkpoint, self.args.process_index, self._window())
+        if self.best is not None and first:
+            self.best.save(checkpoint)
         self.accelerator.wait_for_everyone()
         if first:
             if self.recipe is not None:

@@ -100,6 +100,19 @@ def test_scores_before_and_after_leave_out_where_less_is_better():
     assert list(figures.run_scores(None, {"tasks": {"b": {**score, "metric": "nll"}}})) == []
 
 
+def test_scores_on_the_way_are_drawn_by_task_and_nats_apart():
+    points = [
+        {"step": step, "scores": {"tasks": {"a": {"score": a, "metric": "acc"}, "b": {"score": b, "metric": "nll"}}}}
+        for step, a, b in ((5, 0.25, 2.0), (10, 0.75, 1.0), (15, 0.5, 3.0))
+    ]
+    one, two = figures.validation_curves(points, {"step": 10, "by": "macro"})
+    assert one.alt == (
+        "First, highest and last score on validation rows: a 25.0, 75.0, 50.0. The adapter of step 10 was kept."
+    )
+    assert two.alt.startswith("First, lowest and last score on validation rows: b 2.000, 1.000, 3.000.")
+    assert list(figures.validation_curves(points[:1])) == list(figures.validation_curves([])) == []
+
+
 @pytest.mark.parametrize("name", ["$\\frac{1}{0}$", "_hidden", "<b>&\"'", "$", "αβ"])
 def test_any_name_can_be_drawn_and_is_shown_as_it_is(name):
     words = {"x": "x", "y": "y", "alt": f"about {name}"}

@@ -19,6 +19,7 @@ def test_alone_a_flag_counts_at_once() -> None:
     assert alone.later([True, False]) == [True, False]
     assert alone.now([False, True]) == [False, True]
     assert alone.gather("mine") == ["mine"]
+    assert alone.from_first(lambda: {"macro": 0.5}) == {"macro": 0.5}
 
 
 def _talk(rank: int, meeting: Path, heard: Any) -> None:
@@ -34,6 +35,7 @@ def _talk(rank: int, meeting: Path, heard: Any) -> None:
                 both.now([False, False]),  # what is under way counts
                 both.later([False, False]),
                 both.gather(rank),
+                both.from_first(lambda: {"by": rank}),
             ],
         )
     )
@@ -52,4 +54,4 @@ def test_side_by_side_all_hear_the_same_a_step_later(tmp_path: Path) -> None:
     answers = dict(heard.get(timeout=300) for _ in ranks)
     for rank in ranks:
         rank.join()
-    assert answers[0] == answers[1] == [[False, False], [True, False], [False, True], [False, False], [0, 1]]
+    assert answers[0] == answers[1] == [[False, False], [True, False], [False, True], [False, False], [0, 1], {"by": 0}]

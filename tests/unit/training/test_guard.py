@@ -68,6 +68,13 @@ def test_nothing_bad_is_kept(tmp_path: Path, words: dict[str, Any]) -> None:
         run.step([BAD], [4], **words)
 
 
+def test_nothing_bad_is_kept_of_a_training_that_ends_early(tmp_path: Path) -> None:
+    run = Training(tmp_path)
+    run.control.should_training_stop = True
+    with pytest.raises(TrainingError, match="The loss is no longer finite at step 1"):
+        run.step([BAD], [1])
+
+
 def test_bad_gradients_name_all_of_the_step_but_no_more_than_a_person_reads(tmp_path: Path) -> None:
     run = Training(tmp_path, max_steps=1)
     with pytest.raises(TrainingError) as caught:
