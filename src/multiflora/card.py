@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from multiflora.recipe import ModelSpec, Recipe
     from multiflora.tasks.spec import Source
 
-__all__ = ["base_name", "best_words", "model_card"]
+__all__ = ["base_name", "best_words", "model_card", "start_words"]
 
 
 def model_card(recipe: Recipe, results: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -247,11 +247,30 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     steps = results["training"].get("steps", train.max_steps)
     length = _count(steps, "step") if steps else f"{train.epochs:g} epochs"
     rows = train.batch_size * train.gradient_accumulation
+    told = f"{start_words(results['training'])}{best_words(results['training'])}"
     return (
         f"Method: {method.title} ({method.paper}){settings}.{size}\n\n"
         f"{length} of {_count(rows, 'example')}, learning rate {train.learning_rate:g} ({train.lr_scheduler}), at most "
-        f"{train.max_length:,} tokens an example, seed {recipe.seed}.{best_words(results['training'])}"
+        f"{train.max_length:,} tokens an example, seed {recipe.seed}.{told}"
     )
+
+
+def start_words(training: Mapping[str, Any]) -> str:
+    """Which adapter a training started from, a sentence with a space before it; empty for one that started anew.
+
+    Args:
+        training: That part of ``results.json``.
+
+    Example:
+        >>> start_words({"init_from": {"folder": "first", "sha256": "0123456789abcdef", "fresh_tasks": []}})
+        ' It started from the adapter in first (SHA-256 0123456789ab...).'
+    """
+    start = training.get("init_from")
+    if start is None:
+        return ""
+    of = f" of the tasks {', '.join(start['tasks'])}" if start.get("tasks") else ""
+    fresh = f"; what belongs to {', '.join(start['fresh_tasks'])} alone started fresh" if start["fresh_tasks"] else ""
+    return f" It started from the adapter in {start['folder']}{of} (SHA-256 {start['sha256'][:12]}...){fresh}."
 
 
 def best_words(training: Mapping[str, Any]) -> str:

@@ -144,6 +144,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.training.baselines import adalora_steps
     from multiflora.training.course import check_course
     from multiflora.training.fit import order_examples
+    from multiflora.training.init_from import check_earlier
 
     adapter_config(recipe)  # the cheapest of the checks go first
     if recipe.method.name == "lorahub":
@@ -151,6 +152,7 @@ def estimate(recipe: Recipe) -> Estimate:
     check_writable(recipe.output)
     check_course(recipe)
     tokenizer, model = load_tokenizer(recipe.model), adapted_on_meta(recipe)
+    check_earlier(model, recipe)
     examples = encode_tasks(recipe, tokenizer, _base_of(model).config, taken=virtual_tokens(model))
     data, steps = order_examples(recipe, examples)
     if recipe.method.name == "adalora":

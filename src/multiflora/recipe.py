@@ -252,6 +252,8 @@ class Recipe(Strict):
     """The base model."""
     method: Annotated[MethodSpec, BeforeValidator(lambda value: as_mapping(value, "name"))]
     """The adapter."""
+    init_from: Path | None = None
+    """Folder of an earlier run whose adapter this one starts from, of the same method and shape; None: a fresh one."""
     tasks: tuple[Task, ...] = Field(min_length=1)
     """The tasks to train on: shipped names, folders of files, task files, or tasks written out."""
     mixture: MixtureSpec = MixtureSpec()
@@ -265,10 +267,10 @@ class Recipe(Strict):
     output: Path
     """Folder of the run: adapter, recipe, results and model card."""
 
-    @field_validator("output")
+    @field_validator("output", "init_from")
     @classmethod
-    def _output_path(cls, value: Path, info: ValidationInfo) -> Path:
-        return absolute(value, info)
+    def _absolute_path(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return None if value is None else absolute(value, info)
 
     @field_validator("tasks")
     @classmethod
@@ -334,7 +336,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: The YAML file; relative paths in it are relative to its folder.
         overrides: ``key.path=value`` items, the value in YAML; ``tasks.0.weight=2`` reaches into lists.
-            ``output`` and ``model`` given here are relative to the current folder, as on any command line.
+            ``output``, ``init_from`` and ``model`` given here are relative to the current folder, as on any command
+            line.
 
     Raises:
         ConfigError: The file is missing or not YAML, or the recipe has problems: all of them are listed.
@@ -385,7 +388,7 @@ def override(recipe: Mapping[str, Any], item: str) -> dict[str, Any]:
         raise ConfigError(f"--set {item!r} has no '='; expected key.path=value, e.g. train.learning_rate=1e-4.")
     value = parse_yaml(text, f"--set {item if len(item) < 80 else f'{item[:77]}...'}")
     if isinstance(value, str) and (
-        key == "output" or (key in {"model", "model.name"} and os.path.isdir(expanded(value)))
+        key in {"output", "init_from"} or (key in {"model", "model.name"} and os.path.isdir(expanded(value)))
     ):
         value = str(expanded(value).absolute())
     replaced = _replace(recipe, key.split("."), value, item)
@@ -422,7 +425,7 @@ def _relative(node: Any, folder: Path) -> Any:
     return [_relative(v, folder) for v in node] if isinstance(node, list) else node
 
 
-_PATH_KEYS = {"output", "folder", "train", "validation", "test", "path", "name"}
+_PATH_KEYS = {"output", "init_from", "folder", "train", "validation", "test", "path", "name"}
 
 
 def _relative_path(value: Any, folder: Path) -> Any:

@@ -190,6 +190,8 @@ def test_output_on_the_command_line_is_relative_to_the_current_folder(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert load_recipe("recipes/r.yaml").output == tmp_path / "recipes" / "here"
     assert load_recipe("recipes/r.yaml", ["output=there"]).output == tmp_path / "there"
+    assert load_recipe("recipes/r.yaml").init_from is None
+    assert load_recipe("recipes/r.yaml", ["init_from=first"]).init_from == tmp_path / "first"
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,11 @@ def load_comparison(source: Comparison | Mapping[str, Any] | str | Path, overrid
         raise ConfigError(f"{where} has both 'method' and 'compare'; the methods of a comparison are compare.methods.")
     # a recipe has one method; in a comparison it stands for none
     recipe = recipe_from({**rest, "method": spec.methods[0].name}, where=where, base=base)
+    if recipe.init_from is not None:
+        raise ConfigError(
+            f"{where}: init_from is {recipe.init_from}, but the methods of a comparison start alike, each from a fresh "
+            "adapter. Remove it; `multiflora evaluate RUN RUN` puts runs side by side that were trained one by one."
+        )
     if spec.budget.equal == "time" and recipe.train.max_steps is None:
         raise ConfigError(
             f"{where}: compare.budget is time, so the steps of every method follow from those of "

@@ -44,6 +44,7 @@ from multiflora.training.best import KeepBest, best_of
 from multiflora.training.course import check_course, course_of, validation_of
 from multiflora.training.engines import require_engine
 from multiflora.training.fit import fit
+from multiflora.training.init_from import check_earlier, start_from
 from multiflora.training.output import check_data, disk_guard, only_run, open_output
 from multiflora.training.packing import require_separate_examples
 from multiflora.training.precision import weights_of
@@ -111,6 +112,8 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
         tokenizer = load_tokenizer(recipe.model)
         taken = getattr(planned, "num_virtual_tokens", None) or 0
         examples = encode_tasks(recipe, tokenizer, load_config(recipe.model), taken=taken)
+        if recipe.init_from is not None:
+            check_earlier(adapted_on_meta(recipe), recipe)  # refused before the work
         fingerprints = _fingerprints(examples)
         if checkpoint is not None:
             check_data(recipe.output, fingerprints)
@@ -128,6 +131,9 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
                 before = _score(base, tokenizer, recipe, quiet=quiet)
         numbers = parameter_counts(base)[1]
         model = add_adapter(base, recipe)
+        earlier = start_from(model, recipe)
+        if earlier is not None:
+            log.log(logging.WARNING if earlier.other_base else logging.INFO, "%s", earlier.words())
         start = start_of(model)
         if recipe.method.name != "lorahub" and not is_sharded():  # which trains and saves adapters of its own
             check_saving(model, start)
@@ -199,7 +205,11 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             adapted=after,
             mixture=report,
             parameters=parameters,
-            training={"log": _without_times(history), **figures},
+            training={
+                "log": _without_times(history),
+                **({} if earlier is None else {"init_from": earlier.to_dict()}),
+                **figures,
+            },
             fingerprints=fingerprints,
             seconds=seconds,
             notes=examples.notes,

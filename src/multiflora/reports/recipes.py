@@ -12,7 +12,7 @@ from multiflora.yaml_file import dump_yaml, parse_yaml
 __all__ = ["length_of", "shown_recipe"]
 
 # where a recipe may name a file or a folder
-_PLACES = {"output", "folder", "train", "validation", "test", "path", "name", "data_files", "model"}
+_PLACES = {"output", "init_from", "folder", "train", "validation", "test", "path", "name", "data_files", "model"}
 
 
 def shown_recipe(text: str) -> str:

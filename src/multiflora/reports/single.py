@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from multiflora.card import base_name, best_words
+from multiflora.card import base_name, best_words, start_words
 from multiflora.evaluation.results import LOWER_IS_BETTER, macro_stderr
 from multiflora.methods import METHODS
 from multiflora.recipe import LOSSES, Recipe
@@ -42,7 +42,7 @@ def run_page(folder: Path, recipe: Recipe, results: Mapping[str, Any], run: Mapp
             name="learning",
             title="Training",
             tables=list(_mixture(recipe, results["mixture"])),
-            text=[words] if (words := best_words(training).strip()) else [],
+            text=[words.strip() for words in (start_words(training), best_words(training)) if words],
             figures=[
                 *figures.validation_curves(training.get("validation", []), training.get("best")),
                 *figures.run_curves(training.get("log", [])),

@@ -45,6 +45,7 @@ __all__ = [
     "put_on",
     "save_adapter",
     "start_of",
+    "takes_start_off",
 ]
 
 
@@ -102,7 +103,7 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
     if isinstance(config, CompressSpec):
         sparsify(model, config.low_rank)
         return model
-    if low_cpu_mem_usage and _takes_start_off(config):
+    if low_cpu_mem_usage and takes_start_off(config):
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
     tied = tied_modules(model)
@@ -220,7 +221,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
 
-def _takes_start_off(config: Any) -> bool:
+def takes_start_off(config: Any) -> bool:
     """Whether the start of a LoRA is taken off the base weight, as PiSSA's is."""
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora", "corda", "lora_ga"))
 
@@ -233,7 +234,7 @@ def is_saved_otherwise(model: Any) -> bool:
     """
     if not isinstance(model, PeftModel):
         return bool(compressed_layers(model))
-    return _takes_start_off(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
+    return takes_start_off(model.active_peft_config) or model.active_peft_config.peft_type == "ADALORA"
 
 
 def start_of(model: Any) -> dict[str, torch.Tensor] | None:
@@ -246,7 +247,7 @@ def start_of(model: Any) -> dict[str, torch.Tensor] | None:
     Args:
         model: A model with an adapter that has not been trained yet.
     """
-    if not isinstance(model, PeftModel) or not _takes_start_off(model.active_peft_config):
+    if not isinstance(model, PeftModel) or not takes_start_off(model.active_peft_config):
         return None
     return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
 

@@ -74,6 +74,11 @@ def test_a_recipe_without_the_section_is_refused():
         load_comparison(recipe)
 
 
+def test_a_recipe_that_goes_on_from_an_earlier_run_is_refused():
+    with pytest.raises(ConfigError, match=r"init_from is .*first, but the methods of a comparison start alike"):
+        load_comparison(plain() | {"init_from": "first"})
+
+
 def test_a_recipe_with_a_method_of_its_own_is_refused():
     with pytest.raises(ConfigError, match="has both 'method' and 'compare'"):
         load_comparison(plain() | {"method": "lora"})
