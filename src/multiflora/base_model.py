@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "loading", "place_of"]
+__all__ = ["empty_model", "load_config", "load_model", "load_tokenizer", "loading", "place_of", "share_weights"]
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
@@ -166,3 +167,9 @@ def empty_model(config: Any, *, dtype: Any = None, remote: bool = False) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote)
     model.tie_weights()  # parameters were replaced one by one, so a head that shares the embedding's came apart
     return model
+
+
+def share_weights(model: Any) -> Any:
+    """A second tree of modules over the same tensors: what is put on one does not show on the other."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -33,6 +33,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "compose": ("compose", "PATH", "adapter", "--output", "both"),
     "compose --output": ("compose", "adapter", "adapter", "--output", "PATH"),
     "evaluate": ("evaluate", "PATH"),
+    "evaluate side by side": ("evaluate", "PATH", "adapter"),
     "analyze": ("analyze", "PATH"),
     "analyze --output": ("analyze", "adapter", "--output", "PATH"),
     "analyze --against": ("analyze", "adapter", "--against", "PATH"),

@@ -113,7 +113,7 @@ def test_tampered_adapters(world: World, tiny_llama: Callable[..., Any], kind: s
             (folder / FILES[0]).write_bytes(example.encode("latin-1", "backslashreplace"))
 
     def read() -> None:
-        from multiflora.serve.models import share_weights
+        from multiflora.base_model import share_weights
 
         load_adapter(share_weights(base), Path("fuzzed"))
 

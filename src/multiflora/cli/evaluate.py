@@ -1,4 +1,4 @@
-"""``multiflora evaluate``: score a run's adapter, or any model, on tasks."""
+"""``multiflora evaluate``: score a run's adapter, any model, or several runs side by side, on tasks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="A run's output folder, a model folder or a hub id.", metavar="RUN_OR_MODEL")
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run's output folder, a model folder or a hub id; or several runs on one base model.",
+            metavar="RUN_OR_MODEL...",
+        ),
     ],
     tasks: Annotated[
         list[str] | None,
@@ -30,13 +34,24 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Score a trained adapter, or any model, on tasks; a run's own tasks where none are named."""
-    names = [name for word in tasks or [] for name in word.split(",") if name]
+    """Score a trained adapter, any model, or runs side by side on tasks; the runs' own tasks where none are named."""
+    names = [name for word in tasks or [] for name in word.split(",") if name] or None
+    if len(targets) > 1:
+        with log_on_stderr():
+            from multiflora.evaluation.side_by_side import evaluate_side_by_side
+            from multiflora.evaluation.table import side_by_side_table
+
+            found = evaluate_side_by_side(targets, names, limit=limit, split=split, batch_size=batch_size)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            stdout.print(side_by_side_table(found.base, found.adapters))
+        return
     with log_on_stderr():
         from multiflora.evaluation.run import evaluate as run
         from multiflora.evaluation.table import results_table
 
-        results = run(target, tasks=names or None, limit=limit, split=split, batch_size=batch_size)
+        results = run(targets[0], tasks=names, limit=limit, split=split, batch_size=batch_size)
     if as_json:
         print_json(results)
     else:

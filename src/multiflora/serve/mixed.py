@@ -15,11 +15,12 @@ from peft.tuners.lora.layer import Linear as PlainLora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from multiflora.base_model import share_weights
 from multiflora.context import Routing, find
 from multiflora.forward_pass import Pass
 from multiflora.methods.inference import Store
 from multiflora.methods.layer import BranchLinear
-from multiflora.serve.models import Served, share_weights
+from multiflora.serve.models import Served
 
 __all__ = ["Group", "Mixed"]
 

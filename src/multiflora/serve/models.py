@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from multiflora.adapter_folder import check_there, load_adapter
 from multiflora.adapter_tensors import method_of
+from multiflora.base_model import share_weights
 from multiflora.context import configs_of
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.files import user_path
 
-__all__ = ["Served", "load_served", "name_adapters", "share_weights"]
+__all__ = ["Served", "load_served", "name_adapters"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,6 @@ def name_adapters(words: list[str]) -> dict[str, Path]:
             raise ConfigError(f"Two adapters are called {name!r}; name them apart: NAME={folder}.")
         found[name] = folder
     return found
-
-
-def share_weights(model: nn.Module) -> Any:
-    """A second tree of modules over the same tensors: what is put on one does not show on the other."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def load_served(base: Any, name: str, adapters: Mapping[str, Path]) -> dict[str, Served]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multiflora.evaluation.results import Results, TaskScore
-from multiflora.evaluation.table import results_table
+from multiflora.evaluation.table import results_table, side_by_side_table
 
 
 def score(value: float, metric: str = "acc", **changes: Any) -> TaskScore:
@@ -70,3 +70,15 @@ def test_a_long_name_folds_and_no_number_is_lost() -> None:
 def test_without_an_average_there_is_no_last_row() -> None:
     alone: Results = {"tasks": {"gsm8k": score(1.0, "nll")}, "macro": None}
     assert shown(results_table(alone, alone))[-1][0] == "gsm8k"
+
+
+def test_adapters_stand_side_by_side_and_what_was_not_scored_is_a_dash() -> None:
+    partial: Results = {"tasks": {"gsm8k": score(1.21, "nll", stderr=None)}, "macro": None}
+    assert shown(side_by_side_table(BASE, {"whole": ADAPTED, "[bold]part": partial}), width=120) == [
+        ["task", "n", "metric", "base", "whole", "[bold]part"],
+        ["commonsenseqa", "1,319", "acc", "0.250", "±0.035", "0.500", "±0.035", "–"],
+        ["gsm8k", "1,319", "nll", "↓", "1.330", "±0.035", "1.110", "1.210"],
+        ["macro", "average", "0.250", "±0.035", "0.500", "±0.035", "–"],
+    ]
+    nats: Results = {"tasks": {"gsm8k": score(1.0, "nll")}, "macro": None}
+    assert shown(side_by_side_table(nats, {"a": nats, "b": nats}))[-1][0] == "gsm8k"
