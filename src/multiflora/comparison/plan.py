@@ -23,6 +23,7 @@ from multiflora.errors import ConfigError
 from multiflora.methods import METHODS, build_config, describe, settings_of
 from multiflora.recipe import MethodSpec, Recipe, TrainSpec
 from multiflora.tasks.spec import TaskSpec
+from multiflora.training.course import check_method
 
 __all__ = [
     "Cell",
@@ -109,6 +110,7 @@ def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
         target = first.parameters if budget.equal != "flops" else first.flops.training
     found = []
     for entry in spec.methods:
+        check_method(entry.name, comparison.recipe.evaluate)
         method = describe(entry.name)
         settings = _settings(comparison, entry)
         is_reference = budget.target is None and entry.label == (budget.of or spec.reference())

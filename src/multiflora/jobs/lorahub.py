@@ -36,8 +36,7 @@ def check_lorahub(recipe: Recipe) -> None:
     """Refuse what cannot work, before anything is read.
 
     Raises:
-        ConfigError: There is one task only, or checkpoints or scores on the way are asked for, or there are several
-            processes.
+        ConfigError: There is one task only, or checkpoints are asked for, or there are several processes.
         EnvironmentProblem: The package that searches is not installed.
     """
     if len(recipe.tasks) < 2:
@@ -50,12 +49,6 @@ def check_lorahub(recipe: Recipe) -> None:
             f"train.save_every is {recipe.train.save_every}, but lorahub trains a LoRA for each task, one after the "
             "other, and has no checkpoint to go on from. Leave it out (in a comparison, write train: {save_every: "
             "null} beside the method)."
-        )
-    if recipe.evaluate.every is not None:
-        raise ConfigError(
-            f"evaluate.every is {recipe.evaluate.every}, but lorahub trains a LoRA for each task, one after the other, "
-            "and the adapter of all tasks is there only at the end. Remove evaluate.every, and evaluate.keep_best with "
-            "it."
         )
     if num_processes() > 1:
         raise ConfigError(

@@ -29,6 +29,7 @@ from multiflora.recipe import Recipe
 from multiflora.suggest import shown
 from multiflora.tied import check_tied, tied_modules
 from multiflora.training.baselines import adalora_steps
+from multiflora.training.course import check_method
 from multiflora.training.precision import weights_of
 from multiflora.training.processes import is_first_process, is_sharded
 from multiflora.training.sharded import adapter_tensors
@@ -179,13 +180,7 @@ def adapter_config(recipe: Recipe) -> Any:
             f"method.task_type is {config.task_type!r}, but what is trained here is a causal language model. Leave it "
             "out."
         )
-    if recipe.evaluate.keep_best is not None and (name == "adalora" or METHODS[name].trains == "factors"):
-        what = "ranks" if name == "adalora" else "rows of its weights"
-        raise ConfigError(
-            f"evaluate.keep_best is {recipe.evaluate.keep_best!r}, but {name} takes {what} away until its training "
-            "ends: an earlier state is larger than what was asked for. Remove evaluate.keep_best; evaluate.every alone "
-            "shows how the scores went."
-        )
+    check_method(name, recipe.evaluate)
     if name == "adalora" and train.max_steps is not None:
         adalora_steps(recipe.method.settings, train.max_steps)
     method = method_of(config)

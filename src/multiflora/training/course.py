@@ -11,12 +11,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multiflora.errors import ConfigError, DataError
-from multiflora.recipe import Recipe
+from multiflora.methods import METHODS
+from multiflora.recipe import EvaluateSpec, Recipe
 from multiflora.tasks.load import examples_of
 from multiflora.training.agree import Agreement
 from multiflora.training.processes import is_sharded, num_processes
 
-__all__ = ["Course", "at_shares", "check_course", "course_of", "every", "figures_of", "validation_of"]
+__all__ = ["Course", "at_shares", "check_course", "check_method", "course_of", "every", "figures_of", "validation_of"]
 
 _KEY = "scores"  # of the log lines that hold scores and no loss
 
@@ -133,6 +134,29 @@ def check_course(recipe: Recipe) -> None:
             examples_of(task, "validation", wanted.limit)
         except DataError as error:
             raise DataError(f"{asked}, which scores validation rows: {error}") from error
+
+
+def check_method(name: str, wanted: EvaluateSpec) -> None:
+    """Refuse scores on the way, or the best of them, of a method that has none.
+
+    Args:
+        name: The method.
+        wanted: The recipe's ``evaluate`` section.
+    Raises:
+        ConfigError: It has none.
+    """
+    if wanted.every is not None and name == "lorahub":
+        raise ConfigError(
+            f"evaluate.every is {wanted.every}, but lorahub trains a LoRA for each task, one after the other, and the "
+            "adapter of all tasks is there only at the end. Remove evaluate.every, and evaluate.keep_best with it."
+        )
+    if wanted.keep_best is not None and (name == "adalora" or METHODS[name].trains == "factors"):
+        what = "ranks" if name == "adalora" else "rows of its weights"
+        raise ConfigError(
+            f"evaluate.keep_best is {wanted.keep_best!r}, but {name} takes {what} away until its training ends: an "
+            "earlier state is larger than what was asked for. Remove evaluate.keep_best; evaluate.every alone shows "
+            "how the scores went."
+        )
 
 
 @contextmanager

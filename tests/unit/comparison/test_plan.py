@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from multiflora.comparison.clock import clock_cells, in_time
-from multiflora.comparison.plan import base_cell, competitors, seed_cell, trial_cell
+from multiflora.comparison.plan import base_cell, clock_cell, competitors, seed_cell, trial_cell
 from multiflora.comparison.search import first_rates
 from multiflora.comparison.spec import BudgetSpec, load_comparison
 from multiflora.errors import ConfigError
@@ -137,6 +137,26 @@ def test_scores_during_training_are_of_the_rows_that_are_told_of():
     trial = trial_cell(plan, item, 0, 0.01)
     assert trial.training == seed_cell(plan, item, 0, 0.01).recipe
     assert trial.training.evaluate.split == "test"
+
+
+def with_best(methods: list[Any]) -> Any:
+    plan = comparison(methods)
+    kept = {"every": 2, "keep_best": "macro", "early_stopping_patience": 3}
+    evaluate = plan.recipe.evaluate.model_copy(update=kept)
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"evaluate": evaluate})})
+
+
+def test_steps_are_timed_without_scores_on_the_way():
+    plan = with_best(["lora"])
+    found = clock_cell(plan, competitors(plan, CONFIG)[0], 0, 5).recipe.evaluate
+    assert (found.every, found.keep_best, found.early_stopping_patience) == (None, None, None)
+    assert seed_cell(plan, competitors(plan, CONFIG)[0], 0).recipe.evaluate.keep_best == "macro"
+
+
+def test_a_method_without_an_earlier_best_is_refused_before_any_training():
+    plan = with_best(["lora", "adalora"])
+    with pytest.raises(ConfigError, match=r"evaluate\.keep_best is 'macro', but adalora takes ranks away"):
+        competitors(plan, CONFIG)
 
 
 def test_a_short_trial_is_a_training_of_its_own():

@@ -27,7 +27,6 @@ def test_every_task_has_its_share_of_the_steps() -> None:
     [
         ({"tasks": 1}, "there is one task. Add another"),
         ({"save_every": 5}, "train.save_every is 5, but lorahub trains a LoRA for each task"),
-        ({"every": 5}, "evaluate.every is 5, but lorahub trains a LoRA for each task"),
         ({"processes": "2"}, "method is lorahub, and 2 processes were started"),
     ],
 )
@@ -37,8 +36,7 @@ def test_what_cannot_work_is_refused(
     pytest.importorskip("nevergrad")
     check_lorahub(make_recipe(tmp_path, "lorahub"))
     recipe = make_recipe(tmp_path, "lorahub", **{k: v for k, v in changes.items() if k == "save_every"})
-    evaluate = recipe.evaluate.model_copy(update={"every": changes.get("every")})
-    recipe = recipe.model_copy(update={"tasks": recipe.tasks[: changes.get("tasks")], "evaluate": evaluate})
+    recipe = recipe.model_copy(update={"tasks": recipe.tasks[: changes.get("tasks")]})
     monkeypatch.setenv("WORLD_SIZE", changes.get("processes", "1"))
     with pytest.raises(ConfigError, match=message):
         check_lorahub(recipe)

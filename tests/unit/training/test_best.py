@@ -110,9 +110,16 @@ def test_scores_of_a_task_of_which_less_is_better_do_not_count_beside_others() -
     assert best_of(found, partial(goodness, by="worst")) == 1
 
 
-@pytest.mark.parametrize("method", ["adalora", "losparse"])
-def test_a_method_that_gets_smaller_until_its_end_has_no_earlier_best(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("adalora", "evaluate.keep_best is 'macro', but adalora takes ranks away until"),
+        ("losparse", "evaluate.keep_best is 'macro', but losparse takes rows of its weights away until"),
+        ("lorahub", "evaluate.every is 2, but lorahub trains a LoRA for each task"),
+    ],
+)
+def test_a_method_without_an_earlier_best_is_refused(tmp_path: Path, method: str, message: str) -> None:
     plain = make_recipe(tmp_path, method)
     kept = {"every": 2, "keep_best": "macro"}
-    with pytest.raises(ConfigError, match=rf"evaluate.keep_best is 'macro', but {method} takes .* away until"):
+    with pytest.raises(ConfigError, match=message):
         adapter_config(plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update=kept)}))
