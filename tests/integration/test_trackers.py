@@ -21,15 +21,19 @@ TinyLlama = Callable[..., LlamaForCausalLM]
 def test_tensorboard_gets_every_figure_of_the_log(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recipe = make_recipe(tmp_path, "rlora", max_steps=4, log_every=2, report_to="tensorboard")
+    recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"every": 2})})
     tokenizer = make_tokenizer()
     model = add_adapter(tiny_llama(vocab_size=len(tokenizer)), recipe)
-    _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True)
+    scores = iter([{"tasks": {"echo": {"score": value}}, "macro": value} for value in (0.25, 0.5)])
+    examples = encode_tasks(recipe, tokenizer)
+    _, log = fit(model, tokenizer, recipe, examples, quiet=True, validate=lambda model: next(scores))
     [file] = recipe.output.rglob("events.out.tfevents.*")
     read = events.EventAccumulator(str(file.parent))
     read.Reload()
     written = {tag: [event.value for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     for key in ("loss", "loss/echo", "loss/next", "routing/entropy", "routing/least_load", "tokens_per_second"):
         assert written[f"train/{key}"] == pytest.approx([line[key] for line in log if key in line], rel=1e-5)
+    assert written["train/validation/macro"] == written["train/validation/echo"] == [0.25, 0.5]
 
 
 @pytest.mark.parametrize(

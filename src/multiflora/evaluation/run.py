@@ -101,7 +101,7 @@ def evaluate(
         folder: Our tasks are written for the harness to ``folder/harness``, where it can be run on them alone, and each
             example's score to ``folder/scores`` (of the harness's own tasks to ``folder/scores/harness``); None: a
             temporary folder.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr, and log how long each task took.
 
     Returns:
         Score, examples and standard error of each task, and the mean of the scores.
@@ -280,7 +280,8 @@ def _run(
             apply_chat_template=chat_template,
             fewshot_as_multiturn=chat_template,
         )
-    log.info("%s scored in %.0f s", name, time.perf_counter() - start)
+    # a scoring that shows nothing, as on the way through a training, is told of by whoever asked for it
+    log.log(logging.INFO if bar.is_shown else logging.DEBUG, "%s scored in %.0f s", name, time.perf_counter() - start)
     return found
 
 

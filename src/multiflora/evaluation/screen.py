@@ -24,6 +24,7 @@ class Bar:
     """
 
     def __init__(self, is_shown: bool) -> None:
+        self.is_shown = is_shown
         # sys.stderr as it is now: the harness's own bars are turned off by other means
         console = Console(file=sys.stderr)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
