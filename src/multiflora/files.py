@@ -22,6 +22,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "TRIAL",
     "beside",
     "cache_folder",
     "check_inside",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+TRIAL = ".writable-"
+"""How the names of folders begin that are made and removed again at once, to see whether that can be done."""
 
 
 def cache_folder(name: str) -> Path:
@@ -206,7 +210,7 @@ def check_writable(folder: Path) -> None:
         if not place.is_dir():
             what = "a link that leads nowhere" if place.is_symlink() and not place.exists() else "no folder"
             raise EnvironmentProblem(f"Cannot write {folder}: {place} is {what}. Choose another output folder.")
-        with tempfile.TemporaryDirectory(prefix=".writable-", dir=place) as trial:
+        with tempfile.TemporaryDirectory(prefix=TRIAL, dir=place) as trial:
             # the part that is not there yet is made beneath the trial, with room for files in it: it may be too long
             Path(trial, *folder.absolute().relative_to(place).parts, "x" * 100).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

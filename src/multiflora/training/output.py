@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.errors import ConfigError, EnvironmentProblem
-from multiflora.files import check_writable, lock, saving
+from multiflora.files import TRIAL, check_writable, lock, saving
 from multiflora.recipe import Recipe, load_recipe
 from multiflora.suggest import listed
 from multiflora.training.checkpoint import CHECKPOINTS, DATA, SEAL, last_checkpoint, processes_of
@@ -50,7 +50,8 @@ def open_output(recipe: Recipe, *, resume: bool) -> Path | None:
             _remove(path)
         return None
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # of several processes each tries whether it can write there, at a moment of its own
+        if folder.exists() and any(not path.name.startswith(TRIAL) for path in folder.iterdir()):
             held = "holds a run" if (folder / "recipe.yaml").exists() else "exists and is not empty"
             hint = " or go on from its checkpoints with --resume," if checkpoint else ""
             raise ConfigError(
@@ -136,7 +137,8 @@ _SCRATCH = re.compile(r"\..+-[a-z0-9_]{8}")
 
 def _left_behind(folder: Path) -> list[Path]:
     """What a process that was killed had not moved to its place yet."""
-    return [path for path in folder.rglob(".*-*") if _SCRATCH.fullmatch(path.name)]
+    found = (path for path in folder.rglob(".*-*") if _SCRATCH.fullmatch(path.name))
+    return [path for path in found if not path.name.startswith(TRIAL)]  # another process's, which removes it itself
 
 
 def _is_abandoned(folder: Path) -> bool:

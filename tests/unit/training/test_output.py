@@ -51,6 +51,16 @@ def test_a_folder_with_a_run_is_refused_and_untouched(tmp_path: Path) -> None:
     assert (tmp_path / "recipe.yaml").read_text() == "kept"
 
 
+def test_a_trial_of_another_process_of_the_same_run_is_no_hindrance_and_stays(tmp_path: Path) -> None:
+    recipe, trial = make_recipe(tmp_path / "run"), tmp_path / "run" / ".writable-abcd1234"
+    trial.mkdir(parents=True)
+    assert open_output(recipe, resume=False) is None
+    make_checkpoint(tmp_path / "run", 5)
+    (tmp_path / "run" / CHECKPOINTS / "recipe.yaml").write_text(recipe.to_yaml(tmp_path / "run" / CHECKPOINTS))
+    assert open_output(recipe, resume=True) is not None
+    assert trial.is_dir()
+
+
 def test_a_folder_with_anything_else_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"exists and is not empty already"):
