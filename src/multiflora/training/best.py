@@ -30,8 +30,9 @@ def best_of(points: Sequence[Mapping[str, Any]], goodness: Goodness) -> int:
         goodness: Of the scores of one.
 
     Example:
-        >>> best_of([{"step": step, "scores": {"macro": macro}} for step, macro in ((2, 0.5), (4, 0.5))], len)
-        0
+        >>> points = [{"step": step, "scores": {"macro": macro}} for step, macro in ((2, 0.5), (4, 0.75), (6, 0.75))]
+        >>> best_of(points, lambda scores: scores["macro"])
+        1
     """
     return max(range(len(points)), key=lambda number: goodness(points[number]["scores"]))
 
