@@ -1,0 +1,1 @@
+"""Multiflora in other people's training programs: a folder for each, found by that program itself."""
