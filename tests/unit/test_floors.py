@@ -23,7 +23,7 @@ FLOORS = (
     "jobs analysis",
     "estimate",
     "comparison",
-    "reports serve bench doctor",
+    "reports serve bench doctor integrations",
     "cli",
     "__main__",
 )

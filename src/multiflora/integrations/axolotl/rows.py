@@ -31,8 +31,8 @@ def load_with_tasks(cfg: Any) -> TrainDatasetMeta:
     for rows in (loaded.train_dataset, loaded.eval_dataset):
         if rows is not None and TASK not in rows.column_names:
             raise ConfigError(
-                f"The rows in {cfg.dataset_prepared_path} were prepared for another adapter, without the names of their "
-                "tasks. Name another folder as dataset_prepared_path, or remove this one."
+                f"The rows in {cfg.dataset_prepared_path} were prepared for another adapter, without the names of "
+                "their tasks. Name another folder as dataset_prepared_path, or remove this one."
             )
     return loaded
 
@@ -93,8 +93,8 @@ class TaskCollator:
     def _number(self, name: str) -> int:
         if name not in self.tasks:
             raise DataError(
-                f"A row is of the task {name!r}, and the adapter's tasks are {', '.join(self.tasks)}. Give the data set "
-                "the name of one of them."
+                f"A row is of the task {name!r}, and the adapter's tasks are {', '.join(self.tasks)}. Give the data "
+                "set the name of one of them."
             )
         return self.tasks.index(name)
 

@@ -81,9 +81,10 @@ def check(cfg: Any) -> bool:
         return False
     name = section.method.name
     if METHODS[name].module is None:
+        ours = ", ".join(name for name, card in METHODS.items() if card.module is not None)
         raise ConfigError(
-            f"{_WHERE}: multiflora.method is {name}, which is no method of multiflora's own. Axolotl has peft's methods "
-            f"itself (adapter: lora, peft_use_dora ...); ours are {', '.join(m for m, c in METHODS.items() if c.module)}."
+            f"{_WHERE}: multiflora.method is {name}, which is no method of multiflora's own: those are {ours}. Axolotl "
+            "has peft's methods itself (adapter: lora, peft_use_dora ...)."
         )
     for key in cfg:
         if key.startswith(_OF_LORA) and key not in _HEEDED and cfg[key]:

@@ -18,6 +18,8 @@ __all__ = ["MultitaskAxolotlTrainer"]
 class MultitaskAxolotlTrainer(AxolotlTrainer):
     """Trains as axolotl does; log lines also carry ``loss/<task>``."""
 
+    _signature_columns: list[str] | None
+
     def __init__(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         # those of the adapter: one that is trained on keeps its own
         self.task_names: list[str] = next((list(c.task_names or ()) for c in configs_of(model).values()), [])
