@@ -93,10 +93,10 @@ def test_the_first_line_of_a_script() -> None:
 
 # what `pip install multiflora` alone does not bring; the modules that are nothing without one of them import it at once
 OPTIONAL = {
-    "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "ray", "submitit",
+    "axolotl", "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "ray", "submitit",
     "tensorboard", "triton", "uvicorn",
 }  # fmt: skip
-NEEDS_ITS_PACKAGE = {"multiflora.serve.app"}
+NEEDS_ITS_PACKAGE = {"multiflora.serve.app", "multiflora.integrations.axolotl"}
 
 WALK = """
 import importlib, pkgutil, sys

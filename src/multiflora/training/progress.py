@@ -20,8 +20,9 @@ _NAME = 12
 """Cells of a task's name that are always shown."""
 _FIGURES = 22
 """Cells of the two columns of numbers, and of what lies between the columns."""
-_AROUND = 9
-"""Lines of a terminal that are no tasks: bar, heading, sum, scores on the way, routing, and room for what was above."""
+_AROUND = 8
+"""Lines of a terminal that are not tasks: the bar, the heading, the sum, the routing, and room for what was above. The
+scores on the way are one more, as soon as there are any."""
 
 
 class LiveView(Progress):
@@ -62,7 +63,7 @@ class LiveView(Progress):
 
     def _losses(self) -> Table:
         """Every task's loss, the sum of all first and then the highest first; what does not fit is counted."""
-        room = max(1, self.console.height - _AROUND)
+        room = max(1, self.console.height - _AROUND - bool(self.scores))
         names = sorted((key for key in self.history if key != "loss"), key=lambda key: -self.history[key][-1])
         table = Table(box=None, pad_edge=False, expand=False)
         # a narrow terminal has shorter curves: a number that is cut says nothing

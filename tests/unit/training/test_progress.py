@@ -87,7 +87,7 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert routing_line(ROUTED) in lines[-1]
 
 
-@pytest.mark.parametrize(("height", "shown"), [(16, 7), (10, 1), (3, 1)])
+@pytest.mark.parametrize(("height", "shown"), [(16, 8), (9, 1), (3, 1)])
 def test_as_many_tasks_are_shown_as_the_terminal_has_lines_and_one_at_least(height: int, shown: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=height, color_system=None)
     view = LiveView(console)
