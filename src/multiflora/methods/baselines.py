@@ -108,6 +108,10 @@ class Baseline:
     """Adds settings that follow from the others."""
     plan: Callable[[Mapping[str, Any]], Any] = _nothing
     """What stands for the config where peft has no class for it."""
+    shrinks: str = ""
+    """What it takes away until its training ends, if anything: an earlier state is larger than what was asked for."""
+    cannot_go_on: str = ""
+    """Why no training starts from an adapter of an earlier run, and what to do instead; empty where one does."""
 
 
 # what a prompt learner's config knows of the model, filled in by peft; modules_to_save and the like do not exist there
@@ -142,14 +146,43 @@ BASELINES: dict[str, Baseline] = {
             unused=frozenset({"r", "total_step", "rank_pattern"}),
             check=_shrinks,
             complete=_with_schedule,
+            shrinks="ranks",
+            cannot_go_on=(
+                "begins with all its directions, of which a saved adapter has lost some. Plan one longer run instead"
+            ),
         ),
         Baseline("ia3"),
         Baseline("prompt", unused=_OF_MODEL),
         Baseline("prefix", unused=_OF_MODEL),
-        Baseline("ptuning", unused=_OF_MODEL),
-        Baseline("full"),
-        Baseline("lorahub", _pair, unused=_MORE_THAN_A_PAIR),
-        Baseline("losparse", plan=_compression),
+        Baseline(
+            "ptuning",
+            unused=_OF_MODEL,
+            cannot_go_on=(
+                "saves what its network gives and not the network, so there is none to train on. Take method prompt"
+            ),
+        ),
+        Baseline(
+            "full",
+            cannot_go_on=(
+                "trains the model itself. Name the folder of the earlier run as the model instead (model: FOLDER)"
+            ),
+        ),
+        Baseline(
+            "lorahub",
+            _pair,
+            unused=_MORE_THAN_A_PAIR,
+            cannot_go_on=(
+                "trains a LoRA of its own for each task. Go on with method lora from an adapter that it has made"
+            ),
+        ),
+        Baseline(
+            "losparse",
+            plan=_compression,
+            shrinks="rows of its weights",
+            cannot_go_on=(
+                "makes a new, smaller model of the base model, and starts from that alone. Leave init_from out"
+            ),
+        ),
     )
 }
 

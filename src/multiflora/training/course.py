@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from multiflora.errors import ConfigError, DataError
-from multiflora.methods import METHODS
+from multiflora.methods.baselines import BASELINES
 from multiflora.recipe import EvaluateSpec, Recipe
 from multiflora.tasks.load import examples_of
 from multiflora.training.agree import Agreement
@@ -150,10 +150,10 @@ def check_method(name: str, wanted: EvaluateSpec) -> None:
             f"evaluate.every is {wanted.every}, but lorahub trains a LoRA for each task, one after the other, and the "
             "adapter of all tasks is there only at the end. Remove evaluate.every, and evaluate.keep_best with it."
         )
-    if wanted.keep_best is not None and (name == "adalora" or METHODS[name].trains == "factors"):
-        what = "ranks" if name == "adalora" else "rows of its weights"
+    shrinks = BASELINES[name].shrinks if name in BASELINES else ""
+    if wanted.keep_best is not None and shrinks:
         raise ConfigError(
-            f"evaluate.keep_best is {wanted.keep_best!r}, but {name} takes {what} away until its training ends: an "
+            f"evaluate.keep_best is {wanted.keep_best!r}, but {name} takes {shrinks} away until its training ends: an "
             "earlier state is larger than what was asked for. Remove evaluate.keep_best; evaluate.every alone shows "
             "how the scores went."
         )

@@ -18,6 +18,7 @@ from multiflora.adapter_tensors import CONFIG, method_of
 from multiflora.embedded import HUB_NAME
 from multiflora.errors import AdapterError, ConfigError
 from multiflora.methods import METHODS
+from multiflora.methods.baselines import BASELINES
 from multiflora.peft_bridge import STEM
 from multiflora.recipe import Recipe
 from multiflora.suggest import listed, shown
@@ -137,17 +138,11 @@ def start_from(model: Any, recipe: Recipe) -> Earlier | None:
 def _check_method(recipe: Recipe) -> None:
     """Refuse methods that have no adapter to go on from."""
     name = recipe.method.name
-    config = adapter_config(recipe)
-    if METHODS[name].trains == "weights":
-        why = "trains the model itself. Name the folder of the earlier run as the model instead (model: FOLDER)"
-    elif METHODS[name].trains == "factors":
-        why = "makes a new, smaller model of the base model, and starts from that alone. Leave init_from out"
-    elif name == "lorahub":
-        why = "trains a LoRA of its own for each task. Go on with method lora from an adapter that it has made"
-    elif name == "adalora":
-        why = "begins with all its directions, of which a saved adapter has lost some. Plan one longer run instead"
-    elif name == "ptuning" or getattr(config, "prefix_projection", False):
-        why = "saves what its network gives and not the network, so there is none to train on. Take method prompt"
+    config, baseline = adapter_config(recipe), BASELINES.get(name)
+    if baseline is not None and baseline.cannot_go_on:
+        why = baseline.cannot_go_on
+    elif getattr(config, "prefix_projection", False):
+        why = BASELINES["ptuning"].cannot_go_on
     elif takes_start_off(config):
         why = (
             "takes its start off the base weights, and an earlier adapter has one already. What such a run saves is a "
