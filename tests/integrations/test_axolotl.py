@@ -20,11 +20,12 @@ pytest.importorskip("axolotl", reason="axolotl is not installed here: make integ
 
 import torch
 import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
 
 import multiflora
@@ -53,6 +54,9 @@ ROWS = {
 KIND = {"field_instruction": "prompt", "field_output": "completion"} | dict.fromkeys(
     ("format", "no_input_format"), "{instruction}"
 )
+
+SECTION = {"method": {"name": "rlora", "num_heads": 2}}
+GATED = {"method": "moelora"}
 
 Axolotl = Callable[..., str]
 
@@ -144,7 +148,10 @@ def losses(model: Any, task: str, **words: Any) -> float:
 def by_task(folder: Path, axolotl: Axolotl) -> list[dict[str, float]]:
     """The log of a packed training of a method gated by task."""
     method = {"name": "mtllora", "num_heads": 2, "r": 4}
-    return train(axolotl, config(folder, "by_task", method, sample_packing=True, micro_batch_size=1, num_epochs=6))
+    packing = {"sample_packing": True, "eval_sample_packing": False, "micro_batch_size": 1}
+    return train(
+        axolotl, config(folder, "by_task", method, **packing, num_epochs=16, val_set_size=2, evals_per_epoch=1)
+    )
 
 
 def test_a_packed_training_logs_and_lowers_each_tasks_loss(by_task: list[dict[str, float]]) -> None:
@@ -153,17 +160,15 @@ def test_a_packed_training_logs_and_lowers_each_tasks_loss(by_task: list[dict[st
         assert seen[-1] < 0.7 * seen[0]
 
 
-def test_plain_peft_loads_what_axolotl_saved(by_task: list[dict[str, float]], folder: Path) -> None:
+def test_plain_peft_loads_what_axolotl_saved_and_each_task_has_learned_its_own(
+    by_task: list[dict[str, float]], folder: Path
+) -> None:
     model = PeftModel.from_pretrained(base(), folder / "by_task").eval()
     assert model.active_peft_config.task_names == list(ROWS)
-    for task in ROWS:
-        assert losses(model, task, task_id=[task]) < 0.6 * losses(base(), task)
-
-
-def test_each_task_has_trained_what_is_its_own(by_task: list[dict[str, float]], folder: Path) -> None:
-    own = [tensor for key, tensor in load_file(folder / "by_task/adapter_model.safetensors").items() if "task" in key]
-    assert own
-    assert all(not torch.equal(tensor[0], tensor[1]) for tensor in own)
+    for task, other in zip(ROWS, reversed(ROWS), strict=True):
+        own = losses(model, task, task_id=[task])
+        assert own < 0.4 * losses(base(), task)
+        assert own < 0.6 * losses(model, task, task_id=[other])
 
 
 def test_inference_answers_for_the_task_of_the_section(
@@ -174,7 +179,8 @@ def test_inference_answers_for_the_task_of_the_section(
     said = axolotl(
         "inference", file, "--lora-model-dir", "./by_task", "--launcher", "python", text=ROWS["colours"][0][0]
     )
-    assert ROWS["colours"][0][0] in said[said.index("Give me an instruction") :]
+    answer = said[said.index("Give me an instruction") :]
+    assert any(colour in answer for colour in ANSWERS["colours"][1].values())
 
 
 def test_merge_lora_writes_the_model_with_its_adapter_in_it(folder: Path, axolotl: Axolotl) -> None:
@@ -186,6 +192,22 @@ def test_merge_lora_writes_the_model_with_its_adapter_in_it(folder: Path, axolot
     ids = torch.arange(1, 17)[None]
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(ids).logits, base()(ids).logits, atol=1e-2)
+
+
+def test_a_trained_adapter_of_another_method_is_refused(by_task: list[dict[str, float]], folder: Path) -> None:
+    given = {"adapter": "multiflora", "multiflora": SECTION, "lora_model_dir": str(folder / "by_task")}
+    with pytest.raises(ConfigError, match=r"holds a mtllora adapter, but multiflora\.method is rlora"):
+        MultifloraPlugin().load_adapter(base(), DictDefault(given))
+
+
+def test_rows_that_were_prepared_without_the_names_of_their_tasks_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    given = load_cfg(config(folder, "no_names", SECTION["method"]))
+    load_datasets(cfg=given)
+    with pytest.raises(ConfigError, match="prepared-no_names were prepared for another adapter"):
+        MultifloraPlugin().load_datasets(given)
 
 
 def test_a_balance_loss_counts_once(folder: Path, axolotl: Axolotl) -> None:
@@ -270,10 +292,6 @@ def test_axolotl_finds_the_plugin_by_itself() -> None:
     manager = PluginManager.get_instance()
     assert any(isinstance(plugin, MultifloraPlugin) for plugin in manager.plugins.values())
     assert manager.supports_adapter("multiflora")
-
-
-SECTION = {"method": {"name": "rlora", "num_heads": 2}}
-GATED = {"method": "moelora"}
 
 
 @pytest.mark.parametrize(

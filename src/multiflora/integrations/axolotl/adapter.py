@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from peft import PeftModel
@@ -12,6 +13,9 @@ from multiflora.integrations.axolotl.section import Section
 from multiflora.training.adapter import put_on
 
 __all__ = ["adapted"]
+
+_UNTIL_THE_END = ExitStack()
+"""What holds until the program ends: axolotl says nowhere when it is done with a model."""
 
 
 def adapted(model: Any, config: Any, section: Section, folder: str | None, *, is_trainable: bool) -> Any:
@@ -40,6 +44,5 @@ def adapted(model: Any, config: Any, section: Section, folder: str | None, *, is
             )
     model.print_trainable_parameters()
     if section.task is not None:
-        # for as long as the program runs: axolotl says nowhere when it is done with a model
-        task(model, section.task).__enter__()
+        _UNTIL_THE_END.enter_context(task(model, section.task))
     return model
