@@ -96,7 +96,7 @@ OPTIONAL = {
     "axolotl", "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "ray", "submitit",
     "tensorboard", "triton", "uvicorn",
 }  # fmt: skip
-NEEDS_ITS_PACKAGE = {"multiflora.serve.app", "multiflora.integrations.axolotl"}
+NEEDS_ITS_PACKAGE = {"multiflora.integrations.axolotl", "multiflora.serve.app"}
 
 WALK = """
 import importlib, pkgutil, sys

@@ -23,7 +23,7 @@ from multiflora.recipe import recipe_from
 from multiflora.training.adapter import adapter_config
 
 # what a page may show besides: its words are read by no program of ours
-OTHERS = {"make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}
+OTHERS = {"axolotl", "make", "pip", "vllm", "llama-server", "curl", "python", "torchrun", "accelerate"}
 
 PYTHON = [page for page in pages() if any(block.language == "python" for block in blocks_of(page))]
 
@@ -73,8 +73,12 @@ def test_a_page_s_python_runs(page: str, failures: dict[str, str | None]) -> Non
 REST = {"model": HUB_NAME, "tasks": ["./reviews.jsonl"], "output": "runs/part"}
 
 
-# the quick start's files are made by its own first block, so its recipe is trained below
-@pytest.mark.parametrize("block", [block for block in blocks("yaml") if block.page != "quickstart.md"], ids=named)
+# the quick start's files are made by its own first block, so its recipe is trained below; what other programs read,
+# tests/integrations has them read
+ELSEWHERE = ("quickstart.md", "integrations.md")
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("yaml") if block.page not in ELSEWHERE], ids=named)
 def test_a_recipe_is_read(block: Block, desk: dict[str, str]) -> None:
     written = REST | yaml.safe_load(block.text)
     if "compare" in written:

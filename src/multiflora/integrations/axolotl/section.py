@@ -104,13 +104,18 @@ def check(cfg: Any) -> bool:
             f"{_WHERE}: lora_model_dir is missing, so the answers would be those of an untrained adapter. Give the "
             "folder that was trained: --lora-model-dir FOLDER."
         )
-    by_task = merges(name, section.method.settings) == "per task"
-    if by_task and section.task is None and (cfg.get("inference") or cfg.get("merge_lora")):
+    adapter_config(section, cfg)
+    merged = merges(name, section.method.settings)
+    if cfg.get("merge_lora") and merged.startswith("no"):
+        raise ConfigError(
+            f"{_WHERE}: multiflora.method is {name}, whose update is no single matrix: {merged.removeprefix('no ')}. "
+            "Keep the adapter as it is, or approximate it by a plain LoRA: multiflora convert."
+        )
+    if merged == "per task" and section.task is None and (cfg.get("inference") or cfg.get("merge_lora")):
         raise ConfigError(
             f"{_WHERE}: multiflora.task is missing; {name} is another adapter for each task. Name the one that is "
             "meant: multiflora: {task: NAME, ...}."
         )
-    adapter_config(section, cfg)
     return True
 
 
