@@ -46,7 +46,7 @@ test-all: lint types audit ## the same and what takes long: marked tests, peft's
 	$(MAKE) peft-suite test-oldest-peft
 	$(MAKE) --no-print-directory --silent deep > .ci/deep
 
-deep: # a number that changes with what a method is made of; .ci/deep has that of which all tests were seen to pass
+deep: ## a number that changes with what the longer tests are about; .ci/deep has the one with which all tests were seen to pass
 	@git ls-files --stage $(DEEP) | git hash-object --stdin
 
 peft-suite: $(DEV) ## peft's own tests, from its source distribution, on our methods
