@@ -147,7 +147,7 @@ class Lines:
     def covering(self, mutant: Mutant) -> set[str]:
         """The tests that run its lines; else its function's; the file's, for what runs on import."""
         for span in (mutant.lines, mutant.function):
-            if span and (found := self._of(mutant, span) - {IMPORT}):
+            if span and (found := self._of(mutant, span) - {IMPORT}) and IMPORT not in self._of(mutant, span):
                 return found
         if mutant.function and not self.on_import(mutant):
             return set()

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from multiflora import AdapterError
 from multiflora.context import reference_loop
 from multiflora.methods import build_config
 
@@ -82,6 +83,23 @@ def test_a_deleted_adapter_leaves_nothing_to_the_next_of_its_name(name, before, 
     model.load_state_dict(other.state_dict(), strict=False)
     assert torch.equal(model.train()(x), other(x))
     assert torch.equal(model.eval()(x), other(x))
+
+
+def test_a_deleted_adapter_is_in_none_of_a_layer_s_tables():
+    model = adapted("hydralora")
+    model.add_adapter("two", model.peft_config["default"])
+    layer = model.base_model.model[0]
+    model(torch.ones(1, 6))
+    tables = [table for table in vars(layer).values() if isinstance(table, dict) and "default" in table]
+    assert len(tables) == 4  # configs, plans, ranks, scaling
+    model.delete_adapter("default")
+    assert not any("default" in table for table in tables)
+
+
+def test_a_batch_whose_rows_and_adapters_differ_in_number_is_refused():
+    layer = adapted("hydralora").eval().base_model.model[0]
+    with pytest.raises(AdapterError, match="same as the number of inputs, but got 2 and 3"):
+        layer(torch.ones(3, 6), adapter_names=["default", "default"])
 
 
 @pytest.mark.parametrize("name", ["hydralora", "multilora", "moelora"])

@@ -53,9 +53,10 @@ def test_settings_arrive(tmp_path: Path) -> None:
     assert args.optim == "adamw_torch_fused"
     assert args.gradient_checkpointing
     assert args.gradient_checkpointing_kwargs["use_reentrant"] is False
-    assert not training_arguments(
-        make_recipe(), folder=tmp_path, steps=1, weights=torch.float32, casts_itself=True
-    ).gradient_checkpointing
+    tracked = make_recipe(report_to=["tensorboard"])
+    words = {"folder": tmp_path, "steps": 1, "weights": torch.float32, "casts_itself": True}
+    assert training_arguments(tracked, **words).report_to == ["tensorboard"]
+    assert not training_arguments(make_recipe(), **words).gradient_checkpointing
 
 
 @pytest.mark.parametrize(

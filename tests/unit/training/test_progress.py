@@ -110,6 +110,8 @@ def test_a_narrow_terminal_cuts_names_and_wraps_nothing() -> None:
     assert "all tasks" in total
     assert "a_name_that…" in task  # twelve cells of it
     assert "\x1b[2mand 1 lower" in rest  # dim
+    assert total.startswith("\x1b[1m")  # bold
+    assert not task.startswith("\x1b[1m")
 
 
 def test_lines_go_to_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
