@@ -90,16 +90,14 @@ def axolotl(folder: Path) -> Axolotl:
     return run
 
 
-def config(
-    folder: Path, name: str, method: dict[str, Any], datasets: tuple[str, ...] = tuple(ROWS), **more: Any
-) -> str:
+def config(folder: Path, name: str, method: dict[str, Any], tasks: tuple[str, ...] = tuple(ROWS), **more: Any) -> str:
     """Write a config that trains ``method`` into the folder of that name, and return its file."""
     section = {"method": method} | more.pop("section", {})
     settings = {
         "base_model": str(MODEL),
         "adapter": "multiflora",
         "multiflora": section,
-        "datasets": [{"path": f"./{task}.jsonl", "type": KIND} for task in datasets],
+        "datasets": [{"path": f"./{task}.jsonl", "type": KIND} for task in tasks],
         "output_dir": f"./{name}",
         "dataset_prepared_path": f"./prepared-{name}",
         "special_tokens": {"pad_token": "<|pad|>"},
@@ -312,6 +310,7 @@ def test_axolotl_finds_the_plugin_by_itself() -> None:
     ("settings", "words"),
     [
         ({"multiflora": None}, "multiflora is missing"),
+        ({"multiflora": "rlora"}, "'rlora'; expected a mapping"),
         ({"multiflora": {"method": "rlorra"}}, r"'rlorra' is not a method; .*rlora"),
         ({"multiflora": {"method": {"name": "rlora", "heads": 2}}}, "method.heads is not a setting of rlora"),
         ({"multiflora": SECTION | {"tasks": 1}}, "tasks is not a known key"),
@@ -336,6 +335,10 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_loaded(settings
     given = {"adapter": "multiflora", "multiflora": SECTION, "datasets": [{"path": "a"}, {"path": "b"}]} | settings
     with pytest.raises(ConfigError, match=words):
         MultifloraPlugin().register(DictDefault(given))
+
+
+def test_data_sets_that_are_none_are_left_to_axolotl_to_refuse() -> None:
+    MultifloraPlugin().register(DictDefault({"adapter": "multiflora", "multiflora": SECTION, "datasets": ["a", 1]}))
 
 
 def test_other_adapters_are_left_alone() -> None:

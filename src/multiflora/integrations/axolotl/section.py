@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,7 +130,8 @@ def adapter_config(section: Section, cfg: Any) -> Any:
     Raises:
         ConfigError: A setting is unknown or out of range, or the data sets have no names to tell them by.
     """
-    names = task_names(cfg.get("datasets") or ())
+    # what is no mapping at all, axolotl refuses itself
+    names = task_names(each for each in cfg.get("datasets") or () if isinstance(each, Mapping))
     known: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if names:
         known |= {"num_tasks": len(names), "task_names": names}
