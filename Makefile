@@ -117,7 +117,8 @@ $(AXOLOTL): pyproject.toml
 	$(PYTHON312) -m venv .integrations/axolotl
 	.integrations/axolotl/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 uv
 	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python \
-		--editable . axolotl==0.21.0 torch==2.13.0 pytest hypothesis
+		axolotl==0.21.0 torch==2.13.0 pytest hypothesis
+	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python --no-deps --editable .
 	@touch $@
 
 $(DEV): $(DEMO)
