@@ -246,8 +246,8 @@ def test_a_balance_loss_counts_once(folder: Path, axolotl: Axolotl) -> None:
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     model.eval()
     plain = model(input_ids=ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)).loss
-    assert float(out.loss - plain) > 0.5
-    assert line["loss"] == pytest.approx(float(out.loss), rel=1e-3)
+    assert out.loss.item() - plain.item() > 0.5
+    assert line["loss"] == pytest.approx(out.loss.item(), rel=1e-3)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
