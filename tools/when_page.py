@@ -315,7 +315,7 @@ def state_of(each: Finding) -> str:
         return f"{TITLES[each.better[0]]} {100 * each.claims[each.better[0]].interval.mean:+.0f}"
     if each.claims and all(claim.verdict == "worse" for claim in each.claims.values()):
         return "LoRA"
-    return "undecided"
+    return "undecided" if each.complete else f"undecided at {len(each.seeds)} seeds"
 
 
 def coverage(found: Mapping[Condition, Packed]) -> str:
@@ -435,11 +435,13 @@ def paragraph(found: Mapping[Condition, Packed], picture: str) -> str:
         if one.better
     ]
     open_ = len(claimable) - len(wins)
+    to_come = sum(not one.better and not one.complete for one in claimable.values())
     if wins:
         parts.append(f"Better than LoRA with as many parameters: {'; '.join(wins)}.")
     if open_:
         noun = "condition" if open_ == 1 else "conditions"
-        parts.append(f"In {open_} {noun} no method could be shown to be better.")
+        more = f"; {to_come} of them with seeds still to come" if to_come else ""
+        parts.append(f"In {open_} {noun} no method could be shown to be better{more}.")
     if not claimable:
         parts.append("None has enough seeds for a claim yet.")
     parts.append("One tiny model, made-up conflicts of labels: [the study](results/when.md).")
@@ -490,7 +492,7 @@ def _box(x: float, y: float, found: Finding | None) -> Iterator[str]:
         words, dash = state_of(found), ""
         if found.look.level:
             winner = found.better[0] if found.better else "lora"
-            fill = "url(#open)" if words == "undecided" else COLOURS[winner]
+            fill = "url(#open)" if words.startswith("undecided") else COLOURS[winner]
     place = f'x="{x + 2}" y="{y + 2}" width="{_W - 4}" height="{_H - 4}" rx="4"'
     yield f'<rect {place} fill="{fill}" stroke="#888888"{dash}/>'
     yield _text(x + _W / 2, y + _H / 2 + 5, words, bold=found is not None and bool(found.better), grey=found is None)

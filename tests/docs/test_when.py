@@ -196,6 +196,16 @@ def test_the_page_of_a_whole_study(tmp_path: Path) -> None:
     assert "In 12 conditions no method could be shown to be better" in choosing
 
 
+def test_a_condition_that_is_looked_at_early_says_so(tmp_path: Path) -> None:
+    each = when.Condition(8, 0.0, 8)
+    _, choosing, picture = page_of(tmp_path / "early", [(each, made(each, seeds=5))])
+    assert ">undecided at 5 seeds<" in picture
+    assert "In 1 condition no method could be shown to be better; 1 of them with seeds still to come." in choosing
+    _, choosing, picture = page_of(tmp_path / "whole", [(each, made(each))])
+    assert ">undecided<" in picture
+    assert "In 1 condition no method could be shown to be better. One tiny model" in choosing
+
+
 def test_a_gain_that_shrinks_is_one_of_speed_and_one_that_is_not_there_is_refuted(tmp_path: Path) -> None:
     page, _, _ = page_of(tmp_path / "speed", [(each, made(each, late=0.4)) for each in when.conditions()])
     assert "MTL-LoRA: supported (gain at half minus gain at the end +1" in page
