@@ -261,18 +261,20 @@ class Routing:
 class _Here(threading.local):
     """What belongs to one thread."""
 
-    current: Pass | None = None
-    """The pass that is running."""
-    last: Pass | None = None
-    """The newest one, running or over."""
-    gone_back: tuple[int, Pass | None] = (-1, None)
-    """Which pass a gradient has reached: number of the gradient's computation, and the pass."""
-    default: Which | None = None
-    """What `task` has set: for compiled code, which cannot read a context variable."""
-    mixed: bool = False
-    reporting: Tokens | None = None
-    chosen: Tensor | None = None
-    """Set by `chosen_positions`, for the passes that begin inside."""
+    def __init__(self) -> None:
+        # set for each thread, and no defaults of the class: compiled code is guarded by which attributes there are
+        self.current: Pass | None = None
+        """The pass that is running."""
+        self.last: Pass | None = None
+        """The newest one, running or over."""
+        self.gone_back: tuple[int, Pass | None] = (-1, None)
+        """Which pass a gradient has reached: number of the gradient's computation, and the pass."""
+        self.default: Which | None = None
+        """What `task` has set: for compiled code, which cannot read a context variable."""
+        self.mixed = False
+        self.reporting: Tokens | None = None
+        self.chosen: Tensor | None = None
+        """Set by `chosen_positions`, for the passes that begin inside."""
 
 
 def _has_cache(kwargs: Mapping[str, Any]) -> bool:
