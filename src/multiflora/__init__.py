@@ -48,20 +48,8 @@ if TYPE_CHECKING:
     from multiflora.reports.run import report
     from multiflora.training.hooks import training_callbacks
 
-# name -> the module that defines it; loaded on first use, so that `multiflora --help` needs no torch
+# name -> the module that defines it; as the methods' configs, loaded on first use: `multiflora --help` needs no torch
 _LAZY = {
-    "AlignLoraConfig": "multiflora.methods.alignlora",
-    "DeltaLoraConfig": "multiflora.methods.deltalora",
-    "HydraLoraConfig": "multiflora.methods.hydralora",
-    "LoraGaConfig": "multiflora.methods.loraga",
-    "LoraMoeConfig": "multiflora.methods.loramoe",
-    "MixLoraConfig": "multiflora.methods.mixlora",
-    "MLoraConfig": "multiflora.methods.mlora",
-    "MoeLoraConfig": "multiflora.methods.moelora",
-    "MtlLoraConfig": "multiflora.methods.mtllora",
-    "MultiLoraConfig": "multiflora.methods.multilora",
-    "PartsConfig": "multiflora.methods.parts",
-    "RLoraConfig": "multiflora.methods.rlora",
     "suggest_num_heads": "multiflora.methods.hydralora",
     "task": "multiflora.context",
     "start_from_gradients": "multiflora.methods.gradient_pass",
@@ -112,12 +100,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    home = _LAZY.get(name) or (_home_of(name) if name.endswith("Config") else None)
+    if home is not None:
         # first, and not from within our modules: peft's arrival loads all of them, and one that waits for peft is not
         # whole yet
         import_module("peft")
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_module(home), name)
     raise AttributeError(f"module 'multiflora' has no attribute {name!r}; it has {', '.join(__all__)}.")
+
+
+def _home_of(config: str) -> str | None:
+    """The module of a method's config class."""
+    from multiflora.methods.cards import METHODS
+
+    return next((card.module for card in METHODS.values() if card.module and card.config == config), None)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """From a method's name, as recipes have it, to what it is and to its config.
 
-To add a method: write its file beside these and add its card to `multiflora.methods.cards`; see CONTRIBUTING.
+To add a method, write its file beside these; see CONTRIBUTING.
 """
 
 from __future__ import annotations

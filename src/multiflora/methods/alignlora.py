@@ -26,7 +26,18 @@ from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import alignment
+from multiflora.methods.method_card import MethodCard
 from multiflora.task_ids import missing
+
+CARD = MethodCard(
+    name="alignlora",
+    title="Align-LoRA",
+    line="One LoRA, and a loss that keeps the tasks' A x alike.",
+    paper="arXiv 2508.05078",
+    settings=("align_weight",),
+    merges="exactly",
+    config="AlignLoraConfig",
+)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 r"""Methods without a config class of ours: peft's own, the baselines every comparison has to have, and two besides.
 
 Those are LoraHub, whose adapters are plain LoRAs, and LoSparse, which has no adapter. Each is one :class:`Baseline`:
-which tensors it trains (so that ranks can be solved for), which settings of peft it has no use for, and what must hold
-among the others. What they need while they train is in `multiflora.training.baselines`.
+its card, which tensors it trains (so that ranks can be solved for), which settings of peft it has no use for, and what
+must hold among the others. What they need while they train is in `multiflora.training.baselines`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import ConfigError
+from multiflora.methods.method_card import MethodCard
 
 if TYPE_CHECKING:
     from multiflora.compress.spec import CompressSpec
@@ -94,8 +95,7 @@ def _with_schedule(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 class Baseline:
     """One of these methods, as a value."""
 
-    name: str
-    """The word recipes use."""
+    card: MethodCard
     shapes: Shapes | None = None
     """(config, r, d_in, d_out) -> the trainable tensors of one adapted layer; None where no rank decides them."""
     rank_key: str = "r"
@@ -112,6 +112,11 @@ class Baseline:
     """What it takes away until its training ends, if anything: an earlier state is larger than what was asked for."""
     cannot_go_on: str = ""
     """Why no training starts from an adapter of an earlier run, and what to do instead; empty where one does."""
+
+    @property
+    def name(self) -> str:
+        """The word recipes use."""
+        return self.card.name
 
 
 # what a prompt learner's config knows of the model, filled in by peft; modules_to_save and the like do not exist there
@@ -134,13 +139,83 @@ _MORE_THAN_A_PAIR = frozenset(
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        Baseline("lora", _pair),
-        Baseline("loraplus", _pair),
-        Baseline("rslora", _pair),
-        Baseline("dora", _pair_and_magnitude),
-        Baseline("pissa", _pair, check=_pissa_start),
         Baseline(
-            "adalora",
+            MethodCard(
+                name="lora",
+                title="LoRA",
+                line="One low-rank update shared by all tasks: the baseline every other method has to beat.",
+                paper="arXiv 2106.09685",
+                settings=(),
+                merges="exactly",
+                config="LoraConfig",
+            ),
+            _pair,
+        ),
+        Baseline(
+            MethodCard(
+                name="loraplus",
+                title="LoRA+",
+                line="LoRA whose B learns faster than its A.",
+                paper="arXiv 2402.12354",
+                settings=("loraplus_lr_ratio",),
+                merges="exactly",
+                config="LoraConfig",
+                learning_rate=1e-4,
+                training={"loraplus_lr_ratio": 16.0},
+            ),
+            _pair,
+        ),
+        Baseline(
+            MethodCard(
+                name="rslora",
+                title="rsLoRA",
+                line="LoRA scaled by alpha over the root of the rank, so that high ranks still learn.",
+                paper="arXiv 2312.03732",
+                settings=(),
+                merges="exactly",
+                config="LoraConfig",
+                preset={"use_rslora": True},
+            ),
+            _pair,
+        ),
+        Baseline(
+            MethodCard(
+                name="dora",
+                title="DoRA",
+                line="LoRA turns the weight's rows, and each row learns a length.",
+                paper="arXiv 2402.09353",
+                settings=(),
+                merges="exactly",
+                config="LoraConfig",
+                preset={"use_dora": True},
+            ),
+            _pair_and_magnitude,
+        ),
+        Baseline(
+            MethodCard(
+                name="pissa",
+                title="PiSSA",
+                line="LoRA that starts at the weight's own largest directions.",
+                paper="arXiv 2404.02948",
+                settings=("init_lora_weights",),
+                merges="exactly",
+                config="LoraConfig",
+                defaults={"init_lora_weights": "pissa"},
+            ),
+            _pair,
+            check=_pissa_start,
+        ),
+        Baseline(
+            MethodCard(
+                name="adalora",
+                title="AdaLoRA",
+                line="LoRA in singular directions; the least important are pruned while it trains.",
+                paper="arXiv 2303.10512",
+                settings=("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
+                merges="exactly",
+                config="AdaLoraConfig",
+                learning_rate=1e-3,
+            ),
             _triplets,
             rank_key="init_r",
             unused=frozenset({"r", "total_step", "rank_pattern"}),
@@ -151,24 +226,104 @@ BASELINES: dict[str, Baseline] = {
                 "begins with all its directions, of which a saved adapter has lost some. Plan one longer run instead"
             ),
         ),
-        Baseline("ia3"),
-        Baseline("prompt", unused=_OF_MODEL),
-        Baseline("prefix", unused=_OF_MODEL),
         Baseline(
-            "ptuning",
+            MethodCard(
+                name="ia3",
+                title="IA³",
+                line="Learned scales of keys, values and what enters the last feed-forward layer.",
+                paper="arXiv 2205.05638",
+                settings=("feedforward_modules", "init_ia3_weights"),
+                merges="exactly",
+                config="IA3Config",
+                learning_rate=3e-3,
+                target_modules=None,
+            )
+        ),
+        Baseline(
+            MethodCard(
+                name="prompt",
+                title="Prompt tuning",
+                line="Learned embeddings before the input.",
+                paper="arXiv 2104.08691",
+                settings=(
+                    "num_virtual_tokens",
+                    "prompt_tuning_init",
+                    "prompt_tuning_init_text",
+                    "tokenizer_name_or_path",
+                ),
+                merges="no (virtual tokens)",
+                config="PromptTuningConfig",
+                learning_rate=3e-2,
+                trains="prompt",
+                target_modules=None,
+                # peft's own start, noise of size one, lies far outside the embeddings a model knows
+                defaults={"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"},
+            ),
+            unused=_OF_MODEL,
+        ),
+        Baseline(
+            MethodCard(
+                name="prefix",
+                title="Prefix tuning",
+                line="Learned keys and values before the input, in every layer.",
+                paper="arXiv 2101.00190",
+                settings=("num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "init_weights"),
+                merges="no (virtual tokens)",
+                config="PrefixTuningConfig",
+                learning_rate=1e-2,
+                trains="prompt",
+                target_modules=None,
+                defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+            ),
+            unused=_OF_MODEL,
+        ),
+        Baseline(
+            MethodCard(
+                name="ptuning",
+                title="P-tuning",
+                line="Learned embeddings before the input, made by a small network.",
+                paper="arXiv 2103.10385",
+                settings=("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size"),
+                merges="no (virtual tokens)",
+                config="PromptEncoderConfig",
+                learning_rate=1e-3,
+                trains="prompt",
+                target_modules=None,
+                defaults={"num_virtual_tokens": 20, "encoder_hidden_size": 128},
+            ),
             unused=_OF_MODEL,
             cannot_go_on=(
                 "saves what its network gives and not the network, so there is none to train on. Take method prompt"
             ),
         ),
         Baseline(
-            "full",
+            MethodCard(
+                name="full",
+                title="Full fine-tuning",
+                line="Every weight is trained and a whole model is saved.",
+                paper="–",
+                settings=(),
+                merges="exactly",
+                config=None,
+                learning_rate=2e-5,
+                trains="weights",
+                target_modules=None,
+            ),
             cannot_go_on=(
                 "trains the model itself. Name the folder of the earlier run as the model instead (model: FOLDER)"
             ),
         ),
         Baseline(
-            "lorahub",
+            MethodCard(
+                name="lorahub",
+                title="LoraHub",
+                line="A LoRA for each task, put together with weights searched on a few examples.",
+                paper="arXiv 2307.13269",
+                settings=("examples", "budget"),
+                merges="exactly",
+                config="LoraConfig",
+                training={"examples": 5, "budget": 40},
+            ),
             _pair,
             unused=_MORE_THAN_A_PAIR,
             cannot_go_on=(
@@ -176,7 +331,27 @@ BASELINES: dict[str, Baseline] = {
             ),
         ),
         Baseline(
-            "losparse",
+            MethodCard(
+                name="losparse",
+                title="LoSparse",
+                line="Every weight becomes a low-rank part and the rows that matter of the rest: a smaller model.",
+                paper="arXiv 2306.11222",
+                settings=("low_rank", "keep", "start", "end", "every", "beta1", "beta2"),
+                merges="exactly",
+                config=None,
+                learning_rate=9e-5,
+                trains="factors",
+                target_modules=None,
+                training={
+                    "low_rank": 0.05,
+                    "keep": 0.15,
+                    "start": 0.05,
+                    "end": 0.3,
+                    "every": 10,
+                    "beta1": 0.85,
+                    "beta2": 1.0,
+                },
+            ),
             plan=_compression,
             shrinks="rows of its weights",
             cannot_go_on=(

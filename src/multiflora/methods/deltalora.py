@@ -32,6 +32,17 @@ from multiflora.methods.base import Method, Parts
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
+from multiflora.methods.method_card import MethodCard
+
+CARD = MethodCard(
+    name="deltalora",
+    title="Delta-LoRA",
+    line="LoRA whose change the weight follows, kept as low-rank factors.",
+    paper="arXiv 2309.02411",
+    settings=("update_ratio", "start_step"),
+    merges="exactly",
+    config="DeltaLoraConfig",
+)
 
 
 @dataclass

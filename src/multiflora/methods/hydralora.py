@@ -21,7 +21,18 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
+
+CARD = MethodCard(
+    name="hydralora",
+    title="HydraLoRA",
+    line="One shared A, heads B that start at zero, a token router.",
+    paper="arXiv 2404.19245",
+    settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss"),
+    merges="no (token router)",
+    config="HydraLoraConfig",
+)
 
 
 @dataclass

@@ -30,6 +30,17 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import Gate
 from multiflora.methods.hydralora import start
+from multiflora.methods.method_card import MethodCard
+
+CARD = MethodCard(
+    name="loraga",
+    title="LoRA-GA",
+    line="LoRA that starts along the gradient of the whole weight.",
+    paper="arXiv 2407.05000",
+    settings=("gamma", "gradient_batches"),
+    merges="exactly",
+    config="LoraGaConfig",
+)
 
 
 @dataclass

@@ -21,8 +21,27 @@ from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
 from multiflora.methods.losses import localized_balance, per_row
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig, router_loss
 from multiflora.task_ids import missing
+
+CARD = MethodCard(
+    name="loramoe",
+    title="LoRAMoE",
+    line="Whole LoRA experts behind a dense token router, with a localized balance loss.",
+    paper="arXiv 2312.09979",
+    settings=(
+        "num_experts",
+        "balance_weight",
+        "balance_delta",
+        "knowledge_tasks",
+        "top_k",
+        "router_balance_loss",
+        "router_z_loss",
+    ),
+    merges="no (token router)",
+    config="LoraMoeConfig",
+)
 
 
 @dataclass

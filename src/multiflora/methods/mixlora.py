@@ -21,7 +21,18 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
+
+CARD = MethodCard(
+    name="mixlora",
+    title="MixLoRA's routing",
+    line="Whole LoRA experts of which a token router picks the best k, with a load-balance loss.",
+    paper="arXiv 2404.15159",
+    settings=("num_experts", "top_k", "router_balance_loss", "router_z_loss"),
+    merges="no (token router)",
+    config="MixLoraConfig",
+)
 
 ROUTER_STD = 0.02
 """Standard deviation of the router's start."""

@@ -16,7 +16,18 @@ from typing import ClassVar
 from multiflora.methods.base import Method
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.rlora import RandomHeadsConfig, has_offset, start
+
+CARD = MethodCard(
+    name="mlora",
+    title="M-LoRA",
+    line="R-LoRA without its router: random heads averaged or summed.",
+    paper="arXiv 2508.05078",
+    settings=("num_heads", "head_dropout", "gamma", "reduce"),
+    merges="exactly",
+    config="MLoraConfig",
+)
 
 
 @dataclass

@@ -22,6 +22,17 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskEmbeddingGate
 from multiflora.methods.initial import kaiming_uniform, normal, random_heads
+from multiflora.methods.method_card import MethodCard
+
+CARD = MethodCard(
+    name="moelora",
+    title="MOELoRA",
+    line="Low-rank experts blended by the task alone.",
+    paper="arXiv 2310.18339",
+    settings=("num_experts", "task_embedding_dim", "shared_gate"),
+    merges="per task",
+    config="MoeLoraConfig",
+)
 
 
 @dataclass

@@ -15,6 +15,17 @@ from multiflora.methods.base import Method, TaskMatrix
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskTemperatureGate
 from multiflora.methods.hydralora import start
+from multiflora.methods.method_card import MethodCard
+
+CARD = MethodCard(
+    name="mtllora",
+    title="MTL-LoRA",
+    line="A learned matrix per task between a shared A and heads blended by the task.",
+    paper="arXiv 2410.09437",
+    settings=("num_heads", "temperature", "task_matrix"),
+    merges="per task",
+    config="MtlLoraConfig",
+)
 
 
 @dataclass

@@ -21,6 +21,17 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import ScaleGate
 from multiflora.methods.initial import kaiming_uniform, random_heads
+from multiflora.methods.method_card import MethodCard
+
+CARD = MethodCard(
+    name="multilora",
+    title="MultiLoRA",
+    line="n parallel LoRAs with learned scales that start at zero: many directions share the work.",
+    paper="arXiv 2311.11501",
+    settings=("num_modules", "scale_shape", "use_alpha"),
+    merges="exactly",
+    config="MultiLoraConfig",
+)
 
 
 @dataclass

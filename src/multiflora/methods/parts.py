@@ -31,8 +31,35 @@ from multiflora.methods.base import Method, TaskMatrix
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.mtllora import task_matrix_shape
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
+
+CARD = MethodCard(
+    name="parts",
+    title="Parts",
+    line="A sum of your own: any stem, heads, gate and offset, spelled out in the recipe.",
+    paper="–",
+    settings=(
+        "num_heads",
+        "stem",
+        "heads",
+        "gate",
+        "offset",
+        "head_dropout",
+        "task_matrix",
+        "router_init",
+        "gamma",
+        "scale_shape",
+        "temperature",
+        "task_embedding_dim",
+        "top_k",
+        "router_balance_loss",
+        "router_z_loss",
+    ),
+    merges="depends (on the gate)",
+    config="PartsConfig",
+)
 
 GATES: dict[str, Gate] = {
     "sum": Gate(),

@@ -29,7 +29,26 @@ from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
+from multiflora.methods.method_card import MethodCard
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig
+
+CARD = MethodCard(
+    name="rlora",
+    title="R-LoRA",
+    line="One shared A, random heads B, a token router and dropout per head: heads learn different tasks.",
+    paper="arXiv 2502.15455",
+    settings=(
+        "num_heads",
+        "head_dropout",
+        "gamma",
+        "router_init",
+        "top_k",
+        "router_balance_loss",
+        "router_z_loss",
+    ),
+    merges="no (token router)",
+    config="RLoraConfig",
+)
 
 
 @dataclass
