@@ -206,13 +206,14 @@ def with_rank(name: str, settings: Mapping[str, Any], rank: int, scale: float | 
         >>> with_rank("lora", {}, 32, scale=2.0)
         {'r': 32, 'lora_alpha': 64.0}
     """
-    found = {**settings, rank_key(describe(name)): rank}
-    if "lora_alpha" in settings:
-        return found
+    method = describe(name)
+    r, alpha = rank_key(method), method.alpha_key if isinstance(method, Baseline) else "lora_alpha"
+    if alpha is None or alpha in settings:
+        return {**settings, r: rank}
     defaults = vars(default_config(name)) | settings
-    root = sqrt if defaults["use_rslora"] else float
-    s = scale if scale is not None else defaults["lora_alpha"] / root(defaults[rank_key(describe(name))])
-    return {**found, "lora_alpha": s * root(rank)}
+    root = sqrt if defaults.get("use_rslora") else float
+    s = scale if scale is not None else defaults[alpha] / root(defaults[r])
+    return {**settings, r: rank, alpha: s * root(rank)}
 
 
 def default_config(name: str) -> Any:

@@ -100,6 +100,8 @@ class Baseline:
     """(config, r, d_in, d_out) -> the trainable tensors of one adapted layer; None where no rank decides them."""
     rank_key: str = "r"
     """Name of the setting that is the rank."""
+    alpha_key: str | None = "lora_alpha"
+    """Name of the setting that over the rank scales the update; None where nothing does."""
     unused: frozenset[str] = field(default_factory=frozenset)
     """Fields of peft's class that are not for users: without effect on this method, or set by the training."""
     check: Callable[[Mapping[str, Any]], None] = _anything

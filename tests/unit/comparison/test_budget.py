@@ -19,7 +19,8 @@ from multiflora.comparison.budget import (
 )
 from multiflora.errors import ConfigError
 from multiflora.estimate import count_parameters as count_on_model
-from multiflora.methods import METHODS, build_config, describe
+from multiflora.methods import METHODS, MethodCard, build_config, describe
+from multiflora.methods.baselines import BASELINES, Baseline
 
 RANKED = [name for name in METHODS if has_rank(name)]
 OURS = [name for name, card in METHODS.items() if card.module]
@@ -163,3 +164,13 @@ def test_alpha_follows_the_rank():
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean multilora"):
         describe("multi-lora")
+
+
+def test_a_baseline_may_have_words_of_its_own_for_rank_and_alpha(monkeypatch):
+    card = MethodCard("loha", "LoHa", "", "", (), "exactly", "LoHaConfig")
+    monkeypatch.setitem(METHODS, "loha", card)
+    monkeypatch.setitem(BASELINES, "loha", Baseline(card, alpha_key="alpha"))
+    assert with_rank("loha", {}, 32, scale=2.0) == {"r": 32, "alpha": 64.0}
+    assert with_rank("loha", {"alpha": 3.0}, 32) == {"r": 32, "alpha": 3.0}
+    monkeypatch.setitem(BASELINES, "loha", Baseline(card, alpha_key=None))
+    assert with_rank("loha", {}, 32, scale=2.0) == {"r": 32}
