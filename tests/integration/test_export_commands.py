@@ -6,10 +6,12 @@ import json
 
 import pytest
 import typer.testing
+import yaml
 from made_adapters import TASKS, adapted, save
 from test_export_dense import base_folder
 
 from multiflora.cli import app
+from multiflora.methods import build_config
 
 
 @pytest.fixture
@@ -37,6 +39,10 @@ def test_convert_merge_expand_and_compose_from_the_command_line(run, tiny_llama,
         "compose", tmp_path / "ours", tmp_path / "small", "--weights", "1,-0.5", "-o", tmp_path / "sum", "--json"
     )
     assert list(json.loads(done.stdout)["weights"].values()) == [1.0, -0.5]
+    done = run("compose", tmp_path / "ours", tmp_path / "small", "--route", "-o", tmp_path / "routed")
+    section = yaml.safe_load(done.stdout.partition("by a recipe with:")[2].partition("Written to")[0])
+    assert section["init_from"] == str(tmp_path / "routed")
+    assert build_config(section["method"].pop("name"), section["method"]).frozen == ["A", "B"]
 
 
 def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
@@ -67,6 +73,7 @@ def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
         (["expand", "OURS"], "holds an adapter of kind MF_RLORA; expected a plain LoRA"),
         (["compose", "OURS", "-o", "out"], "There is 1 adapter to compose"),
         (["compose", "OURS", "OURS", "-o", "out", "--weights", "1,x"], "--weights is '1,x'"),
+        (["compose", "OURS", "OURS", "-o", "out", "--weights", "1,2", "--route"], "route and weights are both given"),
         (["serve", "OURS", "a=OURS", "a=OURS"], "Two adapters are called 'a'"),
     ],
 )

@@ -109,11 +109,12 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
         >>> count_parameters(describe("lora"), build_config("lora", {"r": 8}), [Width("q_proj", 4096, 4096)])
         65536
     """
-    shared = () if isinstance(method, Baseline) else method.of(config).shared(config)
-    total = 0
+    described, total = _described(method, config), 0
+    shared = () if isinstance(described, Baseline) else described.shared(config)
     for number, layer in enumerate(widths):
-        shapes = _shapes(method, config, layer)
-        total += sum(prod(shape) for part, shape in shapes.items() if not number or part not in shared)
+        for part, shape in _shapes(method, config, layer).items():
+            if part not in _frozen(described, config) and (not number or part not in shared):
+                total += prod(shape)
     return total
 
 
@@ -132,7 +133,12 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
     method = _described(method, config)
     for layer in widths:
         shapes = _shapes(method, config, layer)
-        learned += sum(2 * prod(shapes[name]) for name in _PER_TOKEN if name in shapes)
+        for name in _PER_TOKEN:
+            cost = 2 * prod(shapes[name]) if name in shapes else 0
+            if name in _frozen(method, config):
+                frozen += cost
+            else:
+                learned += cost
         learned += shapes.get("magnitude", (0,))[0]
         if isinstance(method, Baseline):
             continue
@@ -279,6 +285,11 @@ def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, t
 def _described(method: Method | Baseline, config: Any) -> Method | Baseline:
     """The description that holds for the config."""
     return method if isinstance(method, Baseline) else method.of(config)
+
+
+def _frozen(method: Method | Baseline, config: Any) -> tuple[str, ...]:
+    """Tensors that are there and not trained."""
+    return () if isinstance(method, Baseline) else method.frozen(config)
 
 
 def _rank(method: Method | Baseline, config: Any, layer: Width) -> int:

@@ -1,13 +1,14 @@
-r"""Several LoRAs as one: their exact weighted sum, or LoraHub's weights found on a few examples (see `lorahub`).
+r"""Several LoRAs as one: their exact weighted sum, LoraHub's weights found on a few examples, or experts of a router.
 
-The exact sum :math:`\sum_i w_i B_i A_i` stacks the factors: any ranks, no search.
+The exact sum :math:`\sum_i w_i B_i A_i` stacks the factors: any ranks, no search. For the others see `lorahub` and
+`route`.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from multiflora.export.few_shot import FewShotLoss, with_lora
 from multiflora.export.lorahub import load_nevergrad, search
 from multiflora.export.low_rank import stack
 from multiflora.export.plain import Pair, PlainLora, read_config, read_lora, write_lora
+from multiflora.export.route import route
 from multiflora.export.saved import method_of
 from multiflora.export.source import base_name, load_base, load_tokenizer_of
 from multiflora.export.stage import check_free, staged
@@ -40,12 +42,14 @@ class Composition:
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     how: str
-    """``sum`` (exact) or ``lorahub``."""
+    """``sum`` (exact), ``lorahub`` or ``route``."""
     loss_before: float | None = None
     """Nats per token of the base model on the examples, where there were any."""
     loss_after: float | None = None
     evaluations: int = 0
     """How often the loss was computed in the search."""
+    method: Mapping[str, Any] | None = None
+    """Of a router: the ``method`` section of the recipe that trains it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -55,6 +59,7 @@ class Composition:
             "loss_before": self.loss_before,
             "loss_after": self.loss_after,
             "evaluations": self.evaluations,
+            **({} if self.method is None else {"method": dict(self.method)}),
         }
 
     def table(self) -> Table:
@@ -76,12 +81,14 @@ def compose(
     base: str | Path | None = None,
     budget: int = 40,
     seed: int = 42,
+    routed: bool = False,
     tokenizer: Any = None,
 ) -> Composition:
     """Put several LoRAs together into one.
 
-    With ``examples``, weights are searched (LoraHub); else the sum is exact, each LoRA times its weight. Adapters of
-    our methods that convert exactly may stand among them.
+    With ``examples``, weights are searched (LoraHub); with ``routed`` they become the experts of an adapter whose
+    router is to be trained; else the sum is exact, each LoRA times its weight. Adapters of our methods that convert
+    exactly may stand among them.
 
     Args:
         adapters: At least two folders, adapters of one base model.
@@ -91,6 +98,7 @@ def compose(
         base: The base model's folder or hub id, where the adapters name none.
         budget: How often the loss may be computed.
         seed: Of the search.
+        routed: Blend them by a router, token by token. Not with ``examples`` or ``weights``.
         tokenizer: The base model's, where it is not to be loaded.
 
     Returns:
@@ -107,12 +115,15 @@ def compose(
     if examples is not None:
         load_nevergrad()  # before anything is read that takes time
     folders, output = [user_path(adapter) for adapter in adapters], user_path(folder)
-    _check_words(folders, weights, examples, budget)
+    _check_words(folders, weights, examples, budget, routed)
     check_free(output)
     names = tuple(map(str, adapters))
     with ExitStack() as scratch:
         loras = [_plain(place, Path(scratch.enter_context(tempfile.TemporaryDirectory()))) for place in folders]
         _check_extras(loras)
+        if routed:
+            even = (1 / len(loras),) * len(loras)
+            return Composition(output, names, even, "route", method=route(loras, output))
         if examples is None:
             chosen = tuple(float(weight) for weight in (weights or [1.0] * len(loras)))
             pairs, made = _sum(loras, chosen), Composition(output, names, chosen, "sum")
@@ -131,11 +142,16 @@ def compose(
     return made
 
 
-def _check_words(folders: Sequence[Path], weights: Sequence[float] | None, examples: Any, budget: int) -> None:
+def _check_words(
+    folders: Sequence[Path], weights: Sequence[float] | None, examples: Any, budget: int, routed: bool
+) -> None:
     if len(folders) < 2:
         raise ConfigError(f"There is {len(folders)} adapter to compose; expected at least two.")
     if weights is not None and examples is not None:
         raise ConfigError("weights and examples are both given; examples search the weights. Leave one out.")
+    if routed and (weights is not None or examples is not None):
+        word = "weights" if weights is not None else "examples"
+        raise ConfigError(f"route and {word} are both given; a router learns its weights. Leave one out.")
     if weights is not None and len(weights) != len(folders):
         raise ConfigError(f"There are {len(folders)} adapters and {len(weights)} weights; give one for each.")
     if budget < 1:

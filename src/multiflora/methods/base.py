@@ -108,6 +108,8 @@ class Method:
     """Whether the random start is subtracted as a frozen low-rank term."""
     head_dropout: Callable[[Any], float] = lambda config: 0.0
     """Dropout on each head's input."""
+    frozen: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    """Names of the tensors that are not trained."""
     task_matrix: TaskMatrix | None = None
     shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that all layers have in common; the first adapted layer holds them."""

@@ -153,6 +153,9 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         self.ranks[adapter_name] = r
         self.plans.pop(adapter_name, None)
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
+        # a new mapping: peft's is one for all layers until a layer has its own
+        frozen = {adapter_name: tuple(self._attribute(part) for part in method.frozen(config))}
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, **frozen}
         holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
             if holder is self or part not in method.shared(config):

@@ -132,6 +132,12 @@ class BranchModel(BaseTuner):
             if not any(getattr(hook, "__self__", None) is routing for hook in model._forward_pre_hooks.values()):
                 self._hooks = list(hooks_of(routing, model))
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """See peft, which makes new parameters of a narrow type's, and these learn."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            layer._freeze_non_trainable_peft_weights(adapter_name)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and forget its tasks."""
         super().delete_adapter(adapter_name)

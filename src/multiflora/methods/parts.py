@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ CARD = MethodCard(
         "scale_shape",
         "temperature",
         "task_embedding_dim",
+        "frozen",
         "top_k",
         "router_balance_loss",
         "router_z_loss",
@@ -109,6 +110,10 @@ set offset=True, which takes the start off, or heads='zero'.
     scale_shape: str = field(default="vector", metadata={"help": "Gate 'scale': per output feature, or 'scalar'."})
     temperature: float = field(default=0.1, metadata={"help": "Gate 'task': temperature of the tasks' softmax."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Gate 'task_embedding': width of the embedding."})
+    frozen: Optional[list[str]] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "Tensors that are not trained, such as ['A', 'B'], where experts are there already."},
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""
@@ -158,6 +163,12 @@ def misfits(config: PartsConfig) -> list[str]:
             "A shared stem, heads at zero and equal weights keep all heads identical for ever: set heads='random', "
             "stem='own', head_dropout above 0, or another gate."
         )
+    names = chosen(config).parameter_names()
+    strange = [name for name in config.frozen or () if name not in names]
+    if strange:
+        found.append(f"frozen holds {strange[0]!r}, and the tensors of these parts are {', '.join(names)}.")
+    elif config.frozen and set(config.frozen) >= set(names):
+        found.append(f"frozen holds all of {', '.join(names)}, so nothing would be trained. Leave one out.")
     return found
 
 
@@ -188,6 +199,7 @@ def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
         head_dropout=lambda config: config.head_dropout,
         task_matrix=None if task_matrix == "none" else TaskMatrix(shape=task_matrix_shape),
         loss=ROUTER_LOSS if gate == "token" else None,
+        frozen=lambda config: tuple(config.frozen or ()),
     )
 
 

@@ -70,6 +70,12 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
     torch.manual_seed(recipe.seed)
     for problem in pattern_problems(recipe.method.settings, (name for name, _ in model.named_modules())):
         raise ConfigError(f"method.{problem}")
+    method = method_of(config)
+    if method is not None and "B" in method.frozen(config) and config.heads == "zero" and recipe.init_from is None:
+        raise ConfigError(
+            "method.frozen holds 'B', and the heads B start at zero, so nothing would change. Start from an adapter "
+            "with trained heads, such as `multiflora compose --route` makes (init_from: FOLDER), or leave B out."
+        )
     for word in getattr(config, "target_parameters", None) or ():
         if not any(name.endswith(word) for name, _ in model.named_parameters()):
             raise ConfigError(f"method.target_parameters holds {shown(word)}, and no parameter's name ends in that.")

@@ -37,7 +37,7 @@ _FREE = _words(
     "lora_dropout head_dropout router_balance_loss router_z_loss balance_weight balance_delta knowledge_tasks "
     "align_weight init_weights init_seed gamma gradient_batches router_init init_lora_weights init_ia3_weights "
     "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs loftq_config eva_config "
-    "corda_config lora_ga_config runtime_config"
+    "corda_config lora_ga_config runtime_config frozen"
 )
 # notes on the file, and what names modules and tasks in one of several ways: the tensors tell these
 _TOLD_OTHERWISE = _words(

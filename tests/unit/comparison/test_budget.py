@@ -82,6 +82,17 @@ def test_counts_of_the_real_model(name, tiny_llama):
     assert expected == count_on_model(get_peft_model(base, config))[0]
 
 
+def test_what_is_frozen_is_computed_and_not_counted(tiny_llama):
+    base, settings = tiny_llama(), {"stem": "own", "target_modules": "all-linear"}
+    frozen, widths = {**settings, "frozen": ["A", "B"]}, adapted_widths(base.config, settings)
+    config, method = build_config("parts", frozen), describe("parts")
+    assert count_parameters(method, config, widths) == count_on_model(get_peft_model(base, config))[0]
+    free, held = (count_flops(method, build_config("parts", each), widths) for each in (settings, frozen))
+    assert free.forward == held.forward
+    factors = sum(2 * 3 * 8 * (width.d_in + width.d_out) for width in widths)
+    assert free.training - held.training == factors  # the products that would be A's and B's gradients
+
+
 @pytest.mark.parametrize("name", ["lora", "rlora", "multilora"])
 def test_counts_follow_the_rank_pattern(name, tiny_llama):
     base = tiny_llama()

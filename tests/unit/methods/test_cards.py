@@ -73,6 +73,7 @@ OURS = {
         "scale_shape": "vector",
         "temperature": 0.1,
         "task_embedding_dim": 64,
+        "frozen": None,
     },
 }
 OF_PEFT = {
