@@ -23,7 +23,7 @@ from multiflora.methods.gates import TaskGate, TokenRouter
 if TYPE_CHECKING:
     from multiflora.methods.layer_weights import BranchWeights, Plan
 
-__all__ = ["Kept", "Store", "Wanted", "can_prepare", "keep"]
+__all__ = ["Kept", "Store", "Wanted", "can_prepare", "keep", "prepare"]
 
 
 class Wanted(NamedTuple):
@@ -154,32 +154,51 @@ def keep(
         settings: s, and all else that matters, to be compared later.
         forward_pass: Number of the pass; None outside of one.
     """
-    method, config, scale = plan.method, plan.config, settings[0]
     parts = {part: tensor for part, place in places.items() if (tensor := place.get(wanted.adapter)) is not None}
     if any(part.is_inference() or part.is_meta for part in parts.values()):
         return None  # made inside torch.inference_mode: torch does not count their changes
-    table = None
-    with torch.no_grad():
-        if method.gate.reads == "token":
-            branches = _routed(plan, parts, scale, wanted.dtype)
-        elif wanted.task is not None or not method.needs_task():
-            branches = _plain(plan, parts, scale, wanted)
-        elif method.task_matrix is None and isinstance(method.gate, TaskGate):
-            branches = _side_by_side(plan, parts, scale, wanted.dtype, router=None, top_k=None)
-            table = method.gate.table(config, parts).contiguous()
-        else:
-            return None
+    made = prepare(plan, parts, settings[0], wanted.dtype, wanted.task)
+    if made is None:
+        return None
     sources = tuple((places[name], part, part._version, part.data_ptr()) for name, part in parts.items())
     compared = -1 if forward_pass is None else forward_pass
-    return Kept(branches, table, wanted.adapter, sources, settings, ops.digest(list(parts.values())), compared)
+    return Kept(*made, wanted.adapter, sources, settings, ops.digest(list(parts.values())), compared)
 
 
-def _plain(plan: Plan, parts: Parts, scale: float, wanted: Wanted) -> ops.Prepared:
+@torch.no_grad()
+def prepare(
+    plan: Plan, parts: Parts, scale: float, dtype: torch.dtype, task: int | None
+) -> tuple[ops.Prepared, Tensor | None] | None:
+    """Stack, scale and cast an adapter's branches; None where they have no prepared form.
+
+    Args:
+        plan: Of the adapter.
+        parts: Its tensors on this layer.
+        scale: s.
+        dtype: In which the layer computes.
+        task: The one task of all rows, for methods that need it; None: rows of several tasks, or no matter.
+
+    Returns:
+        The branches; and the weight of each head for each task, (num_tasks, H), where rows of several tasks are
+        computed together.
+    """
+    method, config = plan.method, plan.config
+    if method.gate.reads == "token":
+        return _routed(plan, parts, scale, dtype), None
+    if task is not None or not method.needs_task():
+        return _plain(plan, parts, scale, dtype, task), None
+    if method.task_matrix is None and isinstance(method.gate, TaskGate):
+        branches = _side_by_side(plan, parts, scale, dtype, router=None, top_k=None)
+        return branches, method.gate.table(config, parts).contiguous()
+    return None
+
+
+def _plain(plan: Plan, parts: Parts, scale: float, dtype: torch.dtype, task: int | None) -> ops.Prepared:
     """One pair of factors, without a gate."""
     method, config = plan.method, plan.config
-    gate = method.gate.constant(config, parts, plan.heads, wanted.task)
-    A, B = method.factors(config, parts, gate, scale, wanted.task)
-    rows, columns = A.to(wanted.dtype).contiguous(), B.t().to(wanted.dtype).contiguous()
+    gate = method.gate.constant(config, parts, plan.heads, task)
+    A, B = method.factors(config, parts, gate, scale, task)
+    rows, columns = A.to(dtype).contiguous(), B.t().to(dtype).contiguous()
     return ops.Prepared(rows, columns, 1, len(rows), routed=False, top_k=0)
 
 

@@ -37,6 +37,20 @@ class Plan(NamedTuple):
     can_prepare: bool
     """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
 
+    @classmethod
+    def of(cls, config: AdapterConfig, method: Method, r: int) -> Plan:
+        """Ask a config; `method` is the class's, or what the config spells out, and `r` the layer's."""
+        return cls(
+            config,
+            method,
+            method.heads(config),
+            method.rank(config, r),
+            method.needs_task(),
+            method.shared(config),
+            method.task_matrix is None and method.gate.left_to_op(config),
+            can_prepare(method, config),
+        )
+
 
 class BranchWeights(nn.Module, BaseTunerLayer):
     """A frozen linear layer, and beside it the tensors of its adapters."""
@@ -76,17 +90,7 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         found = self.plans.get(adapter_name)
         if found is None:
             config = self.configs[adapter_name]
-            method = self.method.of(config)
-            found = self.plans[adapter_name] = Plan(
-                config,
-                method,
-                method.heads(config),
-                method.rank(config, self.ranks[adapter_name]),
-                method.needs_task(),
-                method.shared(config),
-                method.task_matrix is None and method.gate.left_to_op(config),
-                can_prepare(method, config),
-            )
+            found = self.plans[adapter_name] = Plan.of(config, self.method.of(config), self.ranks[adapter_name])
         return found
 
     def __getstate__(self) -> dict[str, Any]:
