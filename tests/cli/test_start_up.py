@@ -94,9 +94,12 @@ def test_the_first_line_of_a_script() -> None:
 # what `pip install multiflora` alone does not bring; the modules that are nothing without one of them import it at once
 OPTIONAL = {
     "axolotl", "deepspeed", "fastapi", "gguf", "liger_kernel", "matplotlib", "nevergrad", "ray", "submitit",
-    "tensorboard", "triton", "uvicorn",
+    "tensorboard", "triton", "uvicorn", "vllm",
 }  # fmt: skip
-NEEDS_ITS_PACKAGE = {"multiflora.integrations.axolotl", "multiflora.serve.app"}
+NEEDS_ITS_PACKAGE = {
+    "multiflora.integrations.axolotl", "multiflora.integrations.vllm.branches", "multiflora.integrations.vllm.model",
+    "multiflora.serve.app",
+}  # fmt: skip
 
 WALK = """
 import importlib, pkgutil, sys

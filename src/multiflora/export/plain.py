@@ -1,7 +1,7 @@
 """A plain LoRA adapter, as stock peft and every server read it: one pair (A, B) for each adapted layer.
 
-It is written with alpha equal to r, in every layer, so that the scale is 1 and stands inside B. Servers differ in what
-they make of ``alpha_pattern``, ``rank_pattern`` and ``use_rslora`` (vLLM reads none of them); a scale of 1 is read the
+It is written with alpha equal to r, in every layer, so that the scale is 1 and stands inside B. Servers and their
+versions differ in what they make of ``alpha_pattern``, ``rank_pattern`` and ``use_rslora``; a scale of 1 is read the
 same by all.
 """
 

@@ -1,1 +1,1 @@
-"""Multiflora in other people's training programs: a folder for each, found by that program itself."""
+"""Multiflora in other people's programs: a folder for each, found by that program itself."""
