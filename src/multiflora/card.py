@@ -12,7 +12,6 @@ import yaml
 from multiflora.embedded import HUB_NAME
 from multiflora.evaluation.results import macro_words
 from multiflora.methods import METHODS, merges
-from multiflora.recipe import LOSSES
 from multiflora.tasks.spec import GeneratorSource, HubSource
 
 if TYPE_CHECKING:
@@ -211,9 +210,10 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterabl
         return
     yield "## Mixture"
     yield f"Strategy: {recipe.mixture.strategy}."
-    yield f"The loss of a step is {LOSSES[recipe.train.loss]}."
-    with_loss = max(sum(row["loss_tokens"] for row in report.values()), 1)
-    heads = ["task", "examples", "share", "tokens", "share of tokens", "share of labelled tokens"]
+    yield recipe.train.in_words()
+    with_loss = sum(row["loss_tokens"] for row in report.values())
+    heads = ["task", "examples", "share", "tokens", "share of tokens"]
+    heads += ["share of labelled tokens"] if with_loss else []  # the model's own answers have no labels
     yield _table(
         heads,
         [
@@ -223,7 +223,7 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterabl
                 f"{row['share_of_examples']:.1%}",
                 f"{row['tokens']:,}",
                 f"{row['share_of_tokens']:.1%}",
-                f"{row['loss_tokens'] / with_loss:.1%}",
+                *([f"{row['loss_tokens'] / with_loss:.1%}"] if with_loss else []),
             ]
             for name, row in report.items()
         ],
@@ -247,11 +247,15 @@ def _training(recipe: Recipe, results: Mapping[str, Any]) -> str:
     steps = results["training"].get("steps", train.max_steps)
     length = _count(steps, "step") if steps else f"{train.epochs:g} epochs"
     rows = train.batch_size * train.gradient_accumulation
+    what, longest = _count(rows, "example" if train.dpo is None else "pair"), "an example"
+    if train.grpo is not None:
+        grpo, longest = train.grpo, "a prompt"
+        what = f"{_count(rows, 'answer')} ({grpo.num_generations} to each prompt, {grpo.max_completion_length} tokens)"
     told = f"{start_words(results['training'])}{best_words(results['training'])}"
     return (
         f"Method: {method.title} ({method.paper}){settings}.{size}\n\n"
-        f"{length} of {_count(rows, 'example')}, learning rate {train.learning_rate:g} ({train.lr_scheduler}), at most "
-        f"{train.max_length:,} tokens an example, seed {recipe.seed}.{told}"
+        f"{length} of {what}, learning rate {train.learning_rate:g} ({train.lr_scheduler}), at most "
+        f"{train.max_length:,} tokens {longest}, seed {recipe.seed}.{told}"
     )
 
 

@@ -85,9 +85,11 @@ class Estimate:
     steps: int
     """Optimiser steps."""
     tokens_per_step: float
-    """Tokens that a step reads, the mean over the run; padding is not counted."""
+    """Tokens that a step reads or writes, the mean over the run; padding is not counted, answers at their longest."""
     loss_tokens_per_step: float
     """Those of them that carry loss."""
+    objective: str
+    """What a step learns from: its answers, or pairs; a few words."""
     memory: Memory
     """Bytes while training."""
     mixture: dict[str, dict[str, Any]]
@@ -114,6 +116,7 @@ class Estimate:
         modules = "\n".join(f"{count} x {name}" for name, count in self.modules.items())
         facts.add_row("adapted modules", Text(modules or "none"))
         facts.add_row("trainable parameters", f"{self.trainable:,} ({share})")
+        facts.add_row("objective", self.objective)
         facts.add_row("optimiser steps", f"{self.steps:,}")
         facts.add_row("tokens per step", f"{self.tokens_per_step:,.0f}, {self.loss_tokens_per_step:,.0f} with loss")
         parts = ", ".join(f"{name} {size_words(count)}" for name, count in asdict(self.memory).items())
@@ -160,7 +163,7 @@ def estimate(recipe: Recipe) -> Estimate:
     if recipe.method.name == "lorahub":
         steps_of_tasks(examples.mixture, steps)
     trainable, parameters = count_parameters(model)
-    totals = {key: sum(row[key] for row in data.report.values()) for key in ("tokens", "loss_tokens")}
+    tokens, loss_tokens = _tokens(recipe, data.dataset)
     activations = max(
         activation_bytes(
             model, rows=rows, length=length, loss_tokens=loss, checkpointing=recipe.train.gradient_checkpointing
@@ -172,8 +175,9 @@ def estimate(recipe: Recipe) -> Estimate:
         trainable=trainable,
         parameters=parameters,
         steps=steps,
-        tokens_per_step=totals["tokens"] / steps,
-        loss_tokens_per_step=totals["loss_tokens"] / steps,
+        tokens_per_step=tokens / steps,
+        loss_tokens_per_step=loss_tokens / steps,
+        objective=_objective_words(recipe),
         memory=memory_of(model, activations=activations),
         mixture=data.report,
         notes=examples.notes,
@@ -181,15 +185,49 @@ def estimate(recipe: Recipe) -> Estimate:
     )
 
 
+def _tokens(recipe: Recipe, dataset: Any) -> tuple[int, int]:
+    """Tokens of all steps, and those with loss; of answers that are still to be written, at their longest."""
+    grpo, columns = recipe.train.grpo, dataset.with_format("numpy")
+    tokens, loss_tokens = int(columns["length"][:].sum()), int(columns["loss_tokens"][:].sum())
+    if recipe.train.dpo is not None:  # of each pair, `length` is the longer one's
+        tokens = sum(len(ids) for name in ("input_ids", "rejected_ids") for ids in dataset[name])
+    if grpo is not None:
+        loss_tokens = len(dataset) * grpo.num_generations * grpo.max_completion_length
+        tokens = tokens * grpo.num_generations + loss_tokens
+    return tokens, loss_tokens
+
+
+def _objective_words(recipe: Recipe) -> str:
+    """What a step learns from.
+
+    Example:
+        >>> _objective_words(recipe)  # doctest: +SKIP
+        'grpo: 24 answers in a step, 8 to each of 3 prompts, each of at most 64 tokens'
+    """
+    train, rows = recipe.train, recipe.train.batch_size * recipe.train.gradient_accumulation
+    if train.grpo is not None:
+        answers, longest = train.grpo.num_generations, train.grpo.max_completion_length
+        return (
+            f"grpo: {rows:,} answers in a step, {answers:,} to each of {rows // answers:,} prompts, each of at most "
+            f"{longest:,} tokens"
+        )
+    return f"{train.objective}: {rows:,} {'pairs' if train.dpo is not None else 'examples'} in a step"
+
+
 def _batches(recipe: Recipe, dataset: Any) -> Iterator[tuple[int, int, int]]:
     """Rows, row length and positions with loss of every forward pass of the run."""
     columns = dataset.select_columns(["length", "loss_tokens"]).with_format("numpy")[:]
     size = recipe.train.batch_size
+    if recipe.train.grpo is not None:  # which prompts come together is known only when they are drawn
+        answer = recipe.train.grpo.max_completion_length
+        yield size, int(columns["length"].max()) + answer, size * answer
+        return
     for start in range(0, len(dataset), size):
         lengths = [int(n) for n in columns["length"][start : start + size]]
         loss = int(columns["loss_tokens"][start : start + size].sum())
         rows = fold(lengths, recipe.train.max_length) if recipe.train.packing else [[i] for i in range(len(lengths))]
-        yield len(rows), max(sum(lengths[i] for i in row) for row in rows), loss
+        pairs = 1 if recipe.train.dpo is None else 2
+        yield pairs * len(rows), max(sum(lengths[i] for i in row) for row in rows), loss
 
 
 def adapted_modules(model: Any) -> dict[str, int]:

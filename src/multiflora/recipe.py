@@ -23,6 +23,7 @@ from pydantic import (
 from multiflora.errors import ConfigError
 from multiflora.files import expanded
 from multiflora.methods import METHODS
+from multiflora.objective import OBJECTIVES, DpoSpec, GrpoSpec, Objective
 from multiflora.patterns import pattern_problems
 from multiflora.schema import Strict, absolute, as_mapping, build
 from multiflora.suggest import did_you_mean, shown
@@ -149,6 +150,12 @@ class MixtureSpec(Strict):
 class TrainSpec(Strict):
     """The training run, in the words of transformers' ``TrainingArguments``."""
 
+    objective: Objective = "sft"
+    """sft: learn the rows' answers; grpo: reward the model's own; dpo: prefer ``chosen`` to ``rejected``."""
+    grpo: GrpoSpec | None = None
+    """Settings of ``objective: grpo``."""
+    dpo: DpoSpec | None = None
+    """Settings of ``objective: dpo``."""
     max_steps: int | None = Field(default=None, gt=0)
     """Optimiser steps; None: as many as ``epochs`` asks for."""
     epochs: float = Field(default=1.0, gt=0)
@@ -202,6 +209,43 @@ class TrainSpec(Strict):
     @classmethod
     def _one_tracker(cls, value: Any) -> Any:
         return () if value in (None, "none") else (value,) if isinstance(value, str) else value
+
+    def in_words(self) -> str:
+        """What a step learns from, a sentence."""
+        if self.objective == "sft":
+            return f"The loss of a step is {LOSSES[self.loss]}."
+        return f"The objective is {self.objective}: {OBJECTIVES[self.objective]}."
+
+    @model_validator(mode="after")
+    def _of_the_objective(self) -> TrainSpec:
+        """Refuse what another objective would read, and make explicit what this one does."""
+        for section in ("grpo", "dpo"):
+            if getattr(self, section) is not None and self.objective != section:
+                raise ValueError(
+                    f"{section} is given, but objective is {self.objective!r}, which ignores it. Set objective: "
+                    f"{section}, or remove {section}."
+                )
+        if self.objective == "sft":
+            return self
+        for key, plain in (("packing", False), ("loss", "tokens")):
+            if getattr(self, key) != plain:
+                raise ValueError(
+                    f"{key} is {str(getattr(self, key)).lower()}, but objective is {self.objective!r}, which compares "
+                    f"whole answers. Set {key} to {str(plain).lower()}, or remove it."
+                )
+        # frozen models are filled through their dict
+        if self.objective == "dpo":
+            vars(self)["dpo"] = self.dpo or DpoSpec()
+            return self
+        vars(self)["grpo"] = grpo = self.grpo or GrpoSpec()
+        answers = self.batch_size * self.gradient_accumulation
+        if answers % grpo.num_generations:
+            raise ValueError(
+                f"grpo.num_generations is {grpo.num_generations}, but a step has batch_size x gradient_accumulation = "
+                f"{answers} answers; expected a number that divides them, as all answers to a prompt are compared in "
+                "one step. Change one of the three."
+            )
+        return self
 
 
 class EvaluateSpec(Strict):

@@ -27,6 +27,7 @@ RECIPES = [name for name in SHIPPED if name not in (*PAPERS, *COMPARISONS, *ENGI
 def test_all_shipped_recipes_are_tested() -> None:
     assert RECIPES == [
         "demo.yaml",
+        "grpo.yaml",
         "hydralora_single_domain.yaml",
         "multilora_mixture.yaml",
         "rlora_understanding.yaml",
@@ -120,6 +121,15 @@ def test_the_demo_is_the_main_job_on_embedded_parts() -> None:
     assert (recipe.model.name, recipe.method.name, len(recipe.tasks)) == ("embedded", "rlora", 6)
     assert {task.source.kind for task in recipe.tasks} == {"generator"}
     assert recipe.evaluate.before
+
+
+def test_grpo_goes_on_from_the_demo() -> None:
+    demo, more = (load_recipe(CONFIGS / f"{name}.yaml") for name in ("demo", "grpo"))
+    assert more.init_from == demo.output
+    assert (more.model, more.method, more.tasks) == (demo.model, demo.method, demo.tasks)
+    assert more.train.objective == "grpo"
+    assert more.train.grpo is not None
+    assert more.train.batch_size == len(more.tasks) * more.train.grpo.num_generations
 
 
 def test_the_starter_recipe_resolves_as_it_is(tmp_path: Path) -> None:

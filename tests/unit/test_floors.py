@@ -16,7 +16,7 @@ FLOORS = (
     "errors _version files suggest schema once redact yaml_file text_table stoppable tensor_file embedded machine",
     "tasks ops base_model patterns tied task_ids forward_pass auxiliary_losses context",
     "peft_bridge compress methods adapter_tensors adapter_folder",
-    "recipe data",
+    "recipe objective data",
     "training",
     "evaluation",
     "export artifact card",

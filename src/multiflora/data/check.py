@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import ConfigError, DataError
+from multiflora.suggest import did_you_mean
+from multiflora.tasks.kind import facts_of
+from multiflora.tasks.spec import FilesSource, TaskSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from multiflora.recipe import Recipe
 
-__all__ = ["check_answers", "check_ids", "context_length", "largest_id"]
+__all__ = ["check_answers", "check_ids", "check_tasks", "context_length", "largest_id"]
 
 
 def context_length(config: Any) -> int | None:
@@ -47,6 +50,49 @@ def check_answers(recipe: Recipe, room: int) -> None:
                 f"task {task.name} may answer with {longest} tokens (its max_new_tokens, or evaluate.max_new_tokens), "
                 f"but the model reads {room} tokens, prompt included. Set it well below that."
             )
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Refuse tasks that have not what the objective learns from: a score for a text, or a worse completion.
+
+    Args:
+        recipe: Its tasks and ``train.objective`` are read.
+
+    Raises:
+        ConfigError: A task has no score that one text can have, or no worse completion; or a reward is nobody's.
+        DataError: A row has no worse completion; names file and line.
+    """
+    train = recipe.train
+    rewards = {} if train.grpo is None else train.grpo.rewards
+    names = [task.name for task in recipe.tasks]
+    for name in rewards:
+        if name not in names:
+            raise ConfigError(f"train.grpo.rewards names {name!r}, no task of this recipe; {did_you_mean(name, names)}")
+    for task in recipe.tasks:
+        if train.objective == "grpo" and task.name not in rewards and task.score in ("nll", "rouge"):
+            raise ConfigError(
+                f"train.objective is grpo, but task {task.name} has score {task.score!r}, which says of no single text "
+                "whether it is right. Set its score to exact, number, verifier or choices (a text then has to be the "
+                f"right choice), name a function in train.grpo.rewards ({task.name}: module:function), or leave the "
+                "task out."
+            )
+        if train.objective == "dpo" and task.rejected is None:
+            _refuse_without_rejected(task)
+
+
+def _refuse_without_rejected(task: TaskSpec) -> None:
+    facts = facts_of(task.source, task.keep) if isinstance(task.source, FilesSource) else None
+    if facts is not None and {"rejected"} <= facts.with_column.keys() & facts.without_column.keys():
+        raise DataError(
+            f"{facts.without_column['rejected']} has no 'rejected', but {facts.with_column['rejected']} has; "
+            "train.objective is dpo, which needs a worse completion in every row. Complete the row, or leave it out "
+            "with 'keep', e.g. keep: rejected."
+        )
+    place = "" if facts is None else f" ({next(iter(facts.without_column.values()), '')})"
+    raise ConfigError(
+        f"train.objective is dpo, but the rows of task {task.name} have no worse completion{place}. Give them the "
+        'columns prompt, chosen and rejected, or write the template: rejected: " {{ worse }}".'
+    )
 
 
 def check_ids(ids: Iterable[int], size: int, where: str) -> None:

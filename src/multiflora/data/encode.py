@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import category
 
 from multiflora.errors import DataError
+from multiflora.objective import Objective
 from multiflora.tasks.chat import Span, ahead, spans_of
-from multiflora.tasks.example import Example, Message
+from multiflora.tasks.example import Example, Message, answered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,10 @@ IGNORED = -100
 """Label of a token that carries no loss; torch's and transformers' own number for it."""
 
 
+_OF_ROWS = ("prompt", "completion", "choices", "answer", "messages", "tools")
+"""Columns that a row keeps where answers to it are scored."""
+
+
 class Encoded(NamedTuple):
     """One example as tokens."""
 
@@ -51,6 +56,13 @@ class Encoded(NamedTuple):
     """Whether each of them carries loss."""
     is_split: bool
     """Whether a boundary lies within a token of the whole text."""
+
+    def prompt(self) -> list[int]:
+        """The ids before the last answer, which is the last stretch with loss."""
+        end = len(self.ids)
+        while end and self.loss[end - 1]:
+            end -= 1
+        return self.ids[:end]
 
     def labels(self) -> list[int]:
         """The ids that carry loss, `IGNORED` elsewhere; the very first token is never predicted, so it carries none."""
@@ -279,8 +291,12 @@ def encode(
     max_length: int,
     chat_template: bool = False,
     limit: str = "train.max_length",
+    objective: Objective = "sft",
 ) -> EncodedTask:
     """Encode a task's rows; examples that do not fit are left out and counted, never cut.
+
+    For ``grpo`` an example is its prompt, without labels, and keeps the row's own columns, by which answers are
+    scored. For ``dpo`` it has a second text beside the first: ``rejected_ids`` and ``rejected_labels``.
 
     Args:
         rows: Columns ``prompt``, ``completion`` and, optionally, ``messages`` and ``tools``, as ``load_split`` returns
@@ -291,17 +307,25 @@ def encode(
         max_length: Longest example that is kept, in tokens, EOS included.
         chat_template: Put the conversation through the tokenizer's chat template; a plain prompt is one user turn.
         limit: What sets ``max_length``, for messages.
+        objective: What the examples are for.
     Raises:
-        DataError: There are no rows, none of them fits, or the tokenizer has no EOS.
+        DataError: There are no rows, none of them fits, the tokenizer has no EOS, or a preference has one side.
         ConfigError: The tokenizer's chat template is asked for and absent, or not fit for training.
     """
     if len(rows) == 0:
         raise DataError(f"Task {task!r} has no training examples; expected at least one. Check its source and 'keep'.")
+    kept = ("id", *(_OF_ROWS if objective == "grpo" else ()))
     encoded = rows.map(
         _encode_rows,
         batched=True,
-        remove_columns=[column for column in rows.column_names if column != "id"],
-        fn_kwargs={"tokenizer": tokenizer, "task": task, "task_id": task_id, "chat_template": chat_template},
+        remove_columns=[column for column in rows.column_names if column not in kept],
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "task": task,
+            "task_id": task_id,
+            "chat_template": chat_template,
+            "objective": objective,
+        },
         load_from_cache_file=False,
         desc=f"tokens of {task}",
     )
@@ -334,7 +358,13 @@ def _advice(limit: str, longest: int) -> str:
 
 
 def _encode_rows(
-    batch: Mapping[str, Sequence[Any]], *, tokenizer: Any, task: str, task_id: int, chat_template: bool
+    batch: Mapping[str, Sequence[Any]],
+    *,
+    tokenizer: Any,
+    task: str,
+    task_id: int,
+    chat_template: bool,
+    objective: Objective,
 ) -> dict[str, list[Any]]:
     """Encode a batch of rows into columns."""
     number = len(batch["prompt"])
@@ -348,13 +378,42 @@ def _encode_rows(
     ]
     spans = [spans_of(example, tokenizer, chat_template) for example in ahead(examples, tokenizer, chat_template)]
     encoded = encode_spans(spans, tokenizer, chat_template=chat_template)
+    if objective == "grpo":
+        encoded = [each._replace(ids=each.prompt(), loss=[False] * len(each.prompt())) for each in encoded]
     labels = [each.labels() for each in encoded]
-    return {
+    made: dict[str, list[Any]] = {
         "input_ids": [each.ids for each in encoded],
         "labels": labels,
         "task_id": [task_id] * number,
         "length": [len(each.ids) for each in encoded],
-        "loss_tokens": [sum(label != IGNORED for label in row) for row in labels],
+        "loss_tokens": [_count(row) for row in labels],
         "is_split": [each.is_split for each in encoded],
         "has_space": [bool(moved_space(stretches[-2][0])) for stretches in spans],
     }
+    if objective != "dpo":
+        return made
+    others = [_with_rejected(example, text) for example, text in zip(examples, batch["rejected"], strict=True)]
+    spans = [spans_of(example, tokenizer, chat_template) for example in ahead(others, tokenizer, chat_template)]
+    rejected = encode_spans(spans, tokenizer, chat_template=chat_template)
+    made |= {"rejected_ids": [each.ids for each in rejected]}
+    made |= {"rejected_labels": [each.labels() for each in rejected]}
+    # both texts are read, and the longer one decides whether the pair fits
+    made["length"] = [max(len(a.ids), len(b.ids)) for a, b in zip(encoded, rejected, strict=True)]
+    made["loss_tokens"] = [
+        _count(chosen) + _count(other) for chosen, other in zip(labels, made["rejected_labels"], strict=True)
+    ]
+    return made
+
+
+def _with_rejected(example: Example, rejected: str) -> Example:
+    """The example with its worse completion in the better one's place."""
+    if rejected.strip() == example.completion.strip():
+        raise DataError(
+            f"{example.id}: the rejected text is the completion, {example.completion[:60]!r}; expected two different "
+            "ones, of which the first is preferred. Leave such rows out with 'keep', e.g. keep: chosen != rejected."
+        )
+    return answered(example, rejected)
+
+
+def _count(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels)

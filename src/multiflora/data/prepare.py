@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from multiflora.data.batches import group_by_length
-from multiflora.data.check import check_answers, check_ids, context_length, largest_id
+from multiflora.data.check import check_answers, check_ids, check_tasks, context_length, largest_id
 from multiflora.data.encode import IGNORED, EncodedTask, encode
 from multiflora.data.mixture import Mixture, allocate, task_rates
 from multiflora.data.weights import task_weights
@@ -112,6 +112,7 @@ def encode_tasks(recipe: Recipe, tokenizer: Any, config: Any = None, *, taken: i
         DataError: A task's data cannot be read, it has no example that fits, or an id has no embedding.
         ConfigError: The mixture's settings do not go together, or answers would fill the model's context.
     """
+    check_tasks(recipe)
     rows, encoded, store = once(
         (*_key(recipe), str(taken), str(config is None)), lambda: _encoded(recipe, tokenizer, config, taken)
     )
@@ -126,7 +127,8 @@ def encode_tasks(recipe: Recipe, tokenizer: Any, config: Any = None, *, taken: i
 def _key(recipe: Recipe) -> tuple[str, ...]:
     """All that a recipe's encoded examples depend on."""
     tasks = (task.model_dump_json() for task in recipe.tasks)
-    return ("encoded", recipe.model.model_dump_json(), str(recipe.train.max_length), *tasks)
+    train = recipe.train
+    return ("encoded", recipe.model.model_dump_json(), str(train.max_length), train.objective, *tasks)
 
 
 def _encoded(
@@ -136,6 +138,7 @@ def _encoded(
     rows = {task.name: load_split(task, "train") for task in recipe.tasks}
     room = None if config is None else context_length(config)
     longest, limit = recipe.train.max_length, "train.max_length"
+    drawn = 0 if recipe.train.grpo is None else recipe.train.grpo.max_completion_length
     if room is not None and taken >= room:
         raise ConfigError(
             f"method.num_virtual_tokens is {taken:,}, but the model reads {room:,} tokens, those included. Set it well "
@@ -143,8 +146,16 @@ def _encoded(
         )
     if room is not None:
         check_answers(recipe, room - taken)
-    if room is not None and room - taken < longest:
-        longest, limit = room - taken, "the model's context"
+    if room is not None and room - taken <= drawn:
+        raise ConfigError(
+            f"train.grpo.max_completion_length is {drawn:,}, but the model reads {room:,} tokens, prompt included. Set "
+            "it well below that."
+        )
+    if room is not None and room - taken - drawn < longest:
+        longest, limit = (
+            room - taken - drawn,
+            f"the model's context{' less train.grpo.max_completion_length' * (drawn > 0)}",
+        )
     encoded = [
         encode(
             rows[task.name],
@@ -154,6 +165,7 @@ def _encoded(
             max_length=longest,
             chat_template=recipe.model.chat_template,
             limit=limit,
+            objective=recipe.train.objective,
         )
         for number, task in enumerate(recipe.tasks)
     ]

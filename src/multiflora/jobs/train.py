@@ -231,10 +231,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _without_times(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Keep of the log what the seed determines: the step, the losses, the learning rate and the routers' figures."""
+    """Keep of the log what the seed determines: the step, the objective's figures, the learning rate, the routers'."""
     kept = ("step", "epoch", "learning_rate", "grad_norm")
+    kinds = ("loss", "routing", "reward", "length", "cut", "equal", "kl", "accuracy", "margin")
     return [
-        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] in ("loss", "routing")}
+        {key: value for key, value in line.items() if key in kept or key.partition("/")[0] in kinds}
         for line in history
         if "loss" in line
     ]

@@ -194,23 +194,36 @@ def learning_curves(summary: Summary) -> Iterator[Drawing]:
             )
 
 
+_CURVES = {
+    "nats per token": "Nats per token that carries loss. A task whose line does not fall has not been learned.",
+    "nats per pair": "Nats per pair; 0.693 is no preference. A task whose line does not fall has not been learned.",
+    "mean reward": "What the model's own answers were worth. A task whose line does not rise has not been learned.",
+}
+"""What a log is drawn in -> what to say of it."""
+
+
 def run_curves(log: Sequence[Mapping[str, Any]]) -> Iterator[Drawing]:
-    """A run's training loss, task by task."""
-    tasks = dict.fromkeys(key for line in log for key in line if key.startswith("loss/"))
+    """A run's training loss, or what its answers were worth, task by task."""
+    rewarded = any(key.startswith("reward/") for line in log for key in line)
+    kind = "reward" if rewarded else "loss"
+    compared = any(key.startswith("accuracy/") for line in log for key in line)
+    unit = "mean reward" if rewarded else "nats per pair" if compared else "nats per token"
+    tasks = dict.fromkeys(key for line in log for key in line if key.startswith(f"{kind}/"))
+    steps = [line for line in log if "step" in line]
     series = {
-        key[5:]: _thinned([(line["step"], line[key]) for line in log if line.get(key) is not None and "step" in line])
+        key.partition("/")[2]: _thinned([(line["step"], line[key]) for line in steps if line.get(key) is not None])
         for key in tasks
     }
     series = {task: pair for task, pair in series.items() if len(pair[0]) > 1}
     if series:
         yield curves(
             "curves",
-            "Training loss by task",
-            "Nats per token that carries loss. A task whose line does not fall has not been learned.",
+            f"Training {kind} by task",
+            _CURVES[unit],
             series,
             x="step",
-            y="nats per token",
-            alt="Loss at the start and the end: "
+            y=unit,
+            alt=f"{kind.capitalize()} at the start and the end: "
             + ", ".join(f"{task} {ys[0]:.3f} to {ys[-1]:.3f}" for task, (_, ys) in series.items())
             + ".",
         )

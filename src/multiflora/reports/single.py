@@ -10,7 +10,7 @@ from typing import Any
 from multiflora.card import base_name, best_words, start_words
 from multiflora.evaluation.results import LOWER_IS_BETTER, macro_stderr
 from multiflora.methods import METHODS
-from multiflora.recipe import LOSSES, Recipe
+from multiflora.recipe import Recipe
 from multiflora.reports import figures
 from multiflora.reports.inside import Inside
 from multiflora.reports.page import Code, Page, Section
@@ -194,7 +194,7 @@ def _mixture(recipe: Recipe, report: Mapping[str, Mapping[str, Any]]) -> Iterato
         name="table-mixture",
         title="What was trained on",
         reading=f"How often each task was drawn (mixture: {recipe.mixture.strategy}), and which share of the tokens "
-        f"that carry loss is its own. The loss of a step is {LOSSES[recipe.train.loss]}.",
+        f"that carry loss is its own. {recipe.train.in_words()}",
         columns=[
             Column("Task", ("task",), numeric=False),
             Column("Examples", ("examples",)),

@@ -51,6 +51,8 @@ class Example:
     """The conversation of a messages task, the last turn being the assistant's completion; else empty."""
     tools: str = ""
     """JSON list of the tools that the conversation's assistant may call, for the chat template; else empty."""
+    rejected: str = ""
+    """A worse completion, which a preference is measured against (``train.objective: dpo``); else empty."""
 
 
 def answered(example: Example, completion: str) -> Example:

@@ -65,7 +65,7 @@ class Facts:
         return "exact", f"not every answer is a number: {self.not_a_number}"
 
 
-_DECIDING = ("prompt", "completion", "messages", "choices", "answer", "id", "tools")
+_DECIDING = ("prompt", "completion", "messages", "choices", "answer", "id", "tools", "chosen", "rejected")
 
 
 def facts_of(source: FilesSource, keep: str | None = None) -> Facts:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from multiflora.errors import DataError
 from multiflora.once import once
-from multiflora.tasks.example import Example
+from multiflora.tasks.example import Example, Message
 from multiflora.tasks.jinja import ahead
 from multiflora.tasks.render import evaluated, keeps, render
 from multiflora.tasks.sources import Row, read_source, splits_there
@@ -19,7 +19,7 @@ from multiflora.tasks.splits import cut, without_shared
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["examples_of", "load_split", "rows_of"]
+__all__ = ["example_of", "examples_of", "load_split", "rows_of"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def load_split(spec: TaskSpec, split: Split, limit: int | None = None) -> Datase
     Returns:
         A data set with the columns ``id``, ``prompt``, ``completion``, ``choices`` (list of text), ``answer`` (text;
         with choices the index as digits), ``messages`` (see `Message`) and ``tools`` (JSON); what a task lacks is
-        empty.
+        empty. A task with a worse completion has the column ``rejected``, too.
 
     Raises:
         DataError: A file is missing or malformed, the split is missing and cannot be cut, a template does not fit the
@@ -64,9 +64,11 @@ def load_split(spec: TaskSpec, split: Split, limit: int | None = None) -> Datase
                 }
             ),
             "tools": Value("string"),
+            **({} if spec.rejected is None else {"rejected": Value("string")}),
         }
     )
-    return Dataset.from_list([_columns(e) for e in examples_of(spec, split, limit)], features=features)
+    columns = [{key: _columns(e)[key] for key in features} for e in examples_of(spec, split, limit)]
+    return Dataset.from_list(columns, features=features)
 
 
 def examples_of(spec: TaskSpec, split: Split, limit: int | None = None) -> list[Example]:
@@ -139,7 +141,7 @@ def _ahead(spec: TaskSpec, rows: list[Row], *expressions: str | None) -> Iterato
     if not expressions:
         several = [each for each in (spec.choices, spec.messages) if each is not None and not isinstance(each, str)]
         texts = [each if isinstance(each, str) else each.content for group in several for each in group]
-        sources = [(text, False) for text in (spec.prompt, spec.completion, *texts) if text is not None]
+        sources = [(text, False) for text in (spec.prompt, spec.completion, spec.rejected, *texts) if text is not None]
         words = (spec.answer, spec.id, spec.choices, spec.messages)
         sources += [(word, True) for word in words if isinstance(word, str)]
     return ahead(rows, lambda row: row.columns, sources)
@@ -165,7 +167,22 @@ def _columns(example: Example) -> dict[str, Any]:
         "answer": "" if example.answer is None else str(example.answer),
         "messages": [turn._asdict() for turn in example.messages],
         "tools": example.tools,
+        "rejected": example.rejected,
     }
+
+
+def example_of(task: str, row: Mapping[str, Any]) -> Example:
+    """The example of a row of `load_split`.
+
+    Args:
+        task: Name of the task.
+        row: Its columns.
+    """
+    choices = tuple(row["choices"])
+    answer = int(row["answer"]) if choices else row["answer"] or None
+    turns = tuple(Message(**turn) for turn in row["messages"])
+    rejected = row.get("rejected") or ""
+    return Example(task, row["id"], row["prompt"], row["completion"], choices, answer, turns, row["tools"], rejected)
 
 
 def _no_split(spec: TaskSpec, split: Split) -> str:

@@ -72,6 +72,7 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
             f"{where}: the completion of task {spec.name} is empty; there is nothing to learn from it. "
             "Leave such rows out with 'keep', e.g. keep: output | trim."
         )
+    rejected = "" if spec.rejected is None else _rejected(spec, row, where)
     # the file's own last turn, whole, where it is the completion; else a turn that says the completion
     end = last if last is not None and completion == f" {said(last)}" else Message("assistant", completion.strip())
     turns = (*messages, end) if messages else ()
@@ -82,13 +83,14 @@ def render(spec: TaskSpec, row: Mapping[str, Any], where: str, id: str | None = 
         "prompt": prompt,
         "choices": "".join(choices),
         "completion": completion,
+        "rejected": rejected,
         "answer": str(answer),
         "tools": tools,
         "id": row_id,
     }
     _check_text(texts, spec, where)
     _check_reference(spec, answer, where)
-    return Example(spec.name, row_id, prompt, completion, choices, answer, turns, tools)
+    return Example(spec.name, row_id, prompt, completion, choices, answer, turns, tools, rejected)
 
 
 def evaluated(source: str, row: Mapping[str, Any], what: str, where: str) -> Any:
@@ -258,6 +260,15 @@ def _completion(
         advice = "Remove the 'completion' template: the right choice is the completion."
         raise DataError(_contradiction(spec, "completion", completion, f"choice {answer}", right, where, advice))
     return completion
+
+
+def _rejected(spec: TaskSpec, row: Mapping[str, Any], where: str) -> str:
+    """The worse completion."""
+    what = f"rejected of task {spec.name}"
+    text = _text(spec.rejected or "", row, what, where)
+    if not text.strip():
+        raise DataError(f"{where}: the {what} is empty. Leave such rows out with 'keep', e.g. keep: rejected | trim.")
+    return text
 
 
 def _told(spec: TaskSpec, row: Mapping[str, Any], where: str) -> str | None:

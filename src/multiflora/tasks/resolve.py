@@ -12,7 +12,7 @@ from multiflora.files import expanded
 from multiflora.schema import Strict, build
 from multiflora.suggest import did_you_mean, listed, shown
 from multiflora.tasks.files import SUFFIXES, split_files
-from multiflora.tasks.kind import facts_of, is_conversation
+from multiflora.tasks.kind import Facts, facts_of, is_conversation
 from multiflora.tasks.shipped import shipped_tasks
 from multiflora.tasks.spec import FilesSource, Source, TaskSpec
 from multiflora.yaml_file import read_yaml
@@ -114,7 +114,10 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         return task
     facts = facts_of(source, task.get("keep"))
     row = facts.first
-    if is_conversation(row.get("prompt")) and "choices" in row:
+    _complete_preference(task, facts)
+    if task.get("messages") is not None:
+        pass
+    elif is_conversation(row.get("prompt")) and "choices" in row:
         task["messages"] = "prompt"
     elif is_conversation(row.get("prompt")) and is_conversation(row.get("completion")):
         task["messages"] = "[prompt, completion]"  # trl's form
@@ -147,6 +150,21 @@ def _complete(task: dict[str, Any], base: Path) -> dict[str, Any]:
         if task["score"] in facts.stop_inside:
             task.setdefault("stop", [])  # the usual one would cut a right answer
     return task
+
+
+def _complete_preference(task: dict[str, Any], facts: Facts) -> None:
+    """Read off the rows what is preferred to what: trl's columns chosen and rejected, or rejected alone."""
+    row = facts.first
+    pair = "chosen" in facts.with_column and "completion" not in facts.with_column
+    if pair and is_conversation(row.get("chosen")):
+        task["messages"] = "[prompt, chosen]" if is_conversation(row.get("prompt")) else "chosen"
+        task.setdefault("rejected", " {{ rejected[-1].content }}")
+    elif pair:
+        task.setdefault("completion", "{{ chosen }}")
+    # beside a completion it must be in every row: the rows are good for other objectives without it
+    beside = isinstance(row.get("rejected"), str) and "rejected" not in facts.without_column
+    if pair or beside:
+        task.setdefault("rejected", "{{ rejected }}")
 
 
 def _first_file(source: FilesSource) -> Path:

@@ -218,6 +218,8 @@ class TaskSpec(Strict):
     """Jinja template of what the model reads."""
     completion: str | None = None
     """Jinja template of what it should write, with its leading space; None: the right choice, or the last message."""
+    rejected: str | None = None
+    """Jinja template of a worse completion, which ``train.objective: dpo`` prefers the completion to; None: none."""
     messages: str | tuple[MessageSpec, ...] | None = None
     """Instead of ``prompt``: a conversation, as a list of role and content templates or an expression giving one."""
     choices: str | tuple[str, ...] | None = None
@@ -274,7 +276,7 @@ class TaskSpec(Strict):
             task["stop"] = {"exact": ("\n",), "verifier": ("\n",), "number": ("\n\n",)}.get(task["score"], ())
         return task
 
-    @field_validator("prompt", "completion")
+    @field_validator("prompt", "completion", "rejected")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
         return value if value is None else check_template(value)

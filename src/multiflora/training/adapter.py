@@ -30,6 +30,7 @@ from multiflora.suggest import shown
 from multiflora.tied import check_tied, tied_modules
 from multiflora.training.baselines import adalora_steps
 from multiflora.training.course import check_method
+from multiflora.training.objective import check_objective, check_output_layer
 from multiflora.training.precision import weights_of
 from multiflora.training.processes import is_first_process, is_sharded
 from multiflora.training.sharded import adapter_tensors
@@ -80,7 +81,7 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
         if not any(name.endswith(word) for name, _ in model.named_parameters()):
             raise ConfigError(f"method.target_parameters holds {shown(word)}, and no parameter's name ends in that.")
     try:
-        return put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        adapted = put_on(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
         if isinstance(error, MultifloraError):
             raise
@@ -88,6 +89,8 @@ def add_adapter(model: Any, recipe: Recipe, *, low_cpu_mem_usage: bool = False) 
             f"method: {recipe.method.name} cannot be put on {type(model).__name__}: {str(error)[:300]} "
             "Check method.target_modules."
         ) from error
+    check_output_layer(adapted, recipe)
+    return adapted
 
 
 def adapted_on_meta(recipe: Recipe) -> Any:
@@ -153,6 +156,7 @@ def adapter_config(recipe: Recipe) -> Any:
         ConfigError: A setting is unknown or out of range, or does not go with how it shall be trained.
     """
     name, train = recipe.method.name, recipe.train
+    check_objective(recipe)
     config = build_config(name, _settings(recipe))
     if train.packing and getattr(config, "balance_weight", None):
         raise ConfigError(

@@ -8,12 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from transformers import TrainingArguments
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from multiflora.recipe import Recipe
 from multiflora.training.precision import uses_bf16
 
-__all__ = ["steps_of", "training_arguments"]
+__all__ = ["rows_of_step", "steps_of", "training_arguments"]
+
+
+def rows_of_step(recipe: Recipe, processes: int = 1) -> int:
+    """Return how many rows of the mixture an optimiser step reads; of grpo's each is answered several times.
+
+    Args:
+        recipe: Its ``train`` section.
+        processes: Devices that train side by side.
+    """
+    settings = recipe.train
+    answers = 1 if settings.grpo is None else settings.grpo.num_generations
+    return settings.batch_size * settings.gradient_accumulation * processes // answers
 
 
 def steps_of(recipe: Recipe, epoch_size: int, processes: int = 1) -> tuple[int, int]:
@@ -28,17 +41,19 @@ def steps_of(recipe: Recipe, epoch_size: int, processes: int = 1) -> tuple[int, 
         (13, 100)
     """
     settings = recipe.train
-    per_step = settings.batch_size * settings.gradient_accumulation * processes
+    per_step = rows_of_step(recipe, processes)
     if settings.max_steps is not None:
         return settings.max_steps, settings.max_steps * per_step
     examples = max(1, round(settings.epochs * epoch_size))
-    return math.ceil(examples / per_step), examples
+    steps = math.ceil(examples / per_step)
+    # a mean over tokens may have fewer in the last step; answers and pairs are compared within whole ones
+    return steps, examples if settings.objective == "sft" else steps * per_step
 
 
 def training_arguments(
     recipe: Recipe, *, folder: Path, steps: int, weights: torch.dtype, casts_itself: bool
-) -> SFTConfig:
-    """Write a recipe's ``train`` section as trl's configuration.
+) -> TrainingArguments:
+    """Write a recipe's ``train`` section as trl's configuration for the objective.
 
     Args:
         recipe: The recipe.
@@ -52,7 +67,8 @@ def training_arguments(
     settings = recipe.train
     half = weights != torch.float32
     autocast = (half and not casts_itself) or uses_bf16(recipe, weights)
-    args = SFTConfig(
+    config, own = _of_objective(recipe)
+    args: TrainingArguments = config(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
@@ -76,15 +92,26 @@ def training_arguments(
         fp16=weights == torch.float16,
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=torch.cuda.is_available(),
         **_checkpointing(settings.gradient_checkpointing),
+        **own,
     )
     if args.n_gpu > 1:
         # transformers would spread each batch over all GPUs it sees by nn.DataParallel, which trl refuses; one process
         # drives one device, and several processes are for `torchrun` or `accelerate launch`
         args._n_gpu = 1
     return args
+
+
+def _of_objective(recipe: Recipe) -> tuple[type[TrainingArguments], dict[str, Any]]:
+    """trl's class of settings, and what the objective sets in it."""
+    settings = recipe.train
+    if settings.grpo is not None:
+        # the mixture has shuffled already; beta is the trainer's, see `multiflora.training.grpo`
+        return GRPOConfig, {**settings.grpo.model_dump(exclude={"rewards", "beta"}), "shuffle_dataset": False}
+    if settings.dpo is not None:
+        return DPOConfig, {**settings.dpo.model_dump(), "max_length": None}
+    return SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from multiflora.data.mixture import Mixture
 from multiflora.data.prepare import Examples, TrainingData, fill_up
 from multiflora.errors import ConfigError, Interrupted
 from multiflora.recipe import Recipe
-from multiflora.training.arguments import steps_of, training_arguments
+from multiflora.training.arguments import rows_of_step, steps_of, training_arguments
 from multiflora.training.baselines import schedules, training_settings
 from multiflora.training.best import KeepBest
 from multiflora.training.checkpoint import CHECKPOINTS
@@ -26,8 +27,10 @@ from multiflora.training.hooks import training_callbacks
 from multiflora.training.interrupt import stop_on_sigterm
 from multiflora.training.processes import is_first_process, num_processes, own_seed, uses_zero3
 from multiflora.training.progress import progress_bar
+from multiflora.training.rewards import load_rewards
+from multiflora.training.run_trainer import RunTrainer, base_of, own_forward
 from multiflora.training.sharded import gather_containers, keep_root_whole
-from multiflora.training.trainer import MultitaskTrainer, own_forward
+from multiflora.training.trainer import MultitaskTrainer
 
 __all__ = ["fit", "order_examples"]
 
@@ -50,7 +53,7 @@ def order_examples(recipe: Recipe, examples: Examples, processes: int = 1) -> tu
         processes: Devices that train side by side.
     """
     steps, number = steps_of(recipe, examples.mixture.epoch_size, processes)
-    settings, per_step = recipe.train, _per_step(recipe, processes)
+    settings, per_step = recipe.train, rows_of_step(recipe, processes)
     _check_amount(number, examples.mixture)
     data = examples.take(
         number,
@@ -79,11 +82,6 @@ def _check_amount(number: int, mixture: Mixture) -> None:
                 f"train asks for {drawn:,} examples, about {passes:,} passes over task {name}, which has {size:,}; "
                 f"expected at most {MOST_PASSES:,} passes. Set train.max_steps or train.epochs lower."
             )
-
-
-def _per_step(recipe: Recipe, processes: int) -> int:
-    """Examples of an optimiser step."""
-    return recipe.train.batch_size * recipe.train.gradient_accumulation * processes
 
 
 def fit(
@@ -125,7 +123,7 @@ def fit(
     processes = num_processes()
     data, steps = order_examples(recipe, examples, processes)
     schedule = schedules(model, recipe, steps)
-    rows = data.dataset if processes == 1 else fill_up(data.dataset, _per_step(recipe, processes))
+    rows = data.dataset if processes == 1 else fill_up(data.dataset, rows_of_step(recipe, processes))
 
     def told(line: Mapping[str, Any], seconds: float) -> None:
         trainer.stand_still(seconds)
@@ -139,9 +137,10 @@ def fit(
         scoring.append(Course(every(wanted.every), validate, told))
     if best is not None:
         scoring.append(best)
-    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop:
+    # own_forward: without autocast, or trl's fused head, afterwards: scored in the arithmetic a loaded model will have
+    with progress_bar(quiet=quiet) as bars, stop_on_sigterm() as stop, own_forward(base_of(model)), own_forward(model):
         guard = Guard(stop=stop, task_names=examples.mixture.names, store=examples.store, output=recipe.output)
-        trainer = MultitaskTrainer(
+        trainer = _trainer_of(recipe)(
             model=model,
             args=training_arguments(
                 recipe, folder=folder, steps=steps, weights=weights, casts_itself=find(model) is not None
@@ -149,9 +148,8 @@ def fit(
             train_dataset=rows,
             processing_class=tokenizer,
             task_names=examples.mixture.names,
-            packing=recipe.train.packing,
-            max_length=recipe.train.max_length,
             epoch_size=examples.mixture.epoch_size,
+            rows_of_step=rows_of_step(recipe, processes),
             num_examples=len(data.dataset),
             guard=guard,
             recipe=recipe.to_yaml(folder),
@@ -166,12 +164,11 @@ def fit(
             gather_containers(model)
         if not is_first_process():
             torch.manual_seed(own_seed(recipe.seed))
-        with own_forward(model):  # without autocast afterwards: scored in the arithmetic a loaded model will have
-            if best is not None and checkpoint is not None and best.ended_at(checkpoint):
-                best.load(checkpoint)
-                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            else:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if best is not None and checkpoint is not None and best.ended_at(checkpoint):
+            best.load(checkpoint)
+            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if guard.stopped:
         raise Interrupted(
             f"The run was asked to stop (SIGTERM) and did so after step {trainer.state.global_step} of {steps}. Its "
@@ -181,8 +178,26 @@ def fit(
     if best is not None:
         best.put_back(model)
     if trainer.state.global_step < steps:
-        data = examples.first(data, trainer.state.global_step * _per_step(recipe, processes))
+        data = examples.first(data, trainer.state.global_step * rows_of_step(recipe, processes))
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return data, trainer.state.log_history
+
+
+def _trainer_of(recipe: Recipe) -> Callable[..., RunTrainer]:
+    """The trainer of the recipe's objective, with what that alone takes; trl's others are loaded where they are used.
+
+    Raises:
+        ConfigError: A reward cannot be imported.
+    """
+    train, is_fresh = recipe.train, recipe.init_from is None
+    if train.grpo is not None:
+        from multiflora.training.grpo import GrpoTrainer
+
+        return partial(GrpoTrainer, rewards=load_rewards(recipe), beta=train.grpo.beta, is_fresh=is_fresh)
+    if train.dpo is not None:
+        from multiflora.training.dpo import DpoTrainer
+
+        return partial(DpoTrainer, is_fresh=is_fresh)
+    return partial(MultitaskTrainer, packing=train.packing, max_length=train.max_length)

@@ -56,7 +56,7 @@ class LiveView(Progress):
     def add(self, logs: Mapping[str, Any]) -> None:
         """Take an entry of the log."""
         for key, value in logs.items():
-            if key == "loss" or key.startswith("loss/"):
+            if key.partition("/")[0] in ("loss", "reward"):
                 self.history.setdefault(key, []).append(float(value))
         self.routing = routing_line(logs)
         self.refresh()
@@ -64,26 +64,29 @@ class LiveView(Progress):
     def _losses(self) -> Table:
         """Every task's loss, the sum of all first and then the highest first; what does not fit is counted."""
         room = max(1, self.console.height - _AROUND - bool(self.scores))
-        names = sorted((key for key in self.history if key != "loss"), key=lambda key: -self.history[key][-1])
+        # where answers are rewarded, the loss says little and the reward all
+        kind = "reward" if "reward" in self.history else "loss"
+        tasks = [key for key in self.history if key.startswith(f"{kind}/")]
+        names = sorted(tasks, key=lambda key: -self.history[key][-1])
         table = Table(box=None, pad_edge=False, expand=False)
         # a narrow terminal has shorter curves: a number that is cut says nothing
         left = self.console.width - _NAME - _FIGURES
         points = min(_POINTS, max(1, left))
         table.add_column("task", max_width=_NAME + max(0, left - points), no_wrap=True, overflow="ellipsis")
-        for heading in ("loss", "change"):
+        for heading in (kind, "change"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, style="cyan")
-        for key in ["loss", *names[:room]]:
+        for key in [kind, *names[:room]]:
             if key in self.history:
                 past = self.history[key]
-                name = "all tasks" if key == "loss" else key[5:]
+                name = key.partition("/")[2] or "all tasks"
                 change = f"{past[-1] - past[0]:+.3f}" if len(past) > 1 else ""
                 table.add_row(
                     Text(name),
                     f"{past[-1]:.3f}",
                     change,
                     sparkline(past[-points:]),
-                    style="bold" if key == "loss" else "",
+                    style="bold" if key == kind else "",
                 )
         if len(names) > room:
             table.add_row(Text(f"and {len(names) - room} lower", style="dim"))
@@ -141,15 +144,22 @@ def log_line(step: int, logs: Mapping[str, Any]) -> str:
         >>> log_line(10, {"loss": 1.5, "loss/sst2": 0.25, "loss/gsm8k": 1.75, "tokens_per_second": 1234.5})
         'step 10  loss 1.500  (sst2 0.250, gsm8k 1.750)  1,234 tokens/s'
     """
-    by_task = [f"{key[5:]} {value:.3f}" for key, value in logs.items() if key.startswith("loss/")]
-    parts = [f"step {step}", f"loss {logs['loss']:.3f}"]
-    if by_task:
-        parts.append(f"({', '.join(by_task)})")
+    parts = [f"step {step}", *(part for kind in _SHOWN if (part := _of_kind(kind, logs)))]
     if "tokens_per_second" in logs:
         parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     if routing_line(logs):
         parts.append(routing_line(logs))
     return "  ".join(parts)
+
+
+_SHOWN = ("loss", "reward", "length", "kl", "accuracy")
+
+
+def _of_kind(kind: str, logs: Mapping[str, Any]) -> str:
+    """One figure of the log, of all tasks and of each; empty where it is not there."""
+    by_task = [f"{key[len(kind) + 1 :]} {value:.3f}" for key, value in logs.items() if key.startswith(f"{kind}/")]
+    whole = [f"{kind} {logs[kind]:.3f}"] if kind in logs else []
+    return "  ".join([*whole, *([f"({', '.join(by_task)})"] if by_task else [])])
 
 
 def score_line(step: int, logs: Mapping[str, Any]) -> str:
