@@ -240,3 +240,20 @@ def test_a_task_without_a_score_for_a_text_is_refused(tmp_path: Path) -> None:
         encode_tasks(recipe_from(plain), make_tokenizer())
     plain["train"]["grpo"]["rewards"] = {"seven": "some:function"}
     assert len(encode_tasks(recipe_from(plain), make_tokenizer()).store) == 32
+
+
+def test_answers_are_written_without_dropout_by_prepared_branches(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    generate = LlamaForCausalLM.generate
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = generate(self, *args, **kwargs)
+        layer = self.model.layers[0].self_attn.q_proj
+        seen.append((self.training, layer.training, len(layer._prepared)))
+        return made
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    run(tiny_llama, make_recipe(tmp_path, {"name": "rlora", "lora_dropout": 0.5}, train={"max_steps": 2}))
+    assert seen == [(False, False, 1)] * 2
