@@ -25,8 +25,6 @@ is that of a Llama with fused attention (no T x T scores are kept); other models
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from multiflora.data.batches import fold
 from multiflora.machine import size_words
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
+from multiflora.methods.fused import by_layer
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -143,7 +142,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from multiflora.files import check_writable
     from multiflora.jobs.lorahub import check_lorahub, steps_of_tasks
     from multiflora.tasks.kind import explain
-    from multiflora.training.adapter import adapted_on_meta, adapter_config
+    from multiflora.training.adapter import adapted_on_meta, adapter_config, notes_on
     from multiflora.training.baselines import adalora_steps
     from multiflora.training.course import check_course
     from multiflora.training.fit import order_examples
@@ -180,7 +179,7 @@ def estimate(recipe: Recipe) -> Estimate:
         objective=_objective_words(recipe),
         memory=memory_of(model, activations=activations),
         mixture=data.report,
-        notes=examples.notes,
+        notes=(*notes_on(model, recipe), *examples.notes),
         scores=explain((*recipe.tasks, *recipe.evaluate.extra_tasks)),
     )
 
@@ -237,7 +236,7 @@ def adapted_modules(model: Any) -> dict[str, int]:
         >>> adapted_modules(model)  # doctest: +SKIP
         {'model.layers.*.self_attn.q_proj': 30, 'model.layers.*.self_attn.v_proj': 30}
     """
-    return dict(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in _adapted_names(model)))
+    return by_layer(_adapted_names(model))
 
 
 def _adapted_names(model: Any) -> list[str]:

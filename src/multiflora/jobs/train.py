@@ -34,6 +34,7 @@ from multiflora.training.adapter import (
     check_answers,
     check_saving,
     is_saved_otherwise,
+    notes_on,
     parameter_counts,
     probe,
     save_adapter,
@@ -134,6 +135,9 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
         earlier = start_from(model, recipe)
         if earlier is not None:
             log.log(logging.WARNING if earlier.other_base else logging.INFO, "%s", earlier.words())
+        about_model = notes_on(model, recipe)
+        for note in about_model:
+            log.warning(note)
         start = start_of(model)
         if recipe.method.name != "lorahub" and not is_sharded():  # which trains and saves adapters of its own
             check_saving(model, start)
@@ -212,7 +216,7 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
             },
             fingerprints=fingerprints,
             seconds=seconds,
-            notes=examples.notes,
+            notes=(*about_model, *examples.notes),
         )
     return RunResult(output=recipe.output, results=results, log=history)
 

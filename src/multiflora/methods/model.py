@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -23,6 +24,7 @@ from multiflora.context import Routing, find
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
 from multiflora.methods.config import AdapterConfig
+from multiflora.methods.fused import left_out
 from multiflora.methods.layer import BranchLinear, layer_class
 from multiflora.methods.model_hooks import give_names, hooks_of, note_places
 from multiflora.methods.targets import can_adapt, identity, places_of_weights, reads_weight_itself
@@ -54,6 +56,8 @@ class BranchModel(BaseTuner):
                 f"{type(config).__name__}: num_tasks is None; a method gated by task, or with a loss between tasks, "
                 "must know how many there are. Set num_tasks=N or task_names=[...]."
             )
+        if config.target_modules == "all-linear" and (told := left_out(model)):
+            warnings.warn(told, UserWarning, stacklevel=2)
         include_all_linear_layers(config, model)
         targets = list(self._targets(config, model))
         if not targets:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from multiflora.context import task
 from multiflora.errors import AdapterError, ConfigError, MultifloraError
 from multiflora.machine import memory_total, size_words
 from multiflora.methods import METHODS, build_config
+from multiflora.methods.fused import LEFT_OUT, left_out
 from multiflora.patterns import pattern_problems
 from multiflora.recipe import Recipe
 from multiflora.suggest import shown
@@ -42,6 +44,7 @@ __all__ = [
     "check_answers",
     "check_saving",
     "is_saved_otherwise",
+    "notes_on",
     "parameter_counts",
     "probe",
     "put_on",
@@ -117,7 +120,9 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
         # shapes alone are wanted, and a decomposition of weights without values has none
         config = dataclasses.replace(config, init_lora_weights=True)
     tied = tied_modules(model)
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", LEFT_OUT)  # a run tells it among its notes, for peft's methods, too
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     check_tied(adapted, tied)
     if low_cpu_mem_usage:
         # on the meta device parameters are made anew, and AdaLoRA's count of ranks forgets that it is not trained
@@ -125,6 +130,15 @@ def put_on(model: Any, config: Any, *, low_cpu_mem_usage: bool = False) -> Any:
             if ".ranknum." in name:
                 parameter.requires_grad_(False)
     return adapted
+
+
+def notes_on(model: Any, recipe: Recipe) -> list[str]:
+    """What the recipe's adapter leaves out of the model although its words sound as if it did not, a sentence each."""
+    if getattr(adapter_config(recipe), "target_modules", None) != "all-linear" or not isinstance(model, PeftModel):
+        return []
+    tuner: Any = model.base_model
+    note = left_out(model.get_base_model(), tuner.targeted_parameter_names)
+    return [note] if note else []
 
 
 def _check_size(model: Any, config: Any) -> None:
