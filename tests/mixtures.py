@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 SMALL = {
-    "vocab_size": 40,
+    "vocab_size": 50,
     "hidden_size": 16,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -58,6 +58,11 @@ MIXTURES: dict[str, PreTrainedConfig] = {
         moe_shared_expert_intermediate_size=8,
     ),
 }
+
+
+PRODUCTS = {kind: ["experts.gate_up_proj", "experts.down_proj"] for kind in MIXTURES}
+PRODUCTS["nemotron"] = ["experts.up_proj", "experts.down_proj"]
+"""The fused parameters of each, as target_parameters names them."""
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float32) -> Any:

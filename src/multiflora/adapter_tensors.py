@@ -24,6 +24,7 @@ __all__ = [
     "CONFIG",
     "OFFSET",
     "ROOT",
+    "is_fused",
     "is_lora",
     "method_of",
     "misfits",
@@ -57,6 +58,12 @@ def rank_and_alpha(config: Any, name: str) -> tuple[int, float]:
     r = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return int(r), float(alpha)
+
+
+def is_fused(config: Any, name: str) -> bool:
+    """Whether an adapted layer is a fused parameter of a mixture's experts, with tensors for each of them."""
+    endings = getattr(config, "target_parameters", None) or ()
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def is_lora(config: Any) -> bool:
@@ -182,12 +189,15 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
             yield f"tensor {stem}{part} is not one of {method.name}'s ({', '.join(sorted(wanted))})."
         r, _ = rank_and_alpha(config, layer.name)
         A, B = layer.shapes["A"], layer.shapes["B"]
-        if len(A) != 2 or len(B) != 2:
-            yield f"tensors {stem}A and B have shapes {A} and {B}; expected matrices. Save the adapter again."
-        shapes = method.shapes(config, r, A[-1], B[0])
+        axes = 3 if is_fused(config, layer.name) else 2
+        if len(A) != axes or len(B) != axes:
+            what = "a matrix for each expert" if axes == 3 else "matrices"
+            yield f"tensors {stem}A and B have shapes {A} and {B}; expected {what}. Save the adapter again."
+        shapes = method.shapes(config, r, A[-1], B[-2])
         rank = method.offset_rank(config, r)
-        shapes |= {"A0": (rank, A[-1]), "B0": (B[0], rank)} if rank else {}
-        for part, shape in shapes.items():
+        shapes |= {"A0": (rank, A[-1]), "B0": (B[-2], rank)} if rank else {}
+        for part, own in shapes.items():
+            shape = own if part in shared else (*A[:-2], *own)
             if part in wanted and layer.shapes[part] != shape:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for {shape}. Weights and "
@@ -221,13 +231,18 @@ def _lora_problems(config: Any, file: TensorFile) -> Iterator[str]:
 
 def misfits(config: Any, file: TensorFile, base: Any) -> Iterator[str]:
     """Which adapted layers the base model does not have, or has in another size."""
+    from multiflora.methods.experts import FusedWeight
+    from multiflora.methods.fused import targeted, why_not
     from multiflora.peft_bridge import prefix
 
     method = method_of(config)
     if method is None and not is_lora(config):
         return
     mark, ends = (".lora_", ("A.weight", "B.weight")) if method is None else (f".{prefix(method.name)}", ("A", "B"))
-    modules = dict(base.named_modules())
+    modules: dict[str, Any] = dict(base.named_modules())
+    if method is not None and getattr(config, "target_parameters", None):
+        fused = targeted(base, config.target_parameters).items()
+        modules |= {name: FusedWeight(experts, own) for name, (experts, own) in fused if not why_not(experts, own)}
     for layer in _layers(file, mark):
         if not set(ends) <= layer.shapes.keys():
             continue  # an embedding's pair, which peft itself fits
@@ -239,7 +254,8 @@ def misfits(config: Any, file: TensorFile, base: Any) -> Iterator[str]:
             return
         module = modules[layer.name]
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-        told = (layer.shapes[ends[0]][-1], layer.shapes[ends[1]][0])
+        A, B = layer.shapes[ends[0]], layer.shapes[ends[1]]
+        told = (A[-1], B[0] if len(B) < 3 else B[-2])
         for part, size, says in zip(ends, sizes, told, strict=True):
             if isinstance(size, int) and size != says:
                 yield (

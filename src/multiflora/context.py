@@ -229,7 +229,7 @@ class Routing:
     def keep(self, tokens: int) -> Tensor | None:
         """1 for real tokens and 0 for padding, (T,), of the layer that reports; None where that is not known."""
         seen = self._here.reporting
-        return seen.keep() if seen is not None and seen.lead.numel() == tokens else None
+        return seen.keep() if seen is not None and seen.num_tokens == tokens else None
 
     @property
     def number(self) -> int | None:

@@ -230,7 +230,7 @@ def _batches(recipe: Recipe, dataset: Any) -> Iterator[tuple[int, int, int]]:
 
 
 def adapted_modules(model: Any) -> dict[str, int]:
-    """Count the adapted modules of a peft model by name, the layer's number written ``*``.
+    """Count the adapted modules and parameters of a peft model by name, the layer's number written ``*``.
 
     Example:
         >>> adapted_modules(model)  # doctest: +SKIP
@@ -240,10 +240,16 @@ def adapted_modules(model: Any) -> dict[str, int]:
 
 
 def _adapted_names(model: Any) -> list[str]:
-    """The modules that carry an adapter: none where a prompt is learned or the model itself is trained."""
+    """The modules and parameters with an adapter: none where a prompt is learned or the model itself is trained."""
     if not hasattr(model, "get_base_model") or virtual_tokens(model):
         return []
-    return list(model.base_model.targeted_module_names)
+    return [*model.base_model.targeted_module_names, *model.base_model.targeted_parameter_names]
+
+
+def _adapted_layers(model: Any) -> list[Any]:
+    """What stands in their place; peft's LoRA has no place of its own for each parameter of a module."""
+    modules = dict(model.get_base_model().named_modules()) if hasattr(model, "get_base_model") else {}
+    return [modules[name] for name in _adapted_names(model) if hasattr(modules.get(name), "get_base_layer")]
 
 
 def _base_of(model: Any) -> Any:
@@ -290,18 +296,20 @@ def activation_bytes(model: Any, *, rows: int, length: int, loss_tokens: int, ch
 def _widths(model: Any) -> tuple[int, int]:
     """Sums over the adapted layers: rows of trained matrices that read the input (ranks, router heads), and d_in."""
     ranks = inputs = 0
-    for name in _adapted_names(model):
-        layer = model.get_base_model().get_submodule(name)
+    for layer in _adapted_layers(model):
         d_in = getattr(layer.get_base_layer(), "in_features", 0)
-        inputs += d_in
-        ranks += sum(p.shape[0] for p in layer.parameters() if p.requires_grad and p.dim() == 2 and p.shape[1] == d_in)
+        # a token is read by each of the experts that were chosen for it
+        times = getattr(_base_of(model).config.get_text_config(), "num_experts_per_tok", 1) if _is_fused(layer) else 1
+        inputs += times * d_in
+        read = [p for p in layer.parameters() if p.requires_grad and p.dim() > 1 and p.shape[-1] == d_in]
+        ranks += times * sum(p.shape[-2] for p in read if p.dim() == (3 if _is_fused(layer) else 2))
     return ranks, inputs
 
 
 def memory_of(model: Any, *, activations: int) -> Memory:
     """Add up the five parts for a model on any device, the meta device too; one trained whole has no adapter."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    ours = {id(t) for name in _adapted_names(model) for t in _added(model, name)}
+    ours = {id(t) for layer in _adapted_layers(model) for t in _added(layer)}
     if hasattr(model, "get_base_model"):
         ours |= trained
     sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
@@ -316,8 +324,12 @@ def memory_of(model: Any, *, activations: int) -> Memory:
     )
 
 
-def _added(model: Any, name: str) -> list[Any]:
-    """The tensors that the adapter added to one module."""
-    layer = model.get_base_model().get_submodule(name)
+def _is_fused(layer: Any) -> bool:
+    """Whether a layer is a mixture's experts."""
+    return hasattr(layer.get_base_layer(), "num_experts")
+
+
+def _added(layer: Any) -> list[Any]:
+    """The tensors that the adapter added to one layer."""
     base = {id(t) for t in (*layer.get_base_layer().parameters(), *layer.get_base_layer().buffers())}
     return [t for t in (*layer.parameters(), *layer.buffers()) if id(t) not in base]

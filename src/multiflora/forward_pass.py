@@ -131,6 +131,13 @@ class Tokens(NamedTuple):
     """Whether the layer is an expert: one of several that share the tokens out among themselves."""
     listed: bool = False
     """Whether it is in any list of modules, as no layer behind a pooling is."""
+    order: Tensor | None = None
+    """Which token each of those is that the layer sees, (S,), where it sees some of them twice and in another order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the layer sees."""
+        return self.lead.numel() if self.order is None else len(self.order)
 
     @property
     def batch(self) -> int:
@@ -148,6 +155,9 @@ class Tokens(NamedTuple):
 
     def rows(self, device: torch.device) -> Tensor | None:
         """The row of each token, (T,), or None where that cannot be known."""
+        return self._ordered(self._rows(device))
+
+    def _rows(self, device: torch.device) -> Tensor | None:
         rows, tokens = self.batch, self.lead.numel()
         if rows == 1:
             return torch.zeros(tokens, dtype=torch.long, device=device)
@@ -164,6 +174,13 @@ class Tokens(NamedTuple):
 
     def keep(self) -> Tensor | None:
         """1 for real tokens and 0 for padding, (T,), or None where that is not known."""
+        found = self._keep()
+        if found is None and self.order is not None:
+            # of some rows there may be no token here: these look like rows of padding
+            return torch.ones_like(self.order)
+        return self._ordered(found)
+
+    def _keep(self) -> Tensor | None:
         mask, length = self.side.mask, self.side.length
         if mask is None or length is None or mask.shape[0] != self.batch or mask.shape[1] < length:
             return None
@@ -183,6 +200,9 @@ class Tokens(NamedTuple):
         Raises:
             AdapterError: The rows have different tasks, and which tokens are whose cannot be known.
         """
+        return self._ordered(self._tasks(config, device, only))
+
+    def _tasks(self, config: Any, device: torch.device, only: Sequence[int] | None) -> Tensor | None:
         ids = self.passed.ids_for(config, only)
         if ids is None:
             return None
@@ -206,7 +226,7 @@ class Tokens(NamedTuple):
             )
         # the copies of a row that beam search makes lie together
         ids = ids.to(device).repeat_interleave(self.batch // len(ids))
-        rows = self.rows(device)
+        rows = self._rows(device)
         if rows is not None and (self.side.rows or len(self.lead) > 1 or tokens == self.batch == len(ids)):
             return ids[rows]
         if bool((ids == ids[0]).all()):
@@ -216,6 +236,10 @@ class Tokens(NamedTuple):
             "an expert does or a layer behind a choice of positions: which task each belongs to cannot be known. Give "
             "batches of one task, or leave the layer out of target_modules."
         )
+
+    def _ordered(self, found: Tensor | None) -> Tensor | None:
+        """What is known of each token of the batch, for those that the layer sees."""
+        return found if found is None or self.order is None else found.to(self.order.device)[self.order]
 
     def _of_each(self, ids: Tensor) -> Tensor | None:
         """Ids of tokens, (rows, length), for the tokens that are here; None where these are others."""

@@ -35,6 +35,7 @@ def test_one_method_in_full() -> None:
     assert text.startswith("AdaLoRA (adalora), arXiv 2303.10512")
     assert "peft.AdaLoraConfig(...)" in text
     assert "0.001, where a recipe gives none" in text
+    assert "experts of a mixture  with target_parameters" in said("show", "rlora")
     assert "no (virtual tokens)" in said("show", "prefix")
     assert "peft." not in said("show", "full")
 

@@ -76,7 +76,7 @@ def test_task_names_need_not_be_ids(case, tiny_llama):
         ({"task_names": ["a", "a"]}, "task_names has a name twice"),
         ({"bias": "some"}, "bias is 'some'; it must be one of"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0; it must be a whole number of at least 1"),
-        ({"target_parameters": ["w"]}, "only modules can be adapted"),
+        ({"target_parameters": ["w"], "layers_to_transform": [0]}, "does not go with target_parameters"),
         ({"num_haeds": 3}, "num_haeds is not a setting of"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -94,8 +94,9 @@ def test_settings(case, words, message):
         ({"rank_pattern": {"nothing": 32}}, "rank_pattern key 'nothing' matches none of the 14 adapted modules"),
         ({"alpha_pattern": {"nothing": 4}}, "alpha_pattern key 'nothing' matches none of the 14 adapted modules"),
         ({"target_modules": ["q_proj", "norm"]}, "norm is a LlamaRMSNorm, which is not supported"),
+        ({"target_parameters": ["nothing"]}, "no parameter's name is or ends in that|of linear layers alone|loss of"),
     ],
-    ids=["target_modules", "rank_pattern", "alpha_pattern", "kind"],
+    ids=["target_modules", "rank_pattern", "alpha_pattern", "kind", "target_parameters"],
 )
 def test_settings_and_model(case, tiny_llama, words, message):
     """Settings that do not fit the model are refused before a module is replaced."""

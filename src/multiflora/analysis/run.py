@@ -57,7 +57,10 @@ def measure_run(
         "spectra": spectra(updates),
         "heads": heads(model) if hasattr(model, "get_base_model") else {},
         "routing": {name: {**asdict(layer), "dead": layer.dead} for name, layer in routed.items()},
-        "notes": _notes(routed, recipe.method.name, merges(recipe.method.name, recipe.method.settings)),
+        "notes": [
+            *_notes(routed, recipe.method.name, merges(recipe.method.name, recipe.method.settings)),
+            *_notes_on_experts(recipe.method.settings),
+        ],
     }
     if against is not None:
         measures["similarity"] = {"against": str(against), **similarity(updates, _updates(load_target(against), {}))}
@@ -85,6 +88,13 @@ def _updates(loaded: Loaded, routed: Mapping[str, LayerRouting]) -> dict[str, Up
         raise ConfigError("Only a run of multiflora says which base model its weights were trained from.")
     base, _ = load_base(loaded.recipe.model, weights_of(loaded.recipe))
     return dense_updates(loaded.model, base)
+
+
+def _notes_on_experts(settings: Mapping[str, Any]) -> list[str]:
+    """What is not measured of a mixture."""
+    if not settings.get("target_parameters"):
+        return []
+    return ["Spectra and heads are those of linear layers alone; the branches of fused experts are left out."]
 
 
 def _notes(routed: Mapping[str, LayerRouting], method: str, how_it_merges: str) -> list[str]:

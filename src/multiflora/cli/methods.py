@@ -67,6 +67,7 @@ def show(
     facts.add_row("its own settings", ", ".join(card.settings) or "none")
     if card.trains == "adapter":
         facts.add_row("shared settings", _SHARED)
+        facts.add_row("experts of a mixture", card.experts)
     facts.add_row("learning rate", f"{card.learning_rate:g}, where a recipe gives none")
     facts.add_row("merges", card.merges)
     stdout.print(facts)

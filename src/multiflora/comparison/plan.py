@@ -173,7 +173,13 @@ def _settings(comparison: Comparison, entry: Entry) -> dict[str, Any]:
     """The method's own settings, and those shared by all that it has, too."""
     known = settings_of(entry.name)
     shared = {key: value for key, value in comparison.compare.shared.items() if key in known}
-    return shared | entry.settings
+    settings = shared | entry.settings
+    if settings.get("target_parameters"):
+        raise ConfigError(
+            f"compare: {entry.label} has target_parameters, and what a method costs is counted on linear layers alone, "
+            "so experts would not be in the budget. Leave it out, here and in compare.shared."
+        )
+    return settings
 
 
 def _tasks(entry: Entry, comparison: Comparison) -> dict[str, Any]:

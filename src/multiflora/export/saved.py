@@ -93,6 +93,12 @@ def open_adapter(folder: Path) -> SavedAdapter:
             f"{folder} holds an adapter of kind {getattr(config.peft_type, 'value', config.peft_type)}; expected one "
             f"of {', '.join(name for name, card in METHODS.items() if card.module)}."
         )
+    if config.target_parameters:
+        raise ExportError(
+            f"{folder} has branches on the fused experts of a mixture ({', '.join(config.target_parameters)}), and "
+            "plain LoRA is written of linear layers alone. Serve it as it is; or, where the method merges, merge it in "
+            "Python: model.merge_and_unload().save_pretrained(FOLDER)."
+        )
     mark = "." + _prefix(method)
     with TensorFile(folder / WEIGHTS, ExportError) as file:
         ours = [name for name in file.names if mark in name]

@@ -36,6 +36,7 @@ CARD = MethodCard(
     paper="arXiv 2508.05078",
     settings=("align_weight",),
     merges="exactly",
+    experts="with target_parameters, and align_weight 0",
     config="AlignLoraConfig",
 )
 

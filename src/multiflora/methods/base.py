@@ -153,6 +153,20 @@ class Method:
             "it. Keep the adapter, or use `multiflora convert` for plain LoRA with a reported error."
         )
 
+    def refuses_experts(self, config: Any) -> str | None:
+        """Why the fused experts of a mixture cannot have such branches, in a sentence; None where they can."""
+        if self.gradient_start is not None or self.moving is not None or self.after_step is not None:
+            return (
+                f"{self.name} looks at the gradient or the steps of a whole weight, of linear layers alone. Leave "
+                "target_parameters out, or take another method."
+            )
+        if self.loss_needs_task(config):
+            return (
+                f"The loss of {self.name} compares tasks within a layer, and an expert sees too few tokens of each. "
+                f"Set {' and '.join(self.loss.weights if self.loss else ())} to 0, or leave target_parameters out."
+            )
+        return None
+
     def merges(self) -> Merges:
         """Whether the update is one matrix, one for each task, or none."""
         if self.refuses_merge() is not None:

@@ -74,7 +74,7 @@ class AdapterConfig(PeftConfig):
         default=None, metadata={"help": "Token ids whose embeddings are trained too."}
     )
     target_parameters: Optional[list[str]] = field(  # noqa: UP045
-        default=None, metadata={"help": "Not supported: only modules can be adapted."}
+        default=None, metadata={"help": "Fused experts to adapt, too: names, or how they end."}
     )
     ensure_weight_tying: bool = field(default=False, metadata={"help": "Not supported: leave it False."})
     layer_replication: Optional[list[list[int]]] = field(  # noqa: UP045
@@ -131,9 +131,10 @@ class AdapterConfig(PeftConfig):
                     re.compile(key)
                 except re.error as error:
                     found.append(f"{name} key {key!r} is not a regular expression ({error}).")
-        if self.target_parameters:
+        if self.target_parameters and self.layers_to_transform is not None:
             found.append(
-                f"target_parameters is {self.target_parameters}; only modules can be adapted: use target_modules."
+                "layers_to_transform does not go with target_parameters: name the layers in these, as in "
+                "'layers.0.mlp.experts.down_proj'."
             )
         if self.layer_replication:
             found.append(

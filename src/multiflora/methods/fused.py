@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LEFT_OUT", "by_layer", "fused_parameters", "left_out"]
+__all__ = ["LEFT_OUT", "PRODUCTS", "by_layer", "fused_parameters", "left_out", "targeted", "why_not"]
 
 LEFT_OUT = "all-linear adapts linear layers alone"
 """How the sentence of `left_out` begins."""
+PRODUCTS = ("gate_up_proj", "up_proj", "down_proj")
+"""What transformers calls the matrices of its experts."""
+LAYOUT = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+"""What it says of the layout of experts that it knows."""
 
 
 def fused_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -35,6 +39,40 @@ def fused_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                     yield f"{name}.{own}".replace(".base_layer", ""), module
 
 
+def targeted(model: nn.Module, targets: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """The parameters that ``target_parameters`` means, as peft reads it: whole names, or how names end.
+
+    Returns:
+        Name of each -> the module that holds it, and its name there.
+    """
+    endings = tuple(targets)
+    found = {}
+    for name, module in model.named_modules():
+        for own, _ in module.named_parameters(recurse=False):
+            whole = f"{name}.{own}".replace(".base_layer", "")
+            if any(whole == ending or whole.endswith(f".{ending}") for ending in endings):
+                found[whole] = (module, own)
+    return found
+
+
+def why_not(module: nn.Module, parameter: str) -> str:
+    """Why branches cannot be added to the products of a parameter, in words that follow its name; empty where they can.
+
+    transformers says of the experts that it can compute in several ways how they are laid out; others are only known to
+    their own code.
+    """
+    tensor = module._parameters.get(parameter)
+    if tensor is None or tensor.dim() != 3 or parameter not in PRODUCTS:
+        return f"is no matrix of experts; those are {', '.join(PRODUCTS)} of shape (E, ., .)"
+    if not all(hasattr(module, word) for word in LAYOUT):
+        return f"belongs to {type(module).__name__}, whose layout only its own code knows"
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or type(tensor).__name__ != "Parameter":
+        return f"is quantised ({type(tensor).__name__} of {tensor.dtype}); load the model with whole experts"
+    if getattr(module, "_is_expert_parallel", False):
+        return "is spread over processes by experts (expert parallelism); load the model without"
+    return ""
+
+
 def left_out(model: nn.Module, adapted: Collection[str] = ()) -> str:
     """Say in a line which fused experts no adapter of linear layers reaches; empty where there are none.
 
@@ -46,7 +84,11 @@ def left_out(model: nn.Module, adapted: Collection[str] = ()) -> str:
     if not missing:
         return ""
     listed = ", ".join(f"{count} x {name}" for name, count in by_layer(missing).items())
-    return f"{LEFT_OUT}; the experts of this mixture are none and stay as they are: {listed}."
+    words = ", ".join(dict.fromkeys(repr(".".join(name.split(".")[-2:])) for name in missing))
+    return (
+        f"{LEFT_OUT}; the experts of this mixture are none and stay as they are: {listed}. To adapt them, too: "
+        f"target_parameters=[{words}]."
+    )
 
 
 def by_layer(names: Iterable[str]) -> dict[str, int]:

@@ -31,6 +31,7 @@ CARD = MethodCard(
     paper="arXiv 2404.19245",
     settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss"),
     merges="no (token router)",
+    experts="with target_parameters",
     config="HydraLoraConfig",
 )
 

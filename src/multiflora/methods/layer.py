@@ -11,23 +11,19 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from multiflora import ops
 from multiflora.errors import AdapterError
 from multiflora.forward_pass import Tokens
-from multiflora.methods.base import Loss, LossInputs, Method, class_of
+from multiflora.methods.base import Loss, Method, class_of
 from multiflora.methods.inference import Kept
-from multiflora.methods.layer_weights import OFFSET, Plan
-from multiflora.methods.merging import MergingLayer
-from multiflora.peft_bridge import prefix
-from multiflora.task_ids import missing
+from multiflora.methods.layer_pass import BranchLayer
+from multiflora.methods.layer_weights import Plan, layer_names
 
 
-class BranchLinear(MergingLayer):
+class BranchLinear(BranchLayer):
     """A frozen linear layer with branches added to its output; see :mod:`multiflora.methods.base` for the sum."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -37,11 +33,7 @@ class BranchLinear(MergingLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        if self._disable_adapters or self.merged_adapters:
-            if self._disable_adapters and self.merged_adapters:
-                self.unmerge()
-            for name, merged in self._merged.items():
-                self._check_merged_task(name, merged.task)
+        if self._base_alone():
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
         active = self.active_adapters
@@ -93,10 +85,6 @@ class BranchLinear(MergingLayer):
             and not (bias is not None and bias.requires_grad)
             and not (base._backward_hooks or base._backward_pre_hooks)
         )
-
-    def _loops(self) -> bool:
-        """Whether to compute head by head: asked for, or inside a transform that only knows torch's own operations."""
-        return self.routing.loop or (not torch.compiler.is_compiling() and _is_transformed())
 
     def _add_branches(
         self, x: Tensor, y: Tensor, adapter_name: str, rows: Sequence[int] | None = None, of: int | None = None
@@ -204,97 +192,26 @@ class BranchLinear(MergingLayer):
         self, x: Tensor, adapter_name: str, *, y: Tensor, rows: Sequence[int] | None = None, of: int | None = None
     ) -> Tensor:
         """The same, head by head."""
-        plan, parts = self.plan(adapter_name), self.parts(adapter_name)
-        config, method = plan.config, plan.method
+        plan = self.plan(adapter_name)
         loss = self._loss(adapter_name, plan)
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        p, seed = self._dropout("lora_dropout", adapter_name)
-        dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
-        router = parts.get("router")
-        logits = None if router is None else router.to(x.dtype) @ x.t()
-        gate = method.gate.weights(config, parts, logits, tasks)
-        scale = self.scaling[adapter_name]
-        stems = (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t()
+        y, stems, gate, logits = self._looped(x, y, adapter_name, self.parts(adapter_name), tasks)
         value = self._value(loss, plan, stems, gate, logits, tokens)
         self._record(gate, tasks, tokens)
-        y = ops.loop(
-            y,
-            dropped,
-            parts["A"],
-            None if gate is None else gate.t(),
-            method.gate.fold(config, parts, parts["B"]),
-            None,
-            None,
-            task_matrix=None if method.task_matrix is None else method.task_matrix.matrices(parts)[tasks],
-            scale=scale,
-            num_heads=plan.heads,
-            rank=plan.rank,
-            dropout=self._dropout("head_dropout", adapter_name),
-        )
-        frozen = method.frozen_term(config, parts)
-        if frozen is not None:
-            y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
         y = y.view(shape)
         return y if value is None else self.routing.report(adapter_name, value, y)
-
-    def _dropout(self, kind: str, adapter_name: str) -> ops.Dropout:
-        """A mask's probability and a fresh seed; none outside training, nor where somebody switched the module off."""
-        modules: Any = self._modules
-        module: Any = modules[kind]._modules.get(adapter_name)
-        if module is None or not module.training:
-            return 0.0, 0
-        p = getattr(module, "p", 0.0)
-        return (p, ops.draw_seed()) if p > 0 else (0.0, 0)
-
-    def _loss(self, adapter_name: str, plan: Plan) -> Loss | None:
-        """What the method adds to the loss, where the config has it on now and the adapter is being trained."""
-        loss = plan.method.loss
-        if loss is None or not self.training or not loss.on(plan.config):
-            return None
-        return loss if any(part.requires_grad for part in self.parts(adapter_name).values()) else None
 
     def _tokens(
         self, plan: Plan, x: Tensor, rows: Sequence[int] | None, of: int | None, loss: Loss | None
     ) -> Tokens | None:
         """What is known of the input's tokens; None where nobody asks."""
-        if not (plan.needs_task or loss is not None or self.routing.recorder is not None):
+        if not self._asks(plan, loss):
             return None
         # a mixed batch: what is known is known of the whole batch, of which these are some rows
         lead = x.shape[:-1] if rows is None or of is None else torch.Size([of, *x.shape[1:-1]])
         return self.routing.tokens(self.name, x, lead)
-
-    def _tasks(self, plan: Plan, tokens: Tokens, x: Tensor, rows: Sequence[int] | None) -> Tensor | None:
-        """The task of each token, (T,); None where it is neither known nor needed."""
-        if not plan.needs_task and self.routing.recorder is None:
-            return None
-        tasks = tokens.tasks(plan.config, x.device, rows)
-        if tasks is None and plan.needs_task:
-            raise missing(plan.config)
-        if tasks is not None and rows is not None:
-            tasks = tasks.view(tokens.lead[0], -1)[list(rows)].reshape(-1)
-        return tasks
-
-    def _value(
-        self,
-        loss: Loss | None,
-        plan: Plan,
-        stems: Tensor,
-        gate: Tensor | None,
-        logits: Tensor | None,
-        tokens: Tokens | None,
-    ) -> Tensor | None:
-        """What the layer adds to the loss, or None."""
-        if loss is None or tokens is None:
-            return None
-        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens))
-
-    def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
-        recorder = self.routing.recorder
-        if gate is not None and tokens is not None and recorder is not None:
-            with self.routing.reporting(tokens):
-                recorder(self.name, gate.detach().t(), tasks)
 
 
 def _is_bare(base: Any, x: Tensor) -> bool:
@@ -316,15 +233,6 @@ def _is_bare(base: Any, x: Tensor) -> bool:
     )
 
 
-def _is_transformed() -> bool:
-    """Inside torch.func, forward-mode differentiation or torch.jit.trace: to these the packed op is opaque."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Branches are computed in the dtype the base layer computes in: autocast's where it is on, else the input's."""
     device = x.device.type
@@ -336,14 +244,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 @cache
 def layer_class(method: Method) -> type[BranchLinear]:
     """The layer class of a method. Its name ends in "Linear": peft's ``all-linear`` knows adapted layers by that."""
-    stem = prefix(method.name)
     names = {
-        "method": method,
-        "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
-        "other_param_names": (
-            *("configs", "plans", "ranks", "scaling", "lora_dropout", "head_dropout"),
-            *(f"{stem}{part}" for part in OFFSET),
-        ),
+        **layer_names(method),
         "__doc__": f"A frozen linear layer with {method.name} branches.",
         "__module__": __name__,
     }

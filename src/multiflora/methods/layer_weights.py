@@ -1,8 +1,9 @@
-"""The weights of one adapted linear layer, every adapter's, and what each forward pass asks of their configs."""
+"""The weights of one adapted layer, every adapter's, and what each forward pass asks of their configs."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from multiflora.context import Routing
-from multiflora.methods.base import Method
+from multiflora.methods.base import Method, Parts
 from multiflora.methods.config import AdapterConfig
 from multiflora.methods.inference import Store, can_prepare
 from multiflora.peft_bridge import BufferDict, layer_widths, prefix, quantization_backend
 
-__all__ = ["OFFSET", "BranchWeights", "Plan"]
+__all__ = ["OFFSET", "BranchWeights", "Plan", "layer_names"]
 
 OFFSET = ("A0", "B0")
 
@@ -53,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class BranchWeights(nn.Module, BaseTunerLayer):
-    """A frozen linear layer, and beside it the tensors of its adapters."""
+    """A frozen layer, and beside it the tensors of its adapters."""
 
     method: Method
 
@@ -62,7 +63,7 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.routing = routing
         self.name = name
-        self.in_features, self.out_features = layer_widths(self.get_base_layer())
+        self.in_features, self.out_features = self._widths()
         self.quantization_backend = quantization_backend(self.get_base_layer(), quantization)
         self.configs: dict[str, AdapterConfig] = {}
         self.plans: dict[str, Plan] = {}
@@ -80,6 +81,21 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._prepared = Store()
+
+    def _widths(self) -> tuple[int, int]:
+        return layer_widths(self.get_base_layer())
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a tensor here, given that of one layer."""
+        return shape
+
+    def _each(self, adapter_name: str, parts: Parts) -> Iterator[Parts]:
+        """The tensors layer by layer, as a method's functions take them: here there is one layer."""
+        yield parts
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What a method's function made of each of these, in one tensor."""
+        return tensors[0]
 
     def method_of(self, adapter_name: str) -> Method:
         """What the adapter is: the class's method, or what the adapter's config spells out."""
@@ -157,12 +173,14 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         self.ranks[adapter_name] = r
         self.plans.pop(adapter_name, None)
         self.scaling[adapter_name] = method.scaling(config, r, alpha)
-        # a new mapping: peft's is one for all layers until a layer has its own
-        frozen = {adapter_name: tuple(self._attribute(part) for part in method.frozen(config))}
-        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, **frozen}
+        if frozen := tuple(self._attribute(part) for part in method.frozen(config)):
+            # a new mapping: peft's is one for all layers until a layer has its own
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
-            if holder is self or part not in method.shared(config):
+            if part not in method.shared(config):
+                self._weights(part)[adapter_name] = nn.Parameter(torch.empty(self._shape(shape)))
+            elif holder is self:
                 self._weights(part)[adapter_name] = nn.Parameter(torch.empty(shape))
         for kind, p in (("lora_dropout", config.lora_dropout), ("head_dropout", method.head_dropout(config))):
             if p > 0:
@@ -174,12 +192,14 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         parts = self.parts(adapter_name)
         if holder is not self:  # which has filled what all share
             parts |= {part: torch.empty_like(parts[part]) for part in method.shared(config)}
-        method.fill(config, parts, generator)
+        for each in self._each(adapter_name, parts):
+            method.fill(config, each, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if method.offset(config):
             # taken after the move: the offset has to be that of the weights as they are stored
             started = self.parts(adapter_name)
-            offset = {"A0": started["A"].detach().clone(), "B0": method.mean_head(config, started).clone()}
+            mean = self._joined([method.mean_head(config, each) for each in self._each(adapter_name, started)])
+            offset = {"A0": started["A"].detach().clone(), "B0": mean.clone()}
             for part, value in offset.items():
                 # with low_cpu_mem_usage weights stay without data until a file brings them; peft spares parameters
                 # from moving meanwhile, but not buffers, so these are given data at once
@@ -195,10 +215,12 @@ class BranchWeights(nn.Module, BaseTunerLayer):
             gate: Weight of each head, (H,); None asks the method, which must not read the input.
             task: Index of the task, for methods gated by task.
         """
-        config, parts, method = self.configs[adapter_name], self.parts(adapter_name), self.method_of(adapter_name)
-        if gate is None:
-            gate = method.static_gate(config, parts, task)
-        return method.factors(config, parts, gate, self.scaling[adapter_name], task)
+        config, method, scale = self.configs[adapter_name], self.method_of(adapter_name), self.scaling[adapter_name]
+        pairs = []
+        for parts in self._each(adapter_name, self.parts(adapter_name)):
+            weights = method.static_gate(config, parts, task) if gate is None else gate
+            pairs.append(method.factors(config, parts, weights, scale, task))
+        return self._joined([A for A, _ in pairs]), self._joined([B for _, B in pairs])
 
     def extra_repr(self) -> str:
         """Which quantised kind of layer this adapts, if any, for ``print(model)``."""
@@ -207,3 +229,16 @@ class BranchWeights(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.method.name}." + super().__repr__()
+
+
+def layer_names(method: Method) -> dict[str, Any]:
+    """What the class of a method's layers holds: the method, and in which attributes peft finds its tensors."""
+    stem = prefix(method.name)
+    return {
+        "method": method,
+        "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
+        "other_param_names": (
+            *("configs", "plans", "ranks", "scaling", "lora_dropout", "head_dropout"),
+            *(f"{stem}{part}" for part in OFFSET),
+        ),
+    }

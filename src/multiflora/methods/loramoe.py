@@ -40,6 +40,7 @@ CARD = MethodCard(
         "router_z_loss",
     ),
     merges="no (token router)",
+    experts="with target_parameters",
     config="LoraMoeConfig",
 )
 

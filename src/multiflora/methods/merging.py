@@ -43,6 +43,10 @@ class MergingLayer(BranchWeights):
         """
         return self._delta(*self.factors(adapter_name, task=self._task_to_merge(adapter_name)))
 
+    def _has_weight(self) -> bool:
+        """Whether the base weight is a parameter, and not computed from others in each pass."""
+        return self.get_base_layer()._parameters.get("weight") is not None
+
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).t() if isinstance(self.get_base_layer(), Conv1D) else B @ A
 
@@ -60,7 +64,7 @@ class MergingLayer(BranchWeights):
         Raises:
             ExportError: The merged layer would not equal the unmerged one. Nothing has been changed.
         """
-        base, backend = self.get_base_layer(), self.quantization_backend
+        backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ExportError(
                 f"Cannot merge into {self.name}: {backend.backend_name} weights cannot be read back and written. "
@@ -88,7 +92,7 @@ class MergingLayer(BranchWeights):
                 if not torch.isfinite(weight).all():
                     raise ExportError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             found[name] = update
-        if found and backend is None and base._parameters.get("weight") is None:
+        if found and backend is None and not self._has_weight():
             raise ExportError(
                 f"Cannot merge into {self.name}: its weight is computed anew in each forward pass (pruned, or "
                 "parametrised), so what is added to it would be lost. Make it a plain weight first, with "

@@ -38,5 +38,7 @@ class MethodCard:
     """The modules that a recipe means when it names none; None: peft's own choice, or there is no such setting."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings that peft's class leaves open and that must have a value."""
+    experts: str = "no"
+    """Whether the fused experts of a mixture can be adapted, and how."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Settings that act on the training alone, with their defaults; the config class has none of them."""

@@ -26,6 +26,7 @@ CARD = MethodCard(
     paper="arXiv 2508.05078",
     settings=("num_heads", "head_dropout", "gamma", "reduce"),
     merges="exactly",
+    experts="with target_parameters",
     config="MLoraConfig",
 )
 

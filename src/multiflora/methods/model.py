@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -24,8 +25,10 @@ from multiflora.context import Routing, find
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
 from multiflora.methods.config import AdapterConfig
-from multiflora.methods.fused import left_out
+from multiflora.methods.experts import AdaptedExperts, BranchExperts, experts_class
+from multiflora.methods.fused import by_layer, fused_parameters, left_out, targeted, why_not
 from multiflora.methods.layer import BranchLinear, layer_class
+from multiflora.methods.layer_pass import BranchLayer
 from multiflora.methods.model_hooks import give_names, hooks_of, note_places
 from multiflora.methods.targets import can_adapt, identity, places_of_weights, reads_weight_itself
 from multiflora.peft_bridge import (
@@ -37,11 +40,11 @@ from multiflora.peft_bridge import (
 
 
 class BranchModel(BaseTuner):
-    """A model whose linear layers carry the branches of one method; made by ``peft.get_peft_model``."""
+    """A model whose layers carry the branches of one method; made by ``peft.get_peft_model``."""
 
     # (peft's table lists no multi-branch method; LoRA's choice of modules serves them as well)
     method: ClassVar[Method]
-    tuner_layer_cls = BranchLinear
+    tuner_layer_cls = BranchLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # ---- before anything is replaced --------------------------------------------------------------------------------
@@ -56,11 +59,12 @@ class BranchModel(BaseTuner):
                 f"{type(config).__name__}: num_tasks is None; a method gated by task, or with a loss between tasks, "
                 "must know how many there are. Set num_tasks=N or task_names=[...]."
             )
-        if config.target_modules == "all-linear" and (told := left_out(model)):
+        parameters = self._fused(config, model)
+        if config.target_modules == "all-linear" and (told := left_out(model, parameters)):
             warnings.warn(told, UserWarning, stacklevel=2)
         include_all_linear_layers(config, model)
         targets = list(self._targets(config, model))
-        if not targets:
+        if not targets and not parameters:
             return  # peft raises its own error, which lists what was asked for
         for name, module in targets:
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -72,7 +76,8 @@ class BranchModel(BaseTuner):
             if not can_adapt(base):
                 raise AdapterError(
                     f"Target module {name} is a {type(base).__name__}, which is not supported; only linear layers "
-                    "(nn.Linear, transformers' Conv1D and quantised ones) can be adapted. Leave it out."
+                    "(nn.Linear, transformers' Conv1D and quantised ones) can be adapted. Leave it out; the experts "
+                    "of a mixture are named in target_parameters."
                 )
             reader = reads_weight_itself(model, name)
             if reader is not None:
@@ -80,16 +85,45 @@ class BranchModel(BaseTuner):
                     f"Target module {name} belongs to {reader} its weight directly and would pass the adapter by. "
                     f"Leave it out: exclude_modules=[{name.rpartition('.')[2]!r}]."
                 )
+        adapted = [*(name for name, _ in targets), *parameters]
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, field) or {}:
-                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name, _ in targets):
+                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
                     raise AdapterError(
-                        f"{type(config).__name__}: {field} key {pattern!r} matches none of the {len(targets)} adapted "
-                        f"modules (such as {targets[0][0]}). Correct or remove it."
+                        f"{type(config).__name__}: {field} key {pattern!r} matches none of the {len(adapted)} adapted "
+                        f"modules (such as {adapted[0]}). Correct or remove it."
                     )
         routing = find(model) or Routing()
         routing.configs[adapter_name] = config
         self._routing = routing
+
+    def _fused(self, config: AdapterConfig, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """Every fused parameter the config means: name -> the experts that hold it, and its name there."""
+        wanted = config.target_parameters or []
+        refusal = self.method.of(config).refuses_experts(config)
+        if wanted and refusal is not None:
+            raise AdapterError(refusal)
+        for word in wanted:
+            if not targeted(model, [word]):
+                known = dict.fromkeys(by_layer(name for name, _ in fused_parameters(model)))
+                raise AdapterError(
+                    f"target_parameters holds {word!r}, and no parameter's name is or ends in that; the fused experts "
+                    f"of the model are {', '.join(known) or 'none'}."
+                )
+        found = targeted(model, wanted)
+        for name, (module, own) in found.items():
+            if why := why_not(module, own):
+                raise AdapterError(f"Target parameter {name} {why}. Leave it out of target_parameters.")
+            if module is model:
+                raise AdapterError(f"{own} is held by the model itself; adapt a model that has the experts inside.")
+            place = model.get_submodule(name.rpartition(".")[0])
+            layers = place.layers().values() if isinstance(place, AdaptedExperts) else ()
+            if (place is not module and not layers) or any(type(x) is not experts_class(self.method) for x in layers):
+                raise AdapterError(
+                    f"{name} already carries an adapter of another kind ({type(place).__name__}); one model holds "
+                    "adapters of one method. Unload it first, or use another copy of the model."
+                )
+        return found
 
     def _targets(self, config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Every module the config means, with its name."""
@@ -99,6 +133,8 @@ class BranchModel(BaseTuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, name + ".")
+            if isinstance(module, BranchExperts):
+                continue  # another adapter's; it may be called as linear layers are elsewhere
             matched = self._check_target_module_exists(config, name)
             if matched and not isinstance(matched, ExcludedModule):
                 yield name, module
@@ -119,6 +155,11 @@ class BranchModel(BaseTuner):
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         r = peft_config.rank_pattern.get(rank_key, peft_config.r)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        if parameter_name is not None:
+            self._adapt_experts(target, target_name, parent, current_key, parameter_name, adapter_name, r, alpha)
+            return
+        if isinstance(target, BranchExperts):
+            return  # see `_targets`
         if isinstance(target, BranchLinear):
             target.update_layer(adapter_name, peft_config, r, alpha)
             return
@@ -128,6 +169,56 @@ class BranchModel(BaseTuner):
         # an adapter that joins a model in eval mode must not begin to drop out
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """peft's own would take experts that carry an adapter for a layer that another method has adapted."""
+        found = self._fused(peft_config, model)
+        for name, (_, own) in found.items():
+            place, _, target_name = name.rpartition(".")[0].rpartition(".")
+            parent = model.get_submodule(place)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config,
+                    adapter_name,
+                    parent.get_submodule(target_name),
+                    target_name,
+                    parent,
+                    current_key=name,
+                    parameter_name=own,
+                )
+        return list(found)
+
+    def _adapt_experts(
+        self,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        name: str,
+        own: str,
+        adapter_name: str,
+        r: int,
+        alpha: float,
+    ) -> None:
+        """Put an adapter on one fused parameter of a mixture's experts."""
+        if not isinstance(target, AdaptedExperts):
+            experts = AdaptedExperts(target).train(target.training)
+            self._replace_module(parent, target_name, experts, target)
+            target = experts
+        layer = target.layers().get(own)
+        if layer is None:
+            layer = experts_class(self.method)(target.base_layer, own, self._routing, name)
+            layer._active_adapter = adapter_name
+            target.add_module(own, layer)
+        layer.update_layer(adapter_name, self.peft_config[adapter_name], r, alpha)
+        layer.train(target.training)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, AdaptedExperts) or isinstance(child, AdaptedExperts):
+            setattr(parent, child_name, new_module)  # peft would look for one weight, and experts have two
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         routing = find(model)
@@ -153,7 +244,7 @@ class BranchModel(BaseTuner):
     # ---- merging ----------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge in place, into all layers or none; see `BranchLinear.updates` for what is refused."""
+        """Merge in place, into all layers or none; see `MergingLayer.updates` for what is refused."""
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
@@ -175,8 +266,8 @@ class BranchModel(BaseTuner):
             hook.remove()
         return unloaded
 
-    def _layers(self) -> Iterator[BranchLinear]:
-        return (layer for layer in self.model.modules() if isinstance(layer, BranchLinear))
+    def _layers(self) -> Iterator[BranchLayer]:
+        return (layer for layer in self.model.modules() if isinstance(layer, BranchLayer))
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Refuse before the first layer is touched: a half-merged model would be worse than none."""
@@ -236,7 +327,12 @@ class BranchModel(BaseTuner):
             return
         if self.training:
             raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for layer in self.modules() if isinstance(layer, BranchLinear) for name in layer.configs}
+        if any(isinstance(layer, BranchExperts) for layer in self.modules()):
+            raise AdapterError(
+                "Rows of several adapters cannot be computed together (adapter_names) where the experts of a mixture "
+                "are adapted. Give each adapter a batch of its own, with set_adapter."
+            )
+        known = {name for layer in self._layers() for name in layer.configs}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
             raise AdapterError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

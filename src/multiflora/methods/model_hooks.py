@@ -12,7 +12,8 @@ from torch import nn
 
 from multiflora.context import Routing, task
 from multiflora.errors import AdapterError
-from multiflora.methods.layer import BranchLinear
+from multiflora.methods.experts import BranchExperts
+from multiflora.methods.layer_pass import BranchLayer
 
 __all__ = ["give_names", "hooks_of", "note_places"]
 
@@ -28,13 +29,14 @@ def note_places(routing: Routing, model: nn.Module) -> None:
         for child in module.children():
             inside[child] = inside.get(module, 0) + listed
     of_decoder = set() if decoder is None else set(decoder.modules())
-    layers = [layer for layer in model.modules() if isinstance(layer, BranchLinear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, BranchLayer)]
     routing.decoder_layers = frozenset(layer.name for layer in layers if layer in of_decoder)
     routing.listed = frozenset(layer.name for layer in layers if inside.get(layer))
     routing.shared_out = frozenset(
         layer.name
         for layer in layers
-        if inside.get(layer, 0) > 1 or (inside.get(layer) and _EXPERTS.search(layer.name))
+        if not isinstance(layer, BranchExperts)  # which see all tokens, and know whose they are
+        and (inside.get(layer, 0) > 1 or (inside.get(layer) and _EXPERTS.search(layer.name)))
     )
 
 

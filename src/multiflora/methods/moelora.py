@@ -31,6 +31,7 @@ CARD = MethodCard(
     paper="arXiv 2310.18339",
     settings=("num_experts", "task_embedding_dim", "shared_gate"),
     merges="per task",
+    experts="with target_parameters",
     config="MoeLoraConfig",
 )
 

@@ -24,6 +24,7 @@ CARD = MethodCard(
     paper="arXiv 2410.09437",
     settings=("num_heads", "temperature", "task_matrix"),
     merges="per task",
+    experts="with target_parameters",
     config="MtlLoraConfig",
 )
 

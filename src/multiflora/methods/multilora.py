@@ -30,6 +30,7 @@ CARD = MethodCard(
     paper="arXiv 2311.11501",
     settings=("num_modules", "scale_shape", "use_alpha"),
     merges="exactly",
+    experts="with target_parameters",
     config="MultiLoraConfig",
 )
 

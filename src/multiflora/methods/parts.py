@@ -59,6 +59,7 @@ CARD = MethodCard(
         "router_z_loss",
     ),
     merges="depends (on the gate)",
+    experts="with target_parameters",
     config="PartsConfig",
 )
 

@@ -124,7 +124,10 @@ def start_from(model: Any, recipe: Recipe) -> Earlier | None:
     planned = model.active_peft_config
     for name, tensor in wanted.items():
         if _part(name) in _task_parts(planned):
-            tensors[name] = _by_name(tensors[name], earlier.config.task_names, tensor, planned.task_names)
+            axis = _task_axis(planned, name, tensor)
+            had, fresh = tensors[name].movedim(axis, 0), tensor.movedim(axis, 0)
+            ordered = _by_name(had, earlier.config.task_names, fresh, planned.task_names)
+            tensors[name] = ordered.movedim(0, axis).contiguous()
     set_peft_model_state_dict(model, {name: tensors[name] for name in wanted})
     for name, tensor in _tensors(model).items():
         if not tensor.cpu().equal(tensors[name].to(tensor.dtype)):
@@ -189,8 +192,11 @@ def _check_tensors(folder: Path, config: Any, model: Any) -> None:
                 f"method.target_modules (and modules_to_save) as {folder / CONFIG} has them, or leave init_from out."
             )
         for name, tensor in wanted.items():
-            first = 1 if _part(name) in by_task else 0  # of which there are as many as tasks
-            if file.shape(name)[first:] != tuple(tensor.shape)[first:]:
+            had, has = list(file.shape(name)), list(tensor.shape)
+            if _part(name) in by_task and len(had) == len(has):  # of which there are as many as tasks
+                axis = _task_axis(config, name, tensor)
+                had[axis] = has[axis]
+            if had != has:
                 raise ConfigError(
                     f"init_from is {folder}, whose tensor {name} has shape {file.shape(name)}; expected "
                     f"{tuple(tensor.shape)}. It was trained on another base model "
@@ -221,6 +227,12 @@ def _task_parts(config: Any) -> set[str]:
     two, three = (replace(config, num_tasks=number, task_names=None) for number in (2, 3))
     grown = method.shapes(three, config.r, 1, 1)
     return {part for part, shape in method.shapes(two, config.r, 1, 1).items() if grown[part] != shape}
+
+
+def _task_axis(config: Any, name: str, tensor: Tensor) -> int:
+    """Which axis of a tensor has a row for each task: the first, or the one behind that of a mixture's experts."""
+    method = method_of(config)
+    return 0 if method is None else tensor.dim() - len(method.shapes(config, config.r, 1, 1)[_part(name)])
 
 
 def _part(name: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from multiflora.methods.layer import BranchLinear
+from multiflora.methods.layer_pass import BranchLayer
 from multiflora.methods.layer_weights import OFFSET
 from multiflora.training.adapter import takes_start_off
 
@@ -110,7 +110,7 @@ def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a training changes: those with gradients, and what a method lets follow them."""
     yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     for layer_name, layer in model.named_modules():
-        if isinstance(layer, BranchLinear):
+        if isinstance(layer, BranchLayer):
             for adapter in layer.configs:
                 parts = layer.parts(adapter).items()
                 yield from ((f"{layer_name}.{adapter}.{part}", tensor) for part, tensor in parts if part in OFFSET)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from multiflora.errors import ConfigError
-from multiflora.methods.layer import BranchLinear
+from multiflora.methods.layer_pass import BranchLayer
 
 __all__ = ["give_routers_their_rate"]
 
@@ -25,7 +25,7 @@ def give_routers_their_rate(optimizer: Optimizer, model: nn.Module, ratio: float
     routers = {
         id(part)
         for layer in model.modules()
-        if isinstance(layer, BranchLinear)
+        if isinstance(layer, BranchLayer)
         for name in layer.configs
         for kind, part in layer.parts(name).items()
         if kind == "router" and part.requires_grad

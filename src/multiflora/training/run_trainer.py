@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from multiflora.context import auxiliary_loss, find
 from multiflora.files import write_json, write_text
-from multiflora.methods.layer import BranchLinear
+from multiflora.methods.layer_pass import BranchLayer
 from multiflora.training.adapter import save_adapter
 from multiflora.training.baselines import loraplus_optimizer, orthogonality, restore_training, save_training
 from multiflora.training.best import KeepBest
@@ -192,7 +192,7 @@ class RunTrainer(Trainer):
         spared = {
             id(part)
             for layer in model.modules()
-            if isinstance(layer, BranchLinear)
+            if isinstance(layer, BranchLayer)
             for name in layer.configs
             for kind, part in layer.parts(name).items()
             if kind not in _DECAYED_PARTS

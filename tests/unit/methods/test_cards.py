@@ -138,6 +138,17 @@ def test_every_setting_says_what_it_is(name):
             assert item.metadata["help"].endswith((".", ")")), item.name
 
 
+def test_a_card_says_whether_experts_can_be_adapted():
+    for name, card in METHODS.items():
+        if card.module is not None:
+            method = describe(name)
+            refusal = method.refuses_experts(build_config(name, {"num_tasks": 2}))
+            assert (card.experts == "with target_parameters") == (refusal is None)
+            assert (card.experts == "no") == (refusal is not None and "Set" not in refusal)
+    assert METHODS["alignlora"].experts == "with target_parameters, and align_weight 0"
+    assert describe("alignlora").refuses_experts(build_config("alignlora", {"align_weight": 0.0})) is None
+
+
 def test_whether_it_merges_is_the_settings_where_these_decide():
     assert merges("lora", {}) == merges("multilora", {}) == "exactly"
     assert merges("parts", {"gate": "task"}) == "per task"

@@ -32,7 +32,7 @@ REFUSED = [
     ("hydralora", {"bias": "some"}, "bias is 'some'"),
     ("hydralora", {"task_names": ["a", "a"]}, "a name twice"),
     ("hydralora", {"task_names": ["a"], "num_tasks": 2}, "make them agree"),
-    ("hydralora", {"target_parameters": ["w"]}, "only modules can be adapted"),
+    ("hydralora", {"target_parameters": ["w"], "layers_to_transform": 0}, "does not go with target_parameters"),
     ("hydralora", {"layer_replication": [[0, 1]]}, "replicate the layers yourself"),
     ("hydralora", {"ensure_weight_tying": True}, "ensure_weight_tying is True"),
     ("hydralora", {"rank_pattern": {"(": 2}}, r"rank_pattern key '\(' is not a regular expression"),
