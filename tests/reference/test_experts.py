@@ -100,7 +100,7 @@ def expected(kind: str, wrapper: Any, x: Tensor, chosen: Tensor, weights: Tensor
         h = activated(kind, h)
         (mask, heads) = masks[1]
         y = product(kind, layers[second], experts, second, e, task, h, h * mask[place], heads[place])
-        rows[t] = rows[t] + weights[t, k] * y
+        rows[t] = rows[t] + weights[t, k] * (experts.post_expert_norm(y) if experts.has_post_expert_norm else y)
     return torch.stack(rows).view(x.shape)
 
 
@@ -159,6 +159,13 @@ def test_outputs_and_gradients_are_those_of_the_paper(name: str, settings: dict[
 def test_every_layout_of_experts(kind: str, name: str) -> None:
     model, wrapper = adapted(kind, name, {})
     agree(kind, model, wrapper, [{}, {}])
+
+
+def test_experts_whose_answers_are_normed() -> None:
+    model, wrapper = adapted("mixtral", "rlora", {})
+    wrapper.base_layer.has_post_expert_norm = True
+    wrapper.base_layer.post_expert_norm = nn.LayerNorm(16).double()
+    agree("mixtral", model, wrapper, [{}, {}])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
