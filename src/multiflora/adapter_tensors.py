@@ -221,8 +221,10 @@ def _lora_problems(config: Any, file: TensorFile) -> Iterator[str]:
         A, B = layer.shapes["A.weight"], layer.shapes["B.weight"]
         if len(A) < 2 or len(B) < 2:
             yield f"tensors {stem}A.weight and B.weight have shapes {A} and {B}; expected matrices. Save it again."
+        # of a fused parameter peft keeps the experts' ranks one under another, and does not say so in the name
+        several = bool(getattr(config, "target_parameters", None))
         for part, size in (("A.weight", A[0]), ("B.weight", B[1])):
-            if size != r:
+            if size % r if several else size != r:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for rank {r}. Weights "
                     f"and {CONFIG} do not belong together, or only a shard was saved."
@@ -246,13 +248,14 @@ def misfits(config: Any, file: TensorFile, base: Any) -> Iterator[str]:
     for layer in _layers(file, mark):
         if not set(ends) <= layer.shapes.keys():
             continue  # an embedding's pair, which peft itself fits
-        if layer.name not in modules:
+        name = layer.name.replace(".base_layer", "")  # in which peft hides a second parameter of the same module
+        if name not in modules:
             yield (
                 f"tensor {ROOT}{layer.name}{mark}{ends[0]}: the base model has no layer {layer.name}. The adapter was "
                 "trained on another model."
             )
             return
-        module = modules[layer.name]
+        module = modules[name]
         sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
         A, B = layer.shapes[ends[0]], layer.shapes[ends[1]]
         told = (A[-1], B[0] if len(B) < 3 else B[-2])

@@ -11,13 +11,14 @@ import pytest
 import torch
 from mixtures import MIXTURES, mixture
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import multiflora
+from multiflora.adapter_folder import load_adapter
 from multiflora.base_model import load_model
 from multiflora.comparison.plan import plan_of
 from multiflora.comparison.spec import load_comparison
-from multiflora.errors import ConfigError, ExportError
+from multiflora.errors import AdapterError, ConfigError, ExportError
 from multiflora.estimate import estimate
 from multiflora.methods.fused import LEFT_OUT
 from multiflora.recipe import Recipe
@@ -92,6 +93,21 @@ def test_experts_are_trained_saved_and_scored(
     losses = [line["loss"] for line in made.results["training"]["log"] if "loss" in line]
     assert losses[-1] < losses[0]
     assert multiflora.evaluate(str(made.output), limit=4, progress=False) == made.results["adapted"]
+
+
+def test_pefts_own_lora_of_experts_is_trained_saved_and_scored(folder_of: Callable[[str], str], tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, {"name": "lora", "r": 2}, model=folder_of("mixtral"), max_steps=2)
+    told = estimate(recipe)
+    assert told.modules["model.layers.*.mlp.experts.down_proj"] == 2
+    made = multiflora.train(recipe, quiet=True)
+    counts = made.results["parameters"]
+    assert (told.trainable, told.parameters) == (counts["trainable"], counts["total"])
+    assert multiflora.evaluate(str(made.output), limit=4, progress=False) == made.results["adapted"]
+    damaged = load_file(made.output / "adapter_model.safetensors")
+    cut = next(name for name in damaged if ".experts." in name and name.endswith("lora_A.weight"))
+    save_file(damaged | {cut: damaged[cut][:3].clone()}, made.output / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"experts.*asks for rank 2"):
+        load_adapter(mixture("mixtral"), made.output)
 
 
 def test_a_training_goes_on_with_the_tasks_in_another_order(folder_of: Callable[[str], str], tmp_path: Path) -> None:
