@@ -72,6 +72,8 @@ ADAPTERS: dict[str, tuple[Any, str | None]] = {
     ),
     "loramoe": (multiflora.LoraMoeConfig(num_experts=3, **EVERYWHERE), None),
     "mtllora": (multiflora.MtlLoraConfig(num_heads=2, task_names=["colours", "seasons"], **EVERYWHERE), "seasons"),
+    # one gate for all layers, which the first of them holds
+    "moelora": (multiflora.MoeLoraConfig(num_experts=2, task_names=["colours", "seasons"], **EVERYWHERE), "seasons"),
 }
 
 
