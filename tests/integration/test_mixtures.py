@@ -139,6 +139,11 @@ def test_what_is_written_of_linear_layers_alone_is_refused(folder_of: Callable[[
     assert "branches of fused experts are left out" in " ".join(found["notes"])
     words = recipe.model_dump(mode="json", exclude_none=True, include={"model", "tasks"})
     words |= {"output": str(tmp_path / "compared")}
-    compared = {"methods": [{"name": "rlora", "target_parameters": EXPERTS}, "lora"]}
+    shared = {"target_modules": ["q_proj", "v_proj"]}
+    compared = {"methods": [{"name": "rlora", "target_parameters": EXPERTS}, "lora"], "shared": shared}
     with pytest.raises(ConfigError, match=r"compare: rlora has target_parameters.*linear layers alone"):
         plan_of(load_comparison({**words, "compare": compared}))
+    compared = {"methods": ["lora", "rlora"]}
+    with pytest.raises(ConfigError, match=r"takes the experts of this mixture along.*Name modules of attention"):
+        plan_of(load_comparison({**words, "compare": compared}))
+    assert len(plan_of(load_comparison({**words, "compare": {**compared, "shared": shared}}))) == 2

@@ -227,16 +227,19 @@ def default_config(name: str) -> Any:
     return build_config(name, {})
 
 
-def adapted_widths(model_config: Any, settings: Mapping[str, Any], *, trust_remote_code: bool = False) -> list[Width]:
+def adapted_widths(
+    model_config: Any, settings: Mapping[str, Any], *, trust_remote_code: bool = False, by_peft: bool = False
+) -> list[Width]:
     """List the layers that settings such as ``target_modules`` choose, from a model's config, without its weights.
 
     Args:
         model_config: The model's transformers config.
         settings: A method's settings; only those that choose modules are read.
         trust_remote_code: Let the config name classes outside transformers.
+        by_peft: Whether the method is one of peft's own, which may adapt more than linear layers by the same words.
 
     Raises:
-        ConfigError: They choose no layer.
+        ConfigError: They choose no layer, or more than layers.
     """
     from peft import get_peft_model
 
@@ -252,6 +255,12 @@ def adapted_widths(model_config: Any, settings: Mapping[str, Any], *, trust_remo
         raise ConfigError(f"method.target_modules is {chosen['target_modules']!r}: {error}") from error
     base = model.get_base_model()
     names = model.base_model.targeted_module_names
+    if by_peft and model.base_model.targeted_parameter_names:
+        raise ConfigError(
+            f"method.target_modules is {chosen['target_modules']!r}, by which peft's LoRA takes the experts of this "
+            "mixture along, and our methods do not: they would not train alike. Name modules of attention alone, such "
+            "as compare.shared.target_modules=[q_proj, v_proj]."
+        )
     return [Width(name, *layer_widths(base.get_submodule(name).get_base_layer())) for name in names]
 
 

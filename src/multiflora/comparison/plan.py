@@ -120,7 +120,7 @@ def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
             continue
         assert target is not None
         equal: Literal["parameters", "flops"] = "flops" if budget.equal == "flops" else "parameters"
-        widths = adapted_widths(model_config, settings, trust_remote_code=remote)
+        widths = adapted_widths(model_config, settings, trust_remote_code=remote, by_peft=_is_peft_s(entry))
         solved = solve_rank(
             entry.name, settings | _tasks(entry, comparison), widths, target, equal=equal, scale=entry.scale
         )
@@ -154,7 +154,7 @@ def _as_given(comparison: Comparison, entry: Entry, model_config: Any) -> Compet
     if method.shapes is None:
         parameters, flops = count_on_meta(model_config, entry.name, known, trust_remote_code=remote), None
     else:
-        widths = adapted_widths(model_config, settings, trust_remote_code=remote)
+        widths = adapted_widths(model_config, settings, trust_remote_code=remote, by_peft=_is_peft_s(entry))
         config = build_config(entry.name, known)
         parameters, flops = count_parameters(method, config, widths), count_flops(method, config, widths)
     return Competitor(
@@ -167,6 +167,10 @@ def _as_given(comparison: Comparison, entry: Entry, model_config: Any) -> Compet
         rank=rank,
         solved=False,
     )
+
+
+def _is_peft_s(entry: Entry) -> bool:
+    return METHODS[entry.name].module is None
 
 
 def _settings(comparison: Comparison, entry: Entry) -> dict[str, Any]:
