@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from made_adapters import adapted, save
+from mixtures import PRODUCTS, mixture
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -111,6 +112,23 @@ def test_sixty_requests_at_random_times_are_answered_as_each_alone(models, right
     assert len({job.model for job in jobs}) == 5
     for job in jobs:
         assert job.decoder.ids == right(job), (job.model, job.task)
+
+
+def test_adapters_on_a_mixture_s_experts_are_answered_as_each_alone(tmp_path):
+    mixture("mixtral").save_pretrained(tmp_path / "base")
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+
+    for name in ("rlora", "mtllora"):
+        words = {"target_modules": ["q_proj"], "target_parameters": PRODUCTS["mixtral"]}
+        save(adapted(name, base(), **words), tmp_path / name)
+    models = load_served(base(), "base", {name: tmp_path / name for name in ("rlora", "mtllora")})
+    kinds = [("base", None), ("rlora", None), ("mtllora", 0), ("mtllora", 1)]
+    jobs = answers(models, kinds, Limits(max_batch=8, chunk=4), count=24)
+    assert len({job.model for job in jobs}) == 3
+    for job in jobs:
+        assert job.decoder.ids == alone(models, job), (job.model, job.task)
 
 
 def job_of(model, prompt, length, task=None):
