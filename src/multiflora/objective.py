@@ -43,8 +43,6 @@ class GrpoSpec(Strict):
     """Draw from so many of the likeliest tokens; 0: from all."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the model as the run started; 0: it is neither computed nor logged."""
-    epsilon: float = Field(default=0.2, gt=0)
-    """How far a token's probability ratio counts; has no effect before answers are used a second time."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
     """How the loss is averaged over tokens and answers, by trl's names."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
