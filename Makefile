@@ -62,8 +62,8 @@ integrations: $(AXOLOTL) $(VLLM) ## other people's programs train and serve our 
 	$(TEST_ENV) .integrations/axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
 	$(TEST_ENV) .integrations/vllm/bin/python -m pytest tests/integrations/test_vllm.py
 
-quick: $(DEV) ## the tests that take seconds
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+quick: $(DEV) ## the units, and the plain loops that check the sums: about three minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow" tests/unit tests/reference
 
 lint: $(DEV) ## ruff's rules and its formatting, checked
 	$(BIN)/ruff check $(CODE)
