@@ -20,9 +20,7 @@ from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.tasks import load_task
 from multiflora.tasks.load import examples_of
-from multiflora.training.adapter import add_adapter
-from multiflora.training.fit import fit
-from tests.integration.toys import make_tokenizer
+from tests.integration.toys import make_tokenizer, of_seed, run
 
 TinyLlama = Callable[..., LlamaForCausalLM]
 TASKS = ("low", "high")
@@ -55,17 +53,6 @@ def make_recipe(folder: Path, method: Any = "lora", *, model: str = "toy", **mor
             **more,
         }
     )
-
-
-def run(tiny_llama: TinyLlama, recipe: Recipe, **more: Any) -> tuple[Any, list[dict[str, Any]]]:
-    tokenizer = make_tokenizer()
-    model = add_adapter(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=1), recipe)
-    _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True, **more)
-    return model, log
-
-
-def of_seed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log if "loss" in line]
 
 
 def test_each_task_learns_its_own_preference(tiny_llama: TinyLlama, tmp_path: Path) -> None:

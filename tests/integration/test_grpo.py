@@ -21,9 +21,8 @@ from multiflora.estimate import estimate
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.training.adapter import add_adapter
-from multiflora.training.fit import fit
 from multiflora.training.reference import Reference
-from tests.integration.toys import make_tokenizer
+from tests.integration.toys import make_tokenizer, of_seed, run
 
 TinyLlama = Callable[..., LlamaForCausalLM]
 ANSWERS = {"seven": 7, "eight": 8}
@@ -55,17 +54,6 @@ def make_recipe(
             **more,
         }
     )
-
-
-def run(tiny_llama: TinyLlama, recipe: Recipe, **more: Any) -> tuple[Any, list[dict[str, Any]]]:
-    tokenizer = make_tokenizer()
-    model = add_adapter(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=1), recipe)
-    _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True, **more)
-    return model, log
-
-
-def of_seed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log if "loss" in line]
 
 
 @pytest.mark.parametrize("method", [{"name": "moelora", "r": 8}, "mtllora"])
@@ -163,6 +151,9 @@ def test_a_function_of_the_recipe_rewards_in_the_place_of_the_score(
     ):
         with pytest.raises(ConfigError, match=told):
             run(tiny_llama, make_recipe(tmp_path, grpo={"rewards": {"eight": entry}}))
+    # before anything is loaded: there is no such model
+    with pytest.raises(ConfigError, match="cannot import no_such_module"):
+        multiflora.train(make_recipe(tmp_path, model="absent", grpo={"rewards": {"eight": entry}}), quiet=True)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"lorahub", "losparse", "loraga"}))

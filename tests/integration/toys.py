@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from multiflora.data.prepare import encode_tasks
 from multiflora.recipe import Recipe, recipe_from
+from multiflora.training.adapter import add_adapter
+from multiflora.training.fit import fit
 
 DIGITS = [str(i) for i in range(10)]
 
@@ -66,3 +70,16 @@ def make_recipe(folder: Path, method: Any, *, seed: int = 0, model: str = "toy",
             "output": str(folder / "run"),
         }
     )
+
+
+def run(tiny_llama: Callable[..., LlamaForCausalLM], recipe: Recipe, **more: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Train a recipe's adapter on a tiny model: the model, and the log."""
+    tokenizer = make_tokenizer()
+    model = add_adapter(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=1), recipe)
+    _, log = fit(model, tokenizer, recipe, encode_tasks(recipe, tokenizer), quiet=True, **more)
+    return model, log
+
+
+def of_seed(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log's lines that the seed determines."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log if "loss" in line]

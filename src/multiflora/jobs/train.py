@@ -51,6 +51,7 @@ from multiflora.training.packing import require_separate_examples
 from multiflora.training.precision import weights_of
 from multiflora.training.processes import is_first_process, is_sharded, num_processes, own_device
 from multiflora.training.quiet import quiet_libraries
+from multiflora.training.rewards import load_rewards
 from multiflora.training.trackers import require_trackers
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _train(recipe: Recipe, *, resume: bool, quiet: bool) -> RunResult:
     require_trackers(recipe.train.report_to)
     require_engine(recipe)
     check_course(recipe)
+    load_rewards(recipe)  # a function that cannot be imported is refused before the work
     set_seed(recipe.seed)
     quiet = quiet or not is_first_process()
     seconds: dict[str, float] = {}
