@@ -20,6 +20,9 @@ from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, recipe_from
 from multiflora.tasks import load_task
 from multiflora.tasks.load import examples_of
+from multiflora.training.adapter import add_adapter
+from multiflora.training.dpo import PairCollator
+from multiflora.training.fit import order_examples
 from tests.integration.toys import make_tokenizer, of_seed, run
 
 TinyLlama = Callable[..., LlamaForCausalLM]
@@ -90,6 +93,20 @@ def test_a_step_is_the_same_in_two_forward_passes(tiny_llama: TinyLlama, tmp_pat
     (_, one), (_, two) = found
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.05 if "balance" in str(method) else 1e-5)
     assert two[1]["margin"] == pytest.approx(one[1]["margin"], rel=0.05)
+
+
+def test_what_an_adapter_adds_to_the_loss_is_in_it_once(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    method = {"name": "hydralora", "top_k": 2, "router_balance_loss": 0.5, "lora_dropout": 0.0}
+    recipe, tokenizer = make_recipe(tmp_path, method, train={"max_steps": 1}), make_tokenizer()
+    _, log = run(tiny_llama, recipe)
+    model = add_adapter(tiny_llama(vocab_size=len(tokenizer), initializer_range=0.2, eos_token_id=1), recipe)
+    pairs = order_examples(recipe, encode_tasks(recipe, tokenizer))[0].dataset
+    batch = PairCollator(pad_token_id=0)(pairs.to_list())
+    model.train()(**{key: batch[key] for key in ("input_ids", "attention_mask", "task_id")})
+    # a fresh adapter prefers nothing: its own loss is log 2
+    added = float(multiflora.auxiliary_loss(model))
+    assert added > 0.4
+    assert log[0]["loss"] == pytest.approx(math.log(2) + added, rel=1e-3)
 
 
 def test_a_resumed_run_is_the_whole_one(tiny_llama: TinyLlama, tmp_path: Path) -> None:
