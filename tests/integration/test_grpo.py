@@ -20,6 +20,7 @@ from multiflora.errors import ConfigError
 from multiflora.estimate import estimate
 from multiflora.methods import METHODS
 from multiflora.recipe import Recipe, recipe_from
+from multiflora.training import shared_prompts
 from multiflora.training.adapter import add_adapter
 from multiflora.training.reference import Reference
 from tests.integration.toys import make_tokenizer, of_seed, run
@@ -131,6 +132,38 @@ def test_a_resumed_run_is_the_whole_one(tiny_llama: TinyLlama, tmp_path: Path) -
     assert all(tensor.equal(expected[name]) for name, tensor in get_peft_model_state_dict(again).items())
     assert of_seed(log_again) == of_seed(log)  # the line of steps 3 and 4, too
     assert [path.name for path in recipe.output.rglob("ref")] == []
+
+
+@pytest.mark.parametrize("method", ["lora", "rlora", "mtllora", {"name": "mixlora", "router_balance_loss": 0.01}])
+def test_a_prompt_that_is_read_once_is_the_same_to_the_model(
+    tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    settings = {"lora_dropout": 0.0} | ({"name": method} if isinstance(method, str) else method)
+    settings |= {"head_dropout": 0.0} if method == "rlora" else {}
+    train = {"max_steps": 3, "batch_size": 32, "gradient_accumulation": 2, "warmup_ratio": 0}
+    found, lengths = [], []
+    read = shared_prompts.read
+
+    def noted(*args: Any) -> Any:
+        prompts = read(*args)
+        lengths[-1] += 0 if prompts is None else len(prompts.lengths)
+        return prompts
+
+    monkeypatch.setattr(shared_prompts, "read", noted)
+    for may in (shared_prompts.may_share, lambda model: False):
+        monkeypatch.setattr(shared_prompts, "may_share", may)
+        lengths.append(0)
+        recipe = make_recipe(tmp_path / str(len(found)), settings, grpo={"beta": 0.05}, train=train)
+        model, log = run(tiny_llama, recipe)
+        found.append((get_peft_model_state_dict(model), of_seed(log)))
+    # 3 steps of 64 answers: written, scored by the reference, learned from; a balance loss needs prompts in their rows
+    assert lengths == [3 * 64 * 3 if isinstance(method, str) else 0, 0]
+    (ours, our_log), (whole, whole_log) = found
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=1e-3)
+    for line, other in zip(our_log, whole_log, strict=True):
+        same = {key: value for key, value in other.items() if not key.startswith("routing/")}  # of the tokens read
+        assert {key: line[key] for key in same} == pytest.approx(same, abs=1e-4)
 
 
 def test_a_function_of_the_recipe_rewards_in_the_place_of_the_score(

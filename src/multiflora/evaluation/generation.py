@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from multiflora.evaluation.kept_rows import base_of, has_rows, is_recurrent, rows_of
+from multiflora.kept_rows import base_of, has_rows, is_recurrent, rows_of
 from multiflora.tasks.score import before_stop
 
 __all__ = ["RowStops", "generate_leaving", "may_leave"]

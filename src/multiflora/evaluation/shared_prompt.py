@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multiflora.evaluation.kept_rows import base_of, has_rows, is_recurrent, rows_of
+from multiflora.kept_rows import base_of, has_rows, is_recurrent, rows_of
 
 __all__ = ["Choice", "by_prompt", "score_behind"]
 

@@ -24,8 +24,9 @@ from trl import DPOConfig, DPOTrainer
 
 from multiflora.data.collate import pad_batch
 from multiflora.data.encode import IGNORED
+from multiflora.kept_rows import base_of
 from multiflora.training.reference import Reference, leave_loss_out
-from multiflora.training.run_trainer import RunTrainer, base_of
+from multiflora.training.run_trainer import RunTrainer
 from multiflora.training.trainer import usable_pad
 
 __all__ = ["DpoTrainer", "PairCollator", "preference_of"]

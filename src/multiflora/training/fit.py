@@ -16,6 +16,7 @@ from multiflora.context import find
 from multiflora.data.mixture import Mixture
 from multiflora.data.prepare import Examples, TrainingData, fill_up
 from multiflora.errors import ConfigError, Interrupted
+from multiflora.kept_rows import base_of
 from multiflora.recipe import Recipe
 from multiflora.training.arguments import rows_of_step, steps_of, training_arguments
 from multiflora.training.baselines import schedules, training_settings
@@ -28,7 +29,7 @@ from multiflora.training.interrupt import stop_on_sigterm
 from multiflora.training.processes import is_first_process, num_processes, own_seed, uses_zero3
 from multiflora.training.progress import progress_bar
 from multiflora.training.rewards import load_rewards
-from multiflora.training.run_trainer import RunTrainer, base_of, own_forward
+from multiflora.training.run_trainer import RunTrainer, own_forward
 from multiflora.training.sharded import gather_containers, keep_root_whole
 from multiflora.training.trainer import MultitaskTrainer
 

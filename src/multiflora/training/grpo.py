@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
 
 from multiflora.context import task
+from multiflora.kept_rows import base_of
+from multiflora.training import shared_prompts
 from multiflora.training.reference import Reference, evaluating, leave_loss_out
 from multiflora.training.rewards import Reward, rewards_of
-from multiflora.training.run_trainer import RunTrainer, base_of
+from multiflora.training.run_trainer import RunTrainer
 from multiflora.training.trainer import usable_pad
 
 __all__ = ["GrpoTrainer", "kl_of"]
@@ -165,11 +169,32 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         """Take the prompts' ids as they were encoded: one way from text to ids, in training and scoring."""
         return [row["input_ids"] for row in self._rows], None, {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Write the answers without dropout, by branches prepared for inference, each row as its own task."""
-        model = self.accelerator.unwrap_model(self.model)
-        with evaluating(model), task(model, [row["task_id"] for row in self._rows]):
-            return super()._generate_single_turn(*args, **kwargs)
+        assert self._task_id is not None
+        tensors = [torch.tensor(ids) for ids in prompt_ids]
+        ids = pad(tensors, self.processing_class.pad_token_id, "left").to(self.args.device)
+        mask = pad([torch.ones_like(row) for row in tensors], 0, "left").to(self.args.device)
+        with (
+            # with settings of ours alone: those of the model's own that are not named here would be taken, too
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
+            ) as model,
+            evaluating(model),
+            torch.no_grad(),
+            task(model, self._task_id.tolist()),
+        ):
+            prompts = self._read_prompts(model, ids, mask, self._task_id)
+            texts = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=None if prompts is None else prompts.kept,
+                generation_config=self.generation_config,
+            )[:, ids.shape[1] :]
+        ended = torch.isin(texts, texts.new_tensor(self.eos_token_ids)).cumsum(1)
+        # up to the first end of text, which belongs to the answer
+        kept = torch.cat([ended.new_zeros(len(ended), 1), ended[:, :-1]], 1) == 0
+        return [row[own].tolist() for row, own in zip(texts.cpu(), kept.cpu(), strict=True)], None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -185,12 +210,17 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         size, parts = batch_size or len(input_ids), []
         for start in range(0, len(input_ids), size):
             rows = slice(start, start + size)
-            with task(self.model, self._task_id[rows].tolist()):
-                parts.append(
-                    super()._get_per_token_logps_and_entropies(
-                        model, input_ids[rows], attention_mask[rows], logits_to_keep, **kwargs
-                    )
-                )
+            ids, mask, tasks = input_ids[rows], attention_mask[rows], self._task_id[rows]
+            width = ids.shape[1] - logits_to_keep
+            # the loss of a mixture's own router is made of whole rows
+            whole = kwargs.get("compute_aux_loss", False)
+            prompts = None if whole else self._read_prompts(model, ids[:, :width], mask[:, :width], tasks)
+            with task(self.model, tasks.tolist()):
+                if prompts is None:
+                    score = super()._get_per_token_logps_and_entropies
+                    parts.append(score(model, ids, mask, logits_to_keep, **kwargs))
+                else:
+                    parts.append(self._score_behind(model, prompts, ids, mask, logits_to_keep, **kwargs))
         if torch.is_grad_enabled():  # of the pass that the loss is made of
             self._own = self.loss_of_adapter(model)
         log_probs, entropies, losses = zip(*parts, strict=True)
@@ -201,6 +231,41 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             None if entropies[0] is None else torch.cat(entropies),
             None if losses[0] is None else torch.stack(losses).mean(),
         )
+
+    def _read_prompts(self, model: Any, ids: Tensor, mask: Tensor, tasks: Tensor) -> shared_prompts.Prompts | None:
+        """Read each prompt once; None where it is read with every answer."""
+        own = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.num_processes > 1 or not shared_prompts.may_share(own):
+            return None
+        with self.accelerator.autocast():
+            return shared_prompts.read(model, own, ids, mask, tasks)
+
+    def _score_behind(
+        self,
+        model: Any,
+        prompts: shared_prompts.Prompts,
+        ids: Tensor,
+        mask: Tensor,
+        logits_to_keep: int,
+        compute_entropy: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Score answers behind prompts that are read: (B, C) log-probabilities, and entropies where they are wanted."""
+        own, real = ids[:, -logits_to_keep:], mask[:, -logits_to_keep:]
+        # an answer's token is read from the one before it, the first from the prompt's last
+        before = ids[:, -logits_to_keep - 1 : -1]
+        # what fills a row up needs a position too, and the model may have none behind the row's last
+        steps = torch.minimum(real.cumsum(-1), real.sum(-1, keepdim=True)) - 1
+        with self.accelerator.autocast():
+            out = model(
+                input_ids=before,
+                attention_mask=mask[:, :-1],
+                position_ids=prompts.lengths[:, None] + steps.clamp(min=0),
+                past_key_values=prompts.kept,
+                shift_labels=own.masked_fill(real == 0, -100),
+                fused_lm_head=True,
+            )
+        return out.log_probs, out.entropy if compute_entropy else None, None
 
 
 def kl_of(log_probs: Tensor, reference: Tensor, mask: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:

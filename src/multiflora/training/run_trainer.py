@@ -24,7 +24,7 @@ from multiflora.training.guard import Guard
 from multiflora.training.router_rate import give_routers_their_rate
 from multiflora.training.watch import RoutingWatch
 
-__all__ = ["RunTrainer", "base_of", "own_forward"]
+__all__ = ["RunTrainer", "own_forward"]
 
 # a gate, a matrix between stem and heads and peft's scales start at a meaning of their own; pulling them to zero would
 # not be regularisation
@@ -49,11 +49,6 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         vars(model).pop("_is_accelerate_prepared", None)
         if before is not None:
             vars(model)["forward"] = before
-
-
-def base_of(model: Any) -> Any:
-    """The model without what peft has put around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class RunTrainer(Trainer):

@@ -13,9 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 from multiflora.context import chosen_positions
 from multiflora.data.collate import Collator
+from multiflora.kept_rows import base_of
 from multiflora.methods.baselines import tokens_in_front
 from multiflora.training.losses import behind, loss_by_task, predicted_positions, project_only, token_losses
-from multiflora.training.run_trainer import RunTrainer, base_of, own_forward
+from multiflora.training.run_trainer import RunTrainer, own_forward
 
 __all__ = ["MultitaskTrainer", "usable_pad"]
 

@@ -1,0 +1,84 @@
+"""What the prompts of a batch leave behind, each read once for all of its answers.
+
+Several answers are written to each prompt, and the prompt is most of what there is to read: with four answers of five
+tokens to a prompt of eighty, 340 tokens by rows, and 100 where its keys and values are kept for all four. Gradients go
+through what is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from multiflora.context import task
+from multiflora.kept_rows import has_rows, is_recurrent, rows_of
+from multiflora.methods.layer_pass import BranchLayer
+
+__all__ = ["Prompts", "may_share", "read"]
+
+
+class Prompts(NamedTuple):
+    """What was read, for each row of the batch."""
+
+    kept: DynamicCache
+    """Keys and values of all tokens but the prompt's last, which the answer's first is read from."""
+    lengths: Tensor
+    """How many those are, (B,), padding left out."""
+
+
+def may_share(model: nn.Module) -> bool:
+    """Whether reading a prompt once is the same to a model as reading it with every answer.
+
+    Not where a state is kept in the place of keys and values, where activations are made again for the gradient, where
+    a learned prompt stands in front, and where an adapter adds a loss of its own, which a prompt would be in once.
+
+    Args:
+        model: A causal language model, with an adapter or without.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    if is_recurrent(model) or any(config.is_prompt_learning or config.is_adaption_prompt for config in configs):
+        return False
+    return not any(
+        getattr(module, "gradient_checkpointing", False) or (isinstance(module, BranchLayer) and _adds_loss(module))
+        for module in model.modules()
+    )
+
+
+def _adds_loss(layer: BranchLayer) -> bool:
+    losses = ((layer.method.of(config).loss, config) for config in layer.configs.values())
+    return any(loss is not None and loss.on(config) for loss, config in losses)
+
+
+def read(model: Any, adapted: nn.Module, ids: Tensor, mask: Tensor, tasks: Tensor) -> Prompts | None:
+    """Read each prompt of a batch once, without its last token.
+
+    Args:
+        model: What answers: a causal language model, or a `Reference` to it.
+        adapted: The model itself, whose adapter is told the tasks.
+        ids: (B, P) ids of the prompts, padded on the left.
+        mask: (B, P), 0 for padding.
+        tasks: (B,) number of each row's task: one text is two prompts where they are of two tasks.
+    Returns:
+        What each row's answer stands behind; None where nothing is saved, or where the model keeps something else.
+    """
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    rows = torch.cat([tasks.to(ids.device)[:, None], mask, ids], 1)
+    which = torch.unique(rows, dim=0, return_inverse=True)[1]
+    number = int(which.max()) + 1
+    if number == len(ids) or not ids.shape[1]:
+        return None
+    first = which.new_empty(number).scatter_(0, which, torch.arange(len(ids), device=ids.device))
+    mask_once = mask[first]
+    with task(adapted, tasks[first.to(tasks.device)].tolist()):
+        found = model(
+            input_ids=ids[first],
+            attention_mask=mask_once,
+            position_ids=(mask_once.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    kept = getattr(found, "past_key_values", None)
+    return Prompts(rows_of(kept, which), mask.sum(-1)) if has_rows(kept) else None
