@@ -7,8 +7,8 @@ The first argument is a folder of question types (TREC: prompt, choices, answer)
 language model. The model is first tuned as a whole on the plain questions. Then every condition trains every method
 with every seed, codes and rows drawn anew for each; the first seed's validation rows have chosen each method's learning
 rate. Stop it as you like: a finished training is a file in the output folder, and a seed that is finished for all
-methods is packed into ``docs/results/when/``, where it counts for good. Two of these may run side by side
-(``--part 1/2`` and ``--part 2/2``).
+methods is packed into ``docs/results/when/``, where it counts for good; so is each rate that was tried, in ``begun/``,
+until all are. Two of these may run side by side (``--part 1/2`` and ``--part 2/2``).
 """
 
 from __future__ import annotations
@@ -187,11 +187,24 @@ def _tuned(each: Condition, study: Study, seed: int) -> dict[str, Any]:
     asked = comparison(each, seed, study, "validation")
     planned = _planned(asked)
 
+    begun = study.packed / "begun" / f"{each.name}.json.gz"
+    known = read_packed(begun)
+    if known is None or known["recipe"] != recipe_digest(each, study):
+        known = {"format": _FORMAT, "recipe": recipe_digest(each, study), "trials": {label: {} for label in METHODS}}
+
     def tried(grid: Sequence[float]) -> dict[str, list[Trial]]:
-        return {label: [_trial(asked, planned[label], label, rate, study) for rate in grid] for label in METHODS}
+        return {label: [trial(label, rate) for rate in grid] for label in METHODS}
+
+    def trial(label: str, rate: float) -> Trial:
+        trials = known["trials"][label]
+        if repr(rate) not in trials:
+            trials[repr(rate)] = _trial(asked, planned[label], label, rate, study)
+            write_packed(begun, known)
+        return Trial(*trials[repr(rate)])
 
     # one grid for all methods, as in a comparison
     tunings = search_rates(SearchSpec(factor=FACTOR, grow=GROW), RATES, tried)
+    begun.unlink(missing_ok=True)
     return {
         "format": _FORMAT,
         "recipe": recipe_digest(each, study),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import when_page  # noqa: E402
 import when_router  # noqa: E402
 
 from multiflora.comparison.spec import load_comparison  # noqa: E402
+from multiflora.comparison.tuning import Trial  # noqa: E402
 from multiflora.errors import MultifloraError  # noqa: E402
 
 QUESTIONS = [
@@ -146,6 +149,28 @@ def test_a_packed_seed_is_not_trained_again_and_another_recipe_s_is(tmp_path: Pa
     when.write_packed(path, {**made(each, seeds=2), "recipe": "another"})
     with pytest.raises(MultifloraError):
         when.run_condition(each, study, (0, 1))
+
+
+def test_a_rate_that_was_tried_counts_elsewhere_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each, tried = when.Condition(2, 1.0, 8), []
+
+    def trial(asked: Any, item: Any, label: str, rate: float, study: when.Study) -> Trial:
+        tried.append((label, rate))
+        if len(tried) == 20:
+            raise when.TimeIsUp
+        return Trial(rate, 0, 1 - abs(math.log(rate / 3e-3)), 1.0)
+
+    monkeypatch.setattr(when, "comparison", lambda *given: None)
+    planned = dict.fromkeys(when.METHODS, SimpleNamespace(rank=8, parameters=1))
+    monkeypatch.setattr(when, "_planned", lambda asked: planned)
+    monkeypatch.setattr(when, "_trial", trial)
+    words: dict[str, Any] = {"source": Path(), "model": Path(), "packed": tmp_path / "packed"}
+    with pytest.raises(when.TimeIsUp):
+        when._tuned(each, when.Study(output=tmp_path / "here", **words), 0)
+    found = when._tuned(each, when.Study(output=tmp_path / "there", **words), 0)
+    assert len(tried) == 1 + len(set(tried)) == 1 + sum(len(method["tried"]) for method in found["methods"].values())
+    assert {method["rate"] for method in found["methods"].values()} == {3e-3}
+    assert list((tmp_path / "packed" / "begun").iterdir()) == []
 
 
 def page_of(folder: Path, cells: list[tuple[when.Condition, dict[str, Any]]]) -> tuple[str, str, str]:
