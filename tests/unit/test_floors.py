@@ -14,7 +14,7 @@ SOURCE = Path(multiflora.__file__).parent
 
 FLOORS = (
     "errors _version files suggest schema once redact yaml_file text_table stoppable tensor_file embedded machine",
-    "tasks ops base_model kept_rows patterns tied task_ids forward_pass auxiliary_losses context",
+    "tasks ops base_model generation kept_rows patterns tied task_ids forward_pass auxiliary_losses context",
     "peft_bridge compress methods adapter_tensors adapter_folder",
     "recipe objective data",
     "training",

@@ -27,9 +27,9 @@ from transformers import StoppingCriteriaList
 from multiflora.data.check import check_ids
 from multiflora.data.encode import encode_spans, prompt_ids, text_ids
 from multiflora.errors import ConfigError, DataError
-from multiflora.evaluation.generation import RowStops, generate_leaving, may_leave
 from multiflora.evaluation.prompted import generate_behind_prompt
 from multiflora.evaluation.shared_prompt import by_prompt, score_behind
+from multiflora.generation import RowStops, generate_leaving, may_leave
 from multiflora.methods.baselines import tokens_in_front, virtual_tokens
 from multiflora.once import once
 from multiflora.tasks.chat_template import Asked, render_chat

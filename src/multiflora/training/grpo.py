@@ -10,10 +10,12 @@ and every log line has each task's figures.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
@@ -21,7 +23,8 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from multiflora.context import task
-from multiflora.kept_rows import base_of
+from multiflora.generation import RowStops, generate_leaving, may_leave
+from multiflora.kept_rows import base_of, rows_of
 from multiflora.training import shared_prompts
 from multiflora.training.reference import Reference, evaluating, leave_loss_out
 from multiflora.training.rewards import Reward, rewards_of
@@ -172,7 +175,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         """Write the answers without dropout, by branches prepared for inference, each row as its own task."""
         assert self._task_id is not None
-        tensors = [torch.tensor(ids) for ids in prompt_ids]
+        tasks, tensors = self._task_id, [torch.tensor(ids) for ids in prompt_ids]
         ids = pad(tensors, self.processing_class.pad_token_id, "left").to(self.args.device)
         mask = pad([torch.ones_like(row) for row in tensors], 0, "left").to(self.args.device)
         with (
@@ -182,15 +185,32 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             ) as model,
             evaluating(model),
             torch.no_grad(),
-            task(model, self._task_id.tolist()),
         ):
-            prompts = self._read_prompts(model, ids, mask, self._task_id)
-            texts = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=None if prompts is None else prompts.kept,
-                generation_config=self.generation_config,
-            )[:, ids.shape[1] :]
+            prompts = self._read_prompts(model, ids, mask, tasks)
+            cache = None if prompts is None else prompts.kept
+            if may_leave(model):
+                settings = copy.copy(self.generation_config)
+                settings.max_new_tokens = None  # it would count from where a call begins
+                texts = generate_leaving(
+                    model,
+                    ids,
+                    mask,
+                    stops=RowStops((), self.processing_class, ids.shape[1]),
+                    max_length=ids.shape[1] + self.max_completion_length,
+                    pad=self.processing_class.pad_token_id,
+                    cache=cache,
+                    within=lambda rows: task(model, tasks[rows.to(tasks.device)].tolist()),
+                    generation_config=settings,
+                )
+            else:
+                with task(model, tasks.tolist()):
+                    texts = model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        generation_config=self.generation_config,
+                    )
+        texts = texts[:, ids.shape[1] :]
         ended = torch.isin(texts, texts.new_tensor(self.eos_token_ids)).cumsum(1)
         # up to the first end of text, which belongs to the answer
         kept = torch.cat([ended.new_zeros(len(ended), 1), ended[:, :-1]], 1) == 0
@@ -215,12 +235,12 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             # the loss of a mixture's own router is made of whole rows
             whole = kwargs.get("compute_aux_loss", False)
             prompts = None if whole else self._read_prompts(model, ids[:, :width], mask[:, :width], tasks)
+            if prompts is not None:
+                parts.append(self._score_behind(model, prompts, ids, mask, tasks, logits_to_keep, **kwargs))
+                continue
             with task(self.model, tasks.tolist()):
-                if prompts is None:
-                    score = super()._get_per_token_logps_and_entropies
-                    parts.append(score(model, ids, mask, logits_to_keep, **kwargs))
-                else:
-                    parts.append(self._score_behind(model, prompts, ids, mask, logits_to_keep, **kwargs))
+                score = super()._get_per_token_logps_and_entropies
+                parts.append(score(model, ids, mask, logits_to_keep, **kwargs))
         if torch.is_grad_enabled():  # of the pass that the loss is made of
             self._own = self.loss_of_adapter(model)
         log_probs, entropies, losses = zip(*parts, strict=True)
@@ -246,26 +266,37 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         prompts: shared_prompts.Prompts,
         ids: Tensor,
         mask: Tensor,
+        tasks: Tensor,
         logits_to_keep: int,
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         """Score answers behind prompts that are read: (B, C) log-probabilities, and entropies where they are wanted."""
-        own, real = ids[:, -logits_to_keep:], mask[:, -logits_to_keep:]
-        # an answer's token is read from the one before it, the first from the prompt's last
-        before = ids[:, -logits_to_keep - 1 : -1]
-        # what fills a row up needs a position too, and the model may have none behind the row's last
-        steps = torch.minimum(real.cumsum(-1), real.sum(-1, keepdim=True)) - 1
-        with self.accelerator.autocast():
-            out = model(
-                input_ids=before,
-                attention_mask=mask[:, :-1],
-                position_ids=prompts.lengths[:, None] + steps.clamp(min=0),
-                past_key_values=prompts.kept,
-                shift_labels=own.masked_fill(real == 0, -100),
-                fused_lm_head=True,
-            )
-        return out.log_probs, out.entropy if compute_entropy else None, None
+        start = ids.shape[1] - logits_to_keep
+        log_probs, entropies = [], []
+        groups = shared_prompts.by_length(mask[:, start:].sum(-1))
+        for rows, width in groups:
+            end = start + width
+            own, real = ids[rows, start:end], mask[rows, start:end]
+            # what fills a row up needs a position too, and the model may have none behind the row's last
+            steps = torch.minimum(real.cumsum(-1), real.sum(-1, keepdim=True)) - 1
+            with self.accelerator.autocast(), task(self.model, tasks[rows.to(tasks.device)].tolist()):
+                out = model(
+                    # an answer's token is read from the one before it, the first from the prompt's last
+                    input_ids=ids[rows, start - 1 : end - 1],
+                    attention_mask=mask[rows, : end - 1],
+                    position_ids=prompts.lengths[rows, None] + steps.clamp(min=0),
+                    past_key_values=rows_of(prompts.kept, rows),
+                    shift_labels=own.masked_fill(real == 0, -100),
+                    fused_lm_head=True,
+                )
+            rest = (0, logits_to_keep - width)
+            log_probs.append(F.pad(out.log_probs, rest))
+            if compute_entropy:
+                entropies.append(F.pad(out.entropy, rest))
+        back = torch.cat([rows for rows, _ in groups]).argsort()
+        entropy = torch.cat(entropies)[back] if compute_entropy else None
+        return torch.cat(log_probs)[back], entropy, None
 
 
 def kl_of(log_probs: Tensor, reference: Tensor, mask: Tensor, tasks: Tensor, num_tasks: int) -> Tensor:

@@ -17,7 +17,10 @@ from multiflora.context import task
 from multiflora.kept_rows import has_rows, is_recurrent, rows_of
 from multiflora.methods.layer_pass import BranchLayer
 
-__all__ = ["Prompts", "may_share", "read"]
+__all__ = ["Prompts", "by_length", "may_share", "read"]
+
+SAVED = 256
+"""Tokens of fill that a forward pass of its own must save: fewer cost less than the pass."""
 
 
 class Prompts(NamedTuple):
@@ -82,3 +85,26 @@ def read(model: Any, adapted: nn.Module, ids: Tensor, mask: Tensor, tasks: Tenso
         )
     kept = getattr(found, "past_key_values", None)
     return Prompts(rows_of(kept, which), mask.sum(-1)) if has_rows(kept) else None
+
+
+def by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Answers in groups of like length: one that does not end fills up a whole batch of short ones.
+
+    Args:
+        lengths: (B,) tokens of each answer.
+    Returns:
+        For each group its rows and the length of its longest, the longest group first.
+    Example:
+        >>> by_length(torch.tensor([4, 500, 3]))
+        [(tensor([1]), 500), (tensor([0, 2]), 4)]
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    groups, start = [], 0
+    while start < len(sizes):
+        # the cut that saves most fill
+        saved, cut = max(((sizes[start] - sizes[i]) * (len(sizes) - i), i) for i in range(start, len(sizes)))
+        end = cut if saved >= SAVED else len(sizes)
+        groups.append((order[start:end], sizes[start]))
+        start = end
+    return groups

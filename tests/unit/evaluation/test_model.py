@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiflora.evaluation.generation import RowStops
 from multiflora.evaluation.model import batches_of, tail_length
+from multiflora.generation import RowStops
 
 ids = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 requests_ = st.lists(st.tuples(st.none(), ids, ids), min_size=1, max_size=12)

@@ -1,4 +1,4 @@
-"""Greedy answers of a batch whose finished rows leave it.
+"""Answers of a batch whose finished rows leave it.
 
 ``generate`` runs a batch until its longest answer ends, and computes every row until then. Here it stops whenever half
 of the rows are finished, and goes on with the others behind the keys and values that it has.
@@ -6,12 +6,13 @@ of the rows are finished, and goes on with the others behind the keys and values
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from multiflora.kept_rows import base_of, has_rows, is_recurrent, rows_of
 from multiflora.tasks.score import before_stop
@@ -46,6 +47,8 @@ class RowStops(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Say of each row, (rows,), whether it is finished."""
+        if not self.stops:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
         done = [before_stop(text, self.stops) != text for text in texts]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
@@ -73,7 +76,16 @@ def may_leave(model: Any) -> bool:
 
 
 def generate_leaving(
-    model: Any, ids: Tensor, mask: Tensor, *, stops: RowStops, max_length: int, pad: int, **settings: Any
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    stops: RowStops,
+    max_length: int,
+    pad: int,
+    cache: DynamicCache | None = None,
+    within: Callable[[Tensor], AbstractContextManager[Any]] = lambda rows: nullcontext(),
+    **settings: Any,
 ) -> Tensor:
     """Generate as ``generate`` does.
 
@@ -84,6 +96,8 @@ def generate_leaving(
         stops: When a row is finished.
         max_length: Ids of the longest answer, its prompt included.
         pad: Id behind an answer that is finished.
+        cache: Keys and values of all but the prompts' last ids, where they have been read.
+        within: Gives what a call of ``generate`` stands in, for the rows that it is of, (rows,).
         settings: For transformers' ``generate``.
 
     Returns:
@@ -91,19 +105,20 @@ def generate_leaving(
     """
     found = ids.new_full((len(ids), max_length), pad)
     found[:, : ids.shape[1]] = ids
-    left, cache = torch.arange(len(ids), device=ids.device), None
+    left = torch.arange(len(ids), device=ids.device)
     while len(left):
         half = _HalfDone(stops, _ends(model))
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_length=max_length,
-            pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([half]),
-            return_dict_in_generate=True,
-            **settings,
-        )
+        with within(left):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_length=max_length,
+                pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([half]),
+                return_dict_in_generate=True,
+                **settings,
+            )
         ids = out.sequences
         found[left, : ids.shape[1]] = ids
         going_on = (~half.done).nonzero().flatten()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from language_models import MODELS, POSITIONS, VOCABULARY, made
 from transformers import MambaConfig
 
-from multiflora.evaluation.generation import RowStops, generate_leaving, may_leave
+from multiflora.generation import RowStops, generate_leaving, may_leave
 
 PAD, END, WIDTH = 0, 1, 6
 
