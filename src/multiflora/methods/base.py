@@ -43,6 +43,8 @@ class LossInputs(NamedTuple):
     """The router's, (H, T), or None where there is no router."""
     tokens: Tokens
     """Which rows, tasks and padding they are."""
+    parts: Parts
+    """The layer's tensors, by their names in the equation; of experts, those of one expert."""
 
 
 @dataclass(frozen=True)

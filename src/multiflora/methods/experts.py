@@ -151,10 +151,11 @@ class BranchExperts(BranchLayer):
         self._record(gate, tasks, tokens)
         if loss is None or tokens is None:
             return y
-        values = []
-        for _, span in pairs.spans():  # each expert has heads of its own, so its loss is that of its own tokens
+        values, each = [], list(self._each(adapter_name, parts))
+        for e, span in pairs.spans():  # each expert has heads of its own, so its loss is that of its own tokens
             own = tokens._replace(order=pairs.token[span])
-            values.append(self._value(loss, plan, stems[:, span], _columns(gate, span), _columns(logits, span), own))
+            seen = stems[:, span], _columns(gate, span), _columns(logits, span)
+            values.append(self._value(loss, plan, *seen, own, each[e]))
         told = [value for value in values if value is not None]
         return self.routing.report(adapter_name, torch.stack(told).mean(), y) if told else y
 

@@ -144,7 +144,7 @@ class BranchLinear(BranchLayer):
             matrices = method.task_matrix.matrices(parts)[tasks].to(u.dtype)
             u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
         gate = method.gate.weights(config, parts, logits, tasks)
-        value = self._value(loss, plan, stems, gate, logits, tokens)
+        value = self._value(loss, plan, stems, gate, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         summed = ops.heads(
             place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
@@ -197,8 +197,9 @@ class BranchLinear(BranchLayer):
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        y, stems, gate, logits = self._looped(x, y, adapter_name, self.parts(adapter_name), tasks)
-        value = self._value(loss, plan, stems, gate, logits, tokens)
+        parts = self.parts(adapter_name)
+        y, stems, gate, logits = self._looped(x, y, adapter_name, parts, tasks)
+        value = self._value(loss, plan, stems, gate, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         y = y.view(shape)
         return y if value is None else self.routing.report(adapter_name, value, y)

@@ -121,11 +121,12 @@ class BranchLayer(MergingLayer):
         gate: Tensor | None,
         logits: Tensor | None,
         tokens: Tokens | None,
+        parts: Parts,
     ) -> Tensor | None:
         """What the layer adds to the loss, or None."""
         if loss is None or tokens is None:
             return None
-        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens))
+        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens, parts))
 
     def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
         recorder = self.routing.recorder

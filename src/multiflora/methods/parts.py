@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
-from multiflora.methods.base import Method, TaskMatrix
+from multiflora.methods.base import Loss, LossInputs, Method, TaskMatrix
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
-from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
+from multiflora.methods.initial import head_views, kaiming_uniform, random_heads, stem_and_zero_heads
+from multiflora.methods.losses import entropy, overlap
 from multiflora.methods.method_card import MethodCard
 from multiflora.methods.mtllora import task_matrix_shape
-from multiflora.methods.router import ROUTER_LOSS, RouterConfig
+from multiflora.methods.router import ROUTER_LOSS, RouterConfig, router_loss
 
 CARD = MethodCard(
     name="parts",
@@ -57,6 +58,8 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_entropy_loss",
+        "orthogonality_loss",
     ),
     merges="depends (on the gate)",
     experts="with target_parameters",
@@ -74,6 +77,9 @@ GATES: dict[str, Gate] = {
     "task": TaskTemperatureGate(),
     "task_embedding": TaskEmbeddingGate(),
 }
+
+ROUTER_WEIGHTS = (*ROUTER_LOSS.weights, "router_entropy_loss")
+"""Of the losses that need a router."""
 
 
 @dataclass
@@ -115,6 +121,13 @@ set offset=True, which takes the start off, or heads='zero'.
         default=None,
         metadata={"help": "Tensors that are not trained, such as ['A', 'B'], where experts are there already."},
     )
+    router_entropy_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the router's mean entropy: above 0 it decides, below 0 it spreads."},
+    )
+    orthogonality_loss: float = field(
+        default=0.0, metadata={"help": "Weight of what heads, and stems of their own, have in common (D²MoRA's)."}
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""
@@ -134,7 +147,7 @@ def misfits(config: PartsConfig) -> list[str]:
     """Choices that do not go together, a sentence each."""
     found, gate, random = [], config.gate, config.heads == "random"
     if gate != "token":
-        words = [name for name in ("top_k", "router_balance_loss", "router_z_loss") if getattr(config, name)]
+        words = [name for name in ("top_k", *ROUTER_WEIGHTS) if getattr(config, name)]
         if words:
             found.append(f"{' and '.join(words)} belong to a router, and gate is {gate!r}: set gate='token'.")
     if config.task_matrix != "none" and config.stem == "own":
@@ -164,6 +177,8 @@ def misfits(config: PartsConfig) -> list[str]:
             "A shared stem, heads at zero and equal weights keep all heads identical for ever: set heads='random', "
             "stem='own', head_dropout above 0, or another gate."
         )
+    if config.orthogonality_loss and config.num_heads == 1:
+        found.append("orthogonality_loss compares heads, and num_heads is 1: set it to 0, or num_heads to 2 or more.")
     names = chosen(config).parameter_names()
     strange = [name for name in config.frozen or () if name not in names]
     if strange:
@@ -186,6 +201,20 @@ def start(config: PartsConfig, A: Tensor, B: Tensor, heads: int, generator: torc
         rlora.start(config, A, B, heads, generator)
 
 
+def loss(config: PartsConfig, inputs: LossInputs) -> Tensor | None:
+    """The router's losses, and what heads and stems have in common, each with its weight."""
+    terms = [router_loss(config, inputs)]
+    if config.router_entropy_loss and inputs.logits is not None:
+        terms.append(config.router_entropy_loss * entropy(inputs.logits.t(), inputs.tokens.keep()))
+    if config.orthogonality_loss:
+        A, B = inputs.parts["A"], inputs.parts["B"]
+        stems = 1 if config.stem == "shared" else config.num_heads
+        alike = overlap(torch.stack(head_views(B, config.num_heads))) + overlap(A.view(stems, -1, A.shape[1]))
+        terms.append(config.orthogonality_loss * alike)
+    told = [term for term in terms if term is not None]
+    return sum(told[1:], told[0]) if told else None
+
+
 @cache
 def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
     """The description with these parts; all else is read from the config."""
@@ -199,7 +228,7 @@ def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
         task_matrix=None if task_matrix == "none" else TaskMatrix(shape=task_matrix_shape),
-        loss=ROUTER_LOSS if gate == "token" else None,
+        loss=Loss(loss, (*ROUTER_WEIGHTS, "orthogonality_loss")),
         frozen=lambda config: tuple(config.frozen or ()),
     )
 

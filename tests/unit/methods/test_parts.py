@@ -13,7 +13,7 @@ from torch import nn
 import multiflora
 from multiflora import ConfigError, ExportError, PartsConfig
 from multiflora.methods import build_config, merges
-from multiflora.methods.parts import GATES, chosen
+from multiflora.methods.parts import GATES
 
 SHARED = {"r": 2, "target_modules": ["0", "2"], "num_tasks": 2, "lora_dropout": 0.0}
 
@@ -122,17 +122,15 @@ def test_known_methods_come_out(name, settings, words):
         ({"gate": "tokens"}, "gate is 'tokens'; it must be one of 'sum', 'mean', 'scale', 'token', 'task'"),
         ({"top_k": 1}, "top_k is 1; it must be a whole number from 2 to one less than num_heads"),
         ({"router_balance_loss": 0.1}, "balances which heads are chosen, and without top_k all are: set top_k"),
+        ({"gate": "task", "router_entropy_loss": -1.0}, "router_entropy_loss belong to a router, and gate is 'task'"),
+        ({"gate": "sum", "num_heads": 1, "orthogonality_loss": 0.1}, "compares heads, and num_heads is 1"),
+        ({"orthogonality_loss": -0.1}, "orthogonality_loss is -0.1; it must be a number of at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_does_not_go_together_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         PartsConfig(**words)
-
-
-@pytest.mark.parametrize("words", ALLOWED, ids=lambda words: "-".join(map(str, words.values())))
-def test_only_a_router_has_losses_of_its_own(words):
-    assert (chosen(PartsConfig(**words, **SHARED)).loss is not None) == (words["gate"] == "token")
 
 
 def test_two_adapters_of_different_parts_live_on_one_model():
