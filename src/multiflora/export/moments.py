@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
+from multiflora.methods.middle import ONE_LAYER, Made
 
 __all__ = ["Moments", "features", "relative_error", "routed_coefficients"]
 
@@ -59,12 +60,13 @@ def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor
     """
     x = x.to(torch.float32)
     wide = {name: part.detach().to(torch.float32) for name, part in parts.items()}
-    by_token = method.gate.weights(config, wide, wide["router"] @ x.t(), None)
+    u = x @ wide["A"].t()
+    made = Made(u.t(), wide["router"] @ x.t() if "router" in wide else None, None, 1.0)
+    v, logits = method.inner(config, wide, made, ONE_LAYER)
+    by_token = method.gate.weights(config, wide, logits, None)
     assert by_token is not None
     gate = by_token.t()
-    u = x @ wide["A"].t()
-    heads = gate.shape[1]
-    by_head = u.unsqueeze(1) if method.shared_stem else u.view(len(x), heads, -1)
+    by_head = v.t().reshape(len(x), 1 if method.shared_stem else gate.shape[1], -1)
     f = (gate.unsqueeze(-1) * by_head).reshape(len(x), -1)
     start = (x @ wide["A0"].t(),) if "A0" in wide else ()
     w = torch.cat((f, u, *start), 1).double()

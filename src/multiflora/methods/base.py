@@ -22,6 +22,7 @@ from multiflora.errors import ExportError
 from multiflora.methods import METHODS
 from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
+from multiflora.methods.middle import Made, Middle, TaskMatrix, Where
 
 if TYPE_CHECKING:
     from multiflora.forward_pass import Tokens
@@ -68,27 +69,6 @@ def _no(config: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class TaskMatrix:
-    """A matrix (or diagonal) per task between stem and heads: u becomes M_t u. The identity at the start."""
-
-    shape: Callable[[Any, int], tuple[int, ...]]
-    """(num_tasks, r, r), or (num_tasks, r) for a diagonal."""
-
-    def start(self, matrices: Tensor) -> None:
-        """Fill with identities."""
-        if not matrices.is_meta:
-            with torch.no_grad():
-                matrices.copy_(
-                    torch.eye(matrices.shape[-1]).expand_as(matrices) if matrices.dim() == 3 else matrices.fill_(1.0)
-                )
-
-    def matrices(self, parts: Parts) -> Tensor:
-        """One full matrix per task, (num_tasks, r, r)."""
-        stored = parts["task_matrix"]
-        return stored if stored.dim() == 3 else torch.diag_embed(stored)
-
-
-@dataclass(frozen=True)
 class Method:
     """One multi-branch method, as a value."""
 
@@ -112,7 +92,8 @@ class Method:
     """Dropout on each head's input."""
     frozen: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that are not trained."""
-    task_matrix: TaskMatrix | None = None
+    middle: Middle | None = None
+    """What stands between stems and heads, if anything does."""
     shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that all layers have in common; the first adapted layer holds them."""
     loss: Loss | None = None
@@ -135,7 +116,7 @@ class Method:
 
     def needs_task(self) -> bool:
         """Whether an output cannot be computed without the row's task."""
-        return self.gate.reads == "task" or self.task_matrix is not None
+        return self.gate.reads == "task" or (self.middle is not None and self.middle.reads == "task")
 
     def loss_needs_task(self, config: Any) -> bool:
         """Whether what is added cannot be computed without the row's task."""
@@ -186,23 +167,30 @@ class Method:
         heads, rank = self.heads(config), self.rank(config, r)
         stems = 1 if self.shared_stem else heads
         shapes: dict[str, tuple[int, ...]] = {"A": (stems * rank, d_in), "B": (d_out, heads * rank)}
-        shapes |= self.gate.shapes(config, heads, d_in, d_out)
-        if self.task_matrix is not None:
-            shapes["task_matrix"] = self.task_matrix.shape(config, rank)
+        shapes |= self.gate.shapes(config, heads, rank if self.gate.of_stem else d_in, d_out)
+        if self.middle is not None:
+            shapes |= self.middle.shapes(config, rank, d_in)
         return shapes
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable tensors, whatever the config."""
         if self.chosen is not None:
             return self.chosen_names
-        return ("A", "B", *self.gate.names, *(("task_matrix",) if self.task_matrix is not None else ()))
+        return ("A", "B", *self.gate.names, *(() if self.middle is None else self.middle.names))
 
     def fill(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
         """Give every tensor its first value, in place."""
         self.start(config, parts["A"], parts["B"], self.heads(config), generator)
         self.gate.start(config, parts, generator)
-        if self.task_matrix is not None:
-            self.task_matrix.start(parts["task_matrix"])
+        if self.middle is not None:
+            self.middle.start(config, parts, generator)
+
+    def inner(self, config: Any, parts: Parts, made: Made, where: Where) -> tuple[Tensor, Tensor | None]:
+        """What the heads read, v, (r, T) for all or (H r, T) for each; and the logits that the gate looks at."""
+        v = made.u if self.middle is None else self.middle.read(config, parts, made, where)
+        if not self.gate.of_stem:
+            return v, made.logits
+        return v, self.gate.look(parts, v, self.heads(config), made.scale, where.times)
 
     def mean_head(self, config: Any, parts: Parts) -> Tensor:
         r""":math:`\bar B^0`: the heads blended as a gate that prefers none would blend them.
@@ -250,8 +238,8 @@ class Method:
         B = self.gate.fold(config, wide, wide["B"])
         weighted = torch.stack(head_views(B, heads), 1) * (gate.to(B.device, B.dtype) * scale).view(1, heads, 1)
         columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
-        if self.task_matrix is not None:
-            columns = columns @ self.task_matrix.matrices(wide)[task]
+        if isinstance(self.middle, TaskMatrix):
+            columns = columns @ self.middle.matrices(config, wide)[task]
         frozen = self.frozen_term(config, wide)
         if frozen is not None:
             A, columns = torch.cat((A, frozen[0])), torch.cat((columns, -scale * frozen[1]), 1)

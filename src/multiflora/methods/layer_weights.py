@@ -48,7 +48,7 @@ class Plan(NamedTuple):
             method.rank(config, r),
             method.needs_task(),
             method.shared(config),
-            method.task_matrix is None and method.gate.left_to_op(config),
+            method.middle is None and method.gate.left_to_op(config),
             can_prepare(method, config),
         )
 

@@ -101,7 +101,8 @@ def overlap(matrices: Tensor) -> Tensor:
     """
     flat = matrices.flatten(1).to(torch.promote_types(matrices.dtype, torch.float32))
     unit = flat / (torch.linalg.vector_norm(flat, dim=1, keepdim=True) + 1e-6)
-    return (unit @ unit.t()).triu(1).abs().sum()
+    total: Tensor = (unit @ unit.t()).triu(1).abs().sum()
+    return total
 
 
 def load_balance(logits: Tensor, gate: Tensor, keep: Tensor | None) -> Tensor:

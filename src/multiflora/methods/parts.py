@@ -8,9 +8,10 @@ refuses are choices that cannot learn, or whose first step would not be the base
 =============  ==============================================================================================
 part           choices
 =============  ==============================================================================================
-stem           "shared": one A for all heads; "own": one each
+stem           "shared": one A for all heads; "own": one each; both as LoRA's start, or sparse (``stem_init``)
 heads          "zero" (LoRA's start) or "random" (R-LoRA's; for the gate "scale", MultiLoRA's)
-gate           "sum", "mean", "scale", "token" (with or without ``top_k``), "task", "task_embedding"
+gate           "sum", "mean", "scale", "token" (with or without ``top_k``), "task", "task_embedding"; on the token
+               also "stem", a router on A x, and "largest", the ``top_k`` heads of the largest A_h x
 offset         takes a random start off again, as R-LoRA does
 head_dropout   masks A x for each head by itself
 task_matrix    "none", or a matrix per task between a shared stem and the heads: "full" or "diagonal"
@@ -27,13 +28,22 @@ import torch
 from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
-from multiflora.methods.base import Loss, LossInputs, Method, TaskMatrix
+from multiflora.methods.base import Loss, LossInputs, Method
 from multiflora.methods.config import one_of
-from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
-from multiflora.methods.initial import head_views, kaiming_uniform, random_heads, stem_and_zero_heads
+from multiflora.methods.gates import (
+    FixedGate,
+    Gate,
+    LargestGate,
+    ScaleGate,
+    StemRouter,
+    TaskEmbeddingGate,
+    TaskTemperatureGate,
+    TokenRouter,
+)
+from multiflora.methods.initial import head_views, kaiming_uniform, random_heads, sparse, stem_and_zero_heads
 from multiflora.methods.losses import entropy, overlap
 from multiflora.methods.method_card import MethodCard
-from multiflora.methods.mtllora import task_matrix_shape
+from multiflora.methods.middle import TaskMatrix
 from multiflora.methods.router import ROUTER_LOSS, RouterConfig, router_loss
 
 CARD = MethodCard(
@@ -50,6 +60,8 @@ CARD = MethodCard(
         "head_dropout",
         "task_matrix",
         "router_init",
+        "router_scores",
+        "stem_init",
         "gamma",
         "scale_shape",
         "temperature",
@@ -66,14 +78,29 @@ CARD = MethodCard(
     config="PartsConfig",
 )
 
+
+def zero_router(config: PartsConfig) -> bool:
+    """Whether the router prefers no head at first."""
+    return config.router_init == "zero"
+
+
+def router_std(config: PartsConfig) -> float | None:
+    """Standard deviation of a normal start."""
+    return mixlora.ROUTER_STD if config.router_init == "normal" else None
+
+
+def sigmoid_scores(config: PartsConfig) -> bool:
+    """Whether each head has a score of its own."""
+    return config.router_scores == "sigmoid"
+
+
 GATES: dict[str, Gate] = {
     "sum": Gate(),
     "mean": FixedGate(value=lambda config: 1 / config.num_heads),
     "scale": ScaleGate(width=multilora.scale_width),
-    "token": TokenRouter(
-        zero=lambda config: config.router_init == "zero",
-        std=lambda config: mixlora.ROUTER_STD if config.router_init == "normal" else None,
-    ),
+    "token": TokenRouter(zero=zero_router, std=router_std, sigmoid=sigmoid_scores),
+    "stem": StemRouter(zero=zero_router, std=router_std, sigmoid=sigmoid_scores),
+    "largest": LargestGate(),
     "task": TaskTemperatureGate(),
     "task_embedding": TaskEmbeddingGate(),
 }
@@ -102,7 +129,10 @@ set offset=True, which takes the start off, or heads='zero'.
     heads: str = field(default="zero", metadata={"help": "How the heads start: 'zero' or 'random'."})
     gate: str = field(
         default="token",
-        metadata={"help": "What blends the heads: 'sum', 'mean', 'scale', 'token', 'task' or 'task_embedding'."},
+        metadata={
+            "help": "What blends the heads: 'sum', 'mean', 'scale', 'token', 'stem', 'largest', 'task' or "
+            "'task_embedding'."
+        },
     )
     offset: bool = field(default=False, metadata={"help": "Take the random start off, as a frozen low-rank term."})
     head_dropout: float = field(default=0.0, metadata={"help": "Dropout on A x, drawn for each head, in [0, 1)."})
@@ -112,6 +142,14 @@ set offset=True, which takes the start off, or heads='zero'.
     router_init: str = field(
         default="kaiming",
         metadata={"help": "Start of the router: 'kaiming', 'normal' (MixLoRA's, of deviation 0.02) or 'zero'."},
+    )
+    router_scores: str = field(
+        default="softmax",
+        metadata={"help": "How a router's logits become weights: 'softmax', or 'sigmoid' over its sum (SMoRA's)."},
+    )
+    stem_init: str = field(
+        default="kaiming",
+        metadata={"help": "Start of A: 'kaiming', or 'sparse', top_k/num_heads of each row normal (FlyLoRA's)."},
     )
     gamma: float = field(default=64.0, metadata={"help": "Divides the variance of a random start."})
     scale_shape: str = field(default="vector", metadata={"help": "Gate 'scale': per output feature, or 'scalar'."})
@@ -137,6 +175,8 @@ set offset=True, which takes the start off, or heads='zero'.
             *one_of(self, "gate", tuple(GATES)),
             *one_of(self, "task_matrix", ("none", "full", "diagonal")),
             *one_of(self, "router_init", ("kaiming", "normal", "zero")),
+            *one_of(self, "router_scores", ("softmax", "sigmoid")),
+            *one_of(self, "stem_init", ("kaiming", "sparse")),
             *one_of(self, "scale_shape", ("vector", "scalar")),
             *one_of(self, "init_weights", (True, False)),
         ]
@@ -146,10 +186,21 @@ set offset=True, which takes the start off, or heads='zero'.
 def misfits(config: PartsConfig) -> list[str]:
     """Choices that do not go together, a sentence each."""
     found, gate, random = [], config.gate, config.heads == "random"
-    if gate != "token":
+    routed = gate in ("token", "stem")
+    if not routed:
         words = [name for name in ("top_k", *ROUTER_WEIGHTS) if getattr(config, name)]
+        words += ["router_scores"] if sigmoid_scores(config) else []
+        words = [name for name in words if name != "top_k" or gate != "largest"]
         if words:
-            found.append(f"{' and '.join(words)} belong to a router, and gate is {gate!r}: set gate='token'.")
+            found.append(f"{' and '.join(words)} belong to a router, and gate is {gate!r}: set gate='token' or 'stem'.")
+    if gate == "stem" and config.stem == "own":
+        found.append("gate='stem' looks at the A x that all heads read, and stem is 'own': set stem='shared'.")
+    if gate == "largest" and config.stem != "own":
+        found.append(f"gate='largest' compares each head's own A x, and stem is {config.stem!r}: set stem='own'.")
+    if gate == "largest" and config.top_k is None:
+        found.append("gate='largest' needs to know how many heads take part: set top_k.")
+    if config.stem_init == "sparse" and config.top_k is None:
+        found.append("stem_init='sparse' fills top_k/num_heads of each row, and top_k is not given: set it.")
     if config.task_matrix != "none" and config.stem == "own":
         found.append("task_matrix stands after a shared A, and stem is 'own': set stem='shared'.")
     if gate == "scale" and not random:
@@ -161,13 +212,13 @@ def misfits(config: PartsConfig) -> list[str]:
         )
     if config.offset and (not random or gate == "scale"):
         found.append(f"offset takes a random start off; with heads={config.heads!r} and gate={gate!r} there is none.")
-    equal = gate in ("sum", "mean") or (gate == "token" and config.router_init == "zero" and config.top_k is None)
+    equal = gate in ("sum", "mean") or (routed and zero_router(config) and config.top_k is None)
     if config.offset and gate != "scale" and not equal:
         found.append(
             f"offset takes off what equal weights make of the heads, and gate={gate!r} starts otherwise: use 'sum', "
-            "'mean', or 'token' with router_init='zero' and without top_k."
+            "'mean', or 'token' or 'stem' with router_init='zero' and without top_k."
         )
-    if config.top_k is not None and config.router_init == "zero":
+    if routed and config.top_k is not None and zero_router(config):
         found.append(
             "router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'."
         )
@@ -199,6 +250,8 @@ def start(config: PartsConfig, A: Tensor, B: Tensor, heads: int, generator: torc
         multilora.start(config, A, B, heads, generator)
     else:
         rlora.start(config, A, B, heads, generator)
+    if config.stem_init == "sparse" and config.init_weights is not False:
+        sparse(A, round(A.shape[1] * (config.top_k or 0) / heads), 1 / A.shape[0], generator)
 
 
 def loss(config: PartsConfig, inputs: LossInputs) -> Tensor | None:
@@ -227,7 +280,7 @@ def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
         start=start,
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
-        task_matrix=None if task_matrix == "none" else TaskMatrix(shape=task_matrix_shape),
+        middle=None if task_matrix == "none" else TaskMatrix(),
         loss=Loss(loss, (*ROUTER_WEIGHTS, "orthogonality_loss")),
         frozen=lambda config: tuple(config.frozen or ()),
     )

@@ -74,6 +74,8 @@ OURS = {
         "temperature": 0.1,
         "task_embedding_dim": 64,
         "frozen": None,
+        "router_scores": "softmax",
+        "stem_init": "kaiming",
         "router_entropy_loss": 0.0,
         "orthogonality_loss": 0.0,
     },

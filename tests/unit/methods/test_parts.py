@@ -24,7 +24,7 @@ def allowed():
         ("shared", "own"), ("zero", "random"), GATES, (False, True), ("none", "diagonal"), (None, 2)
     ):
         words = {"stem": stem, "heads": heads, "gate": gate, "offset": offset, "task_matrix": matrix, "top_k": top_k}
-        words |= {"router_init": "zero"} if offset and gate == "token" else {}
+        words |= {"router_init": "zero"} if offset and gate in ("token", "stem") else {}
         try:
             PartsConfig(**words)
         except ConfigError:
@@ -43,7 +43,7 @@ def net():
 def test_there_are_many():
     assert {words["gate"] for words in ALLOWED} == set(GATES)
     assert {(words["stem"], words["offset"]) for words in ALLOWED} == set(product(("shared", "own"), (False, True)))
-    assert len(ALLOWED) == 26
+    assert len(ALLOWED) == 33
 
 
 @pytest.mark.parametrize("words", ALLOWED, ids=lambda words: "-".join(map(str, words.values())))
@@ -119,11 +119,17 @@ def test_known_methods_come_out(name, settings, words):
         ({"heads": "random", "offset": True}, "offset takes off what equal weights make of the heads"),
         ({"top_k": 2, "router_init": "zero"}, "router_init='zero' prefers no head, so top_k could not choose"),
         ({"gate": "sum"}, "keep all heads identical for ever"),
-        ({"gate": "tokens"}, "gate is 'tokens'; it must be one of 'sum', 'mean', 'scale', 'token', 'task'"),
+        ({"gate": "tokens"}, "gate is 'tokens'; it must be one of 'sum', 'mean', 'scale', 'token', 'stem', 'largest'"),
         ({"top_k": 1}, "top_k is 1; it must be a whole number from 2 to one less than num_heads"),
         ({"router_balance_loss": 0.1}, "balances which heads are chosen, and without top_k all are: set top_k"),
         ({"gate": "task", "router_entropy_loss": -1.0}, "router_entropy_loss belong to a router, and gate is 'task'"),
         ({"gate": "sum", "num_heads": 1, "orthogonality_loss": 0.1}, "compares heads, and num_heads is 1"),
+        ({"gate": "stem", "stem": "own"}, "gate='stem' looks at the A x that all heads read, and stem is 'own'"),
+        ({"gate": "largest", "top_k": 2}, "gate='largest' compares each head's own A x, and stem is 'shared'"),
+        ({"gate": "largest", "stem": "own"}, "gate='largest' needs to know how many heads take part: set top_k"),
+        ({"gate": "largest", "stem": "own", "top_k": 2, "router_z_loss": 1.0}, "router_z_loss belong to a router"),
+        ({"gate": "sum", "stem": "own", "router_scores": "sigmoid"}, "router_scores belong to a router"),
+        ({"stem_init": "sparse"}, "fills top_k/num_heads of each row, and top_k is not given"),
         ({"orthogonality_loss": -0.1}, "orthogonality_loss is -0.1; it must be a number of at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
