@@ -124,10 +124,20 @@ def largest(read: list[Tensor], k: int) -> list[float]:
 
 
 def parts(p, x, xd, t, s, r, mask, config):
-    """s · [ Σ_h g_h B_h (m_h ⊙ M_t A_σ(h) x) − B̄⁰ A⁰ x ], each part as the config says."""
+    """s · [ Σ_h g_h B_h (m_h ⊙ M A_σ(h) x) − B̄⁰ A⁰ x ], each part as the config says."""
+    if config.stem == "blended":
+        weights = torch.softmax(p["router"] @ x, 0)
+        mixture = sum(weights[i] * (stem(p, i, r) @ xd) for i in range(config.num_stems))
     read = []
     for h in range(config.num_heads):
-        hidden = (stem(p, h, r) if config.stem == "own" else p["A"]) @ xd
+        if config.stem == "blended":
+            hidden = mixture
+        else:
+            hidden = (stem(p, h, r) if config.stem == "own" else p["A"]) @ xd
+        if config.core != "none":
+            weights = torch.softmax(p["core_router"] @ hidden, 0)
+            cores = [core if config.core == "full" else torch.diag(core) for core in p["core"]]
+            hidden = sum(weights[i] * core for i, core in enumerate(cores)) @ hidden
         if config.task_matrix != "none":
             matrix = p["task_matrix"][t]
             hidden = (matrix if config.task_matrix == "full" else torch.diag(matrix)) @ hidden
@@ -165,3 +175,16 @@ def mtllora(p, x, xd, t, s, r, mask, config):
     for h in range(config.num_heads):
         total = total + weights[h] * (head(p, h, r) @ hidden)
     return s * total
+
+
+def cosine(one, other):
+    return (one * other).sum() / ((one.norm() + 1e-6) * (other.norm() + 1e-6))
+
+
+def alike(matrices):
+    """D²MoRA's published loop over all pairs: Σ_{i<j} |cos(M_i, M_j)|."""
+    total = torch.zeros((), dtype=matrices[0].dtype)
+    for i in range(len(matrices)):
+        for j in range(i + 1, len(matrices)):
+            total = total + cosine(matrices[i], matrices[j]).abs()
+    return total

@@ -11,7 +11,6 @@ from multiflora import ops
 from multiflora.errors import ExportError
 from multiflora.export.plain import Pair
 from multiflora.export.saved import Layer, SavedAdapter
-from multiflora.methods.middle import TaskMatrix
 
 __all__ = ["exact_pairs", "prove"]
 
@@ -45,8 +44,8 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
     x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0))
     heads = method.heads(config)
     hidden = None
-    if isinstance(method.middle, TaskMatrix):
-        hidden = x @ wide["A"].t() @ method.middle.matrices(config, wide)[task].t()
+    if method.middle is not None:
+        hidden = x @ wide["A"].t() @ method.middle.constant(config, wide, task, None).t()
     frozen = method.frozen_term(config, wide) or (None, None)
     looped = ops.loop(
         torch.zeros(len(x), B.shape[0]),

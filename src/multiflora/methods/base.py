@@ -1,10 +1,10 @@
 r"""A method is a description. Everything else — forward, merge, conversion, counts — is derived from it.
 
-.. math:: y = W x + s \sum_h g_h(x, \text{task})\, B_h\,(m_h \odot M_t A_{\sigma(h)} x) - s\,\bar B^0 A^0 x
+.. math:: y = W x + s \sum_h g_h(x, \text{task})\, B_h\,(m_h \odot M A_{\sigma(h)} x) - s\,\bar B^0 A^0 x
 
 The description says how many heads there are, whether each has a stem A of its own or all share one, what the gate g
 reads, how A and B start, whether the random start is taken off again (the frozen offset :math:`\bar B^0 A^0`),
-whether a matrix per task M_t stands between stem and heads, and what is added to the loss.
+whether a matrix M of the task or of the token stands between stem and heads, and what is added to the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiflora.errors import ExportError
 from multiflora.methods import METHODS
 from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
-from multiflora.methods.middle import Made, Middle, TaskMatrix, Where
+from multiflora.methods.middle import Made, Middle, Where
 
 if TYPE_CHECKING:
     from multiflora.forward_pass import Tokens
@@ -129,7 +129,8 @@ class Method:
         """
         if self.why_not_mergeable is not None:
             return self.why_not_mergeable
-        if self.gate.reads != "token" and "router" not in self.gate.names:
+        by_token = self.middle is not None and self.middle.reads == "token"
+        if self.gate.reads != "token" and "router" not in self.gate.names and not by_token:
             return None
         return (
             f"A {self.name} adapter cannot be merged: its router reads the input, so no single weight matrix equals "
@@ -162,11 +163,16 @@ class Method:
             return 1.0
         return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
+    def stems(self, config: Any) -> int:
+        """How many stems there are, K."""
+        if self.middle is not None:
+            return self.middle.stems(config)
+        return 1 if self.shared_stem else self.heads(config)
+
     def shapes(self, config: Any, r: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         """Every trainable tensor of one adapted layer, by name."""
         heads, rank = self.heads(config), self.rank(config, r)
-        stems = 1 if self.shared_stem else heads
-        shapes: dict[str, tuple[int, ...]] = {"A": (stems * rank, d_in), "B": (d_out, heads * rank)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (self.stems(config) * rank, d_in), "B": (d_out, heads * rank)}
         shapes |= self.gate.shapes(config, heads, rank if self.gate.of_stem else d_in, d_out)
         if self.middle is not None:
             shapes |= self.middle.shapes(config, rank, d_in)
@@ -210,15 +216,20 @@ class Method:
 
     def offset_rank(self, config: Any, r: int) -> int:
         """The rank of the stored offset; 0 without one."""
-        stems = 1 if self.shared_stem else self.heads(config)
-        return stems * self.rank(config, r) if self.offset(config) else 0
+        return self.stems(config) * self.rank(config, r) if self.offset(config) else 0
 
     def frozen_rank(self, config: Any, r: int) -> int:
         """k of the frozen term, the stored offset and what moves along; 0 without one."""
         return self.offset_rank(config, r) + (0 if self.moving is None else self.rank(config, r))
 
     def factors(
-        self, config: Any, parts: Parts, gate: Tensor, scale: float, task: int | None = None
+        self,
+        config: Any,
+        parts: Parts,
+        gate: Tensor,
+        scale: float,
+        task: int | None = None,
+        blend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""The update as one plain LoRA: A' (k, d_in) and B' (d_out, k) with :math:`\Delta W = B' A'`, in float32.
 
@@ -228,9 +239,10 @@ class Method:
             gate: Weight of each head, (H,).
             scale: s.
             task: Index of the task, for methods with a matrix per task.
+            blend: Weights, (n,), of what a router blends between stems and heads; None: all alike.
 
         Returns:
-            A' and B'; k is r for a shared stem, H r for own stems, plus r for the offset.
+            A' and B'; k is r for a shared stem, K r for several, plus r for the offset.
         """
         wide = {name: part.detach().to(torch.promote_types(part.dtype, torch.float32)) for name, part in parts.items()}
         heads = self.heads(config)
@@ -238,8 +250,8 @@ class Method:
         B = self.gate.fold(config, wide, wide["B"])
         weighted = torch.stack(head_views(B, heads), 1) * (gate.to(B.device, B.dtype) * scale).view(1, heads, 1)
         columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
-        if isinstance(self.middle, TaskMatrix):
-            columns = columns @ self.middle.matrices(config, wide)[task]
+        if self.middle is not None:
+            columns = columns @ self.middle.constant(config, wide, task, blend)
         frozen = self.frozen_term(config, wide)
         if frozen is not None:
             A, columns = torch.cat((A, frozen[0])), torch.cat((columns, -scale * frozen[1]), 1)

@@ -30,7 +30,7 @@ Parts = Mapping[str, Tensor]
 Reads = Literal["nothing", "task", "token"]
 Times = Callable[[Tensor, Tensor], Tensor]
 """(a matrix of the layer's, tokens (n, T)) -> their product: of a mixture each expert has a matrix of its own."""
-TOKEN_ROUTERS = ("router", "stem_router")
+TOKEN_ROUTERS = ("router", "stem_router", "core_router")
 """Names of the tensors that look at a token."""
 
 
@@ -165,7 +165,7 @@ class StemRouter(TokenRouter):
     of_stem = True
 
     def look(self, parts: Parts, v: Tensor, heads: int, scale: float, times: Times) -> Tensor:
-        return times(parts["stem_router"], v) / scale
+        return times(parts[self.names[0]], v) / scale
 
     def left_to_op(self, config: Any) -> bool:
         return False

@@ -131,11 +131,16 @@ class Store:
 
 
 def can_prepare(method: Method, config: Any) -> bool:
-    """Whether branches have a prepared form: their gate is constant, looked up by task, or the softmax of a router."""
+    """Whether branches have a prepared form: their gate is constant, looked up by task, or a router's softmax of x.
+
+    What looks at A x has none: its numbers come between the two products.
+    """
     gate = method.gate
     if gate.reads == "token":
         return type(gate) is TokenRouter and not gate.sigmoid(config) and method.middle is None
-    return gate.reads == "nothing" or isinstance(gate, TaskGate)
+    return (gate.reads == "nothing" or isinstance(gate, TaskGate)) and not (
+        method.middle is not None and method.middle.reads == "token"
+    )
 
 
 def keep(

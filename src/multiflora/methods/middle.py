@@ -1,22 +1,32 @@
-r"""What stands between the stems and the heads: a small matrix M, of the row's task.
+r"""What stands between the stems and the heads: a small matrix M, of the row's task or of the token.
 
 .. math:: v = M u, \qquad u = s\,[A_1; \dots; A_K]\,x
 
-v is what the heads read. Tokens come last, as in :mod:`multiflora.ops.packed`.
+v is what the heads read. There are three kinds of M; w is the softmax of a router:
+
+=============  ========================================================  ===================================
+kind           M                                                         as in
+=============  ========================================================  ===================================
+TaskMatrix     :math:`M_t`                                               MTL-LoRA
+RoutedMatrix   :math:`\sum_i w_i(A x)\, M_i`                             CoMoL, whose M_i are core matrices
+StemBlend      :math:`[w_1(x) I \mid \dots \mid w_K(x) I]`               D²MoRA: :math:`\sum_i w_i A_i x`
+=============  ========================================================  ===================================
+
+Tokens come last, as in :mod:`multiflora.ops.packed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from multiflora.methods.gates import Reads
+from multiflora.methods.gates import Reads, StemRouter, TokenRouter
 
-__all__ = ["ONE_LAYER", "Made", "Middle", "TaskMatrix", "Where"]
+__all__ = ["ONE_LAYER", "CoreRouter", "Made", "Middle", "RoutedMatrix", "StemBlend", "TaskMatrix", "Where"]
 
 Parts = Mapping[str, Tensor]
 
@@ -64,6 +74,10 @@ class Middle:
     names: ClassVar[tuple[str, ...]]
     """Names of the parameters it owns."""
 
+    def stems(self, config: Any) -> int:
+        """How many stems there are, K."""
+        return 1
+
     def shapes(self, config: Any, rank: int, d_in: int) -> dict[str, tuple[int, ...]]:
         """The shape of each of them."""
         raise NotImplementedError
@@ -74,6 +88,14 @@ class Middle:
 
     def read(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor:
         """v, (r, T)."""
+        raise NotImplementedError
+
+    def weights(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor | None:
+        """w, (n, T); None where M does not depend on the token."""
+        return None
+
+    def constant(self, config: Any, parts: Parts, task: int | None, weights: Tensor | None) -> Tensor:
+        """M, (r, K r), of a task, or of the given weights, (n,), in place of the token's; None: all alike."""
         raise NotImplementedError
 
 
@@ -98,6 +120,100 @@ class TaskMatrix(Middle):
         assert made.tasks is not None
         matrices = where.rows(self.matrices(config, parts), made.tasks).to(made.u.dtype)
         return (matrices @ made.u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
+
+    def constant(self, config: Any, parts: Parts, task: int | None, weights: Tensor | None) -> Tensor:
+        return self.matrices(config, parts)[task]
+
+
+@dataclass(frozen=True)
+class CoreRouter(StemRouter):
+    """The router that blends core matrices: it looks at A x."""
+
+    names = ("core_router",)
+
+
+@dataclass(frozen=True)
+class RoutedMatrix(Middle):
+    r"""Core matrices (or diagonals) that a router on A x blends for each token, as in CoMoL (arXiv 2603.00573):
+
+    .. math:: v = \sum_i \operatorname{softmax}(R_c A x)_i\, M_i A x
+
+    All products :math:`M_i A x` are one, and then blended: N r numbers a token, where the blended matrix would be r².
+    The matrices start as identities; the router tells them apart.
+    """
+
+    router: CoreRouter
+
+    reads = "token"
+    names = ("core", "core_router")
+
+    def shapes(self, config: Any, rank: int, d_in: int) -> dict[str, tuple[int, ...]]:
+        number = config.num_cores
+        return {"core": (number, *matrix_shape(config.core, rank)), **self.router.shapes(config, number, rank, 0)}
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        identities(parts["core"], config.core)
+        self.router.start(config, parts, generator)
+
+    def weights(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor | None:
+        logits = self.router.look(parts, made.u, config.num_cores, made.scale, where.times)
+        return self.router.weights(config, parts, logits, None)
+
+    def read(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor:
+        products = where.times(full(parts["core"], config.core).flatten(-3, -2), made.u)
+        return blended(products, self.weights(config, parts, made, where))
+
+    def constant(self, config: Any, parts: Parts, task: int | None, weights: Tensor | None) -> Tensor:
+        cores = full(parts["core"], config.core)
+        merged: Tensor = torch.tensordot(alike(weights, cores), cores, 1)
+        return merged
+
+
+@dataclass(frozen=True)
+class StemBlend(Middle):
+    r"""Several stems that a router on x blends into one, as in D²MoRA's published code:
+
+    .. math:: v = \sum_i \operatorname{softmax}(R x)_i\, A_i x
+    """
+
+    router: TokenRouter
+    number: Callable[[Any], int]
+
+    reads = "token"
+    names = ("router",)
+
+    def stems(self, config: Any) -> int:
+        return self.number(config)
+
+    def shapes(self, config: Any, rank: int, d_in: int) -> dict[str, tuple[int, ...]]:
+        return self.router.shapes(config, self.number(config), d_in, 0)
+
+    def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
+        self.router.start(config, parts, generator)
+
+    def weights(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor | None:
+        return self.router.weights(config, parts, made.logits, None)
+
+    def read(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor:
+        return blended(made.u, self.weights(config, parts, made, where))
+
+    def constant(self, config: Any, parts: Parts, task: int | None, weights: Tensor | None) -> Tensor:
+        number = self.number(config)
+        eye = torch.eye(len(parts["A"]) // number, dtype=parts["A"].dtype, device=parts["A"].device)
+        return torch.cat([weight * eye for weight in alike(weights, eye.expand(number, -1, -1))], 1)
+
+
+def blended(several: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted sum, (r, T), of several vectors of each token, (n r, T), with weights (n, T)."""
+    assert weights is not None
+    each = several.view(len(weights), len(several) // len(weights), several.shape[1])
+    return (each * weights.to(several.dtype).unsqueeze(1)).sum(0)
+
+
+def alike(weights: Tensor | None, several: Tensor) -> Tensor:
+    """The weights, (n,), of several tensors, (n, ...); None: each the same."""
+    number = len(several)
+    return several.new_full((number,), 1 / number) if weights is None else weights.to(several.device, several.dtype)
 
 
 def matrix_shape(kind: str, rank: int) -> tuple[int, ...]:

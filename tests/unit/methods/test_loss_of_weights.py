@@ -6,6 +6,7 @@ import pytest
 import torch
 from mixtures import PRODUCTS, mixture
 from peft import get_peft_model
+from reference.oracles import alike
 from torch.utils.checkpoint import checkpoint
 
 from multiflora import PartsConfig, auxiliary_loss
@@ -14,19 +15,6 @@ from multiflora.methods.layer_pass import BranchLayer
 
 WEIGHT, HEADS, RANK = 0.7, 3, 2
 IDS = torch.arange(3, 17).view(2, 7)
-
-
-def cosine(one, other):
-    return (one * other).sum() / ((one.norm() + 1e-6) * (other.norm() + 1e-6))
-
-
-def alike(matrices):
-    """D²MoRA's published loop over all pairs."""
-    total = torch.zeros((), dtype=matrices[0].dtype)
-    for i in range(len(matrices)):
-        for j in range(i + 1, len(matrices)):
-            total = total + cosine(matrices[i], matrices[j]).abs()
-    return total
 
 
 def of_layer(A, B, own):
