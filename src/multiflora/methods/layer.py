@@ -140,8 +140,10 @@ class BranchLinear(BranchLayer):
             scale=self.scaling[adapter_name],
             dropout=self._dropout("lora_dropout", adapter_name),
         )
-        made = Made(u, logits, tasks, self.scaling[adapter_name])
-        v, logits = method.inner(config, parts, made, ONE_LAYER)
+        v = u
+        if plan.looks_inside:
+            made = Made(u, logits, tasks, self.scaling[adapter_name])
+            v, logits = method.inner(config, parts, made, ONE_LAYER)
         gate = method.gate.weights(config, parts, logits, tasks)
         value = self._value(loss, plan, u, gate, logits, tokens, parts)
         self._record(gate, tasks, tokens)
