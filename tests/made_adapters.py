@@ -11,6 +11,13 @@ TASKS = ["sums", "labels"]
 EXACT = ["multilora", "mlora"]
 BY_TASK = ["moelora", "mtllora"]
 ROUTED = ["rlora", "hydralora", "loramoe"]
+BETWEEN = [
+    {"gate": "stem"},
+    {"gate": "largest", "stem": "own", "top_k": 2},
+    {"gate": "sum", "num_heads": 1, "core": "full"},
+    {"gate": "stem", "stem": "blended"},
+]
+"""Settings of `parts` with something that is decided for each token between the two products."""
 OURS = [name for name, card in METHODS.items() if card.module]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -26,21 +26,35 @@ TASKS = torch.tensor([1, 0])
 class Case:
     """One method and the settings it is tested with."""
 
-    method: Method
+    described: Method
+    words: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    """Of several cases of one method."""
 
     @property
     def name(self) -> str:
         """The method's name."""
-        return self.method.name
+        return self.described.name
+
+    @property
+    def id(self) -> str:
+        """In the names of tests."""
+        return "-".join(filter(None, (self.name, self.kind)))
+
+    @property
+    def method(self) -> Method:
+        """The method with these settings."""
+        return self.described.of(self.config())
 
     @property
     def merges(self) -> str:
         """ "no", "per task" or "exactly"."""
-        return self.method.of(self.config()).merges()
+        return self.method.merges()
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""
-        return build_config(self.name, {"target_modules": "all-linear", "task_names": list(TASK_NAMES)} | more)
+        shared = {"target_modules": "all-linear", "task_names": list(TASK_NAMES)}
+        return build_config(self.name, {**shared, **self.words, **more})
 
     def adapt(self, base: nn.Module, seed: int = 1, **more: Any) -> PeftModel:
         """The base with a fresh adapter, in eval mode."""
@@ -52,7 +66,14 @@ class Case:
         return stir(self.adapt(base, seed, **more), seed)
 
 
+# parts that no other method has: between the two products, where little else is the same
+KINDS = {
+    "flylora": {"stem": "own", "gate": "largest", "num_heads": 4, "top_k": 2, "stem_init": "sparse"},
+    "comol": {"gate": "sum", "num_heads": 1, "core": "full"},
+    "d2mora": {"stem": "blended", "gate": "stem"},
+}
 CASES = [Case(import_module(card.module).METHOD) for card in METHODS.values() if card.module is not None]
+CASES += [Case(import_module("multiflora.methods.parts").METHOD, words, kind) for kind, words in KINDS.items()]
 
 
 def stir(model: nn.Module, seed: int = 1) -> Any:

@@ -12,7 +12,7 @@ from contract.cases import CASES
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test that asks for a case gets all of them."""
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
+        metafunc.parametrize("case", CASES, ids=[case.id for case in CASES])
 
 
 @pytest.fixture

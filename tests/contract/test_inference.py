@@ -43,7 +43,8 @@ def test_prepared_is_general(case, tiny_llama, tasks):
     mixed = case.method.needs_task() and len(set(tasks.tolist())) > 1
     # a method may bring a gate of its own on the token: that has no prepared form
     own_gate = case.method.gate.reads == "token" and type(case.method.gate) is not TokenRouter
-    assert kept(model) or (mixed and case.method.task_matrix is not None) or own_gate
+    middle = case.method.middle  # so has what comes between the two products for each token
+    assert kept(model) or (middle is not None and (mixed or middle.reads == "token")) or own_gate
 
 
 def test_token_by_token(case, tiny_llama):

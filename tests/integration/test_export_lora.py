@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from made_adapters import BY_TASK, EXACT, OURS, ROUTED, TASKS, adapted, save
+from made_adapters import BETWEEN, BY_TASK, EXACT, OURS, ROUTED, TASKS, adapted, save
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -153,10 +153,10 @@ def test_an_exact_method_refuses_what_would_do_nothing(name, tiny_llama, tmp_pat
         multiflora.to_lora(adapted(name, tiny_llama()), tmp_path / "plain", calibration=ROWS)
 
 
-@pytest.mark.parametrize("name", ROUTED)
-def test_reported_errors_are_those_of_the_layers(name, tiny_llama, tmp_path):
+@pytest.mark.parametrize(("name", "settings"), [(name, {}) for name in ROUTED] + [("parts", w) for w in BETWEEN])
+def test_reported_errors_are_those_of_the_layers(name, settings, tiny_llama, tmp_path):
     """The closed-form error from the moments against the error that running both models shows."""
-    model = adapted(name, tiny_llama())
+    model = adapted(name, tiny_llama(), **settings)
     # fewer than four rows: the error is measured on the rows the gates come from
     rows = ROWS[:3]
     report = multiflora.to_lora(model, tmp_path / "plain", calibration=rows)
@@ -200,16 +200,23 @@ def test_a_fit_is_closer_than_the_mean_gate_and_its_logits_too(name, tiny_llama,
     assert distances[True] < distances[False]
 
 
-def test_a_gate_that_reads_nothing_from_its_input_converts_without_error(tiny_llama, tmp_path):
-    """With a router at zero the mean gate is the gate: the approximation is exact, and says so."""
-    model = adapted("rlora", tiny_llama())
-    for name, parameter in model.named_parameters():
-        if name.endswith("router.default"):
+@pytest.mark.parametrize(("name", "settings"), [("rlora", {}), *(("parts", w) for w in BETWEEN if "top_k" not in w)])
+def test_a_gate_that_reads_nothing_from_its_input_converts_without_error(name, settings, tiny_llama, tmp_path):
+    """With routers at zero the mean gate is the gate: the approximation is exact, and says so."""
+    model = adapted(name, tiny_llama(), **settings)
+    for tensor, parameter in model.named_parameters():
+        if tensor.endswith("router.default"):
             parameter.data.zero_()
     report = multiflora.to_lora(model, tmp_path / "plain", calibration=ROWS)
     assert report.adapters[0].worst().update_error < 1e-5
     plain = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "plain")).eval()
     assert (logits_of(plain) - logits_of(model)).abs().max() < 1e-5
+
+
+def test_routed_by_token_and_by_task_is_refused_in_a_sentence(tiny_llama, tmp_path):
+    model = adapted("parts", tiny_llama(), task_matrix="full")
+    with pytest.raises(ExportError, match=r"routed by token and depends on the task, too.*`multiflora serve`"):
+        multiflora.to_lora(model, tmp_path / "plain", calibration=ROWS)
 
 
 def test_one_adapter_for_each_task_from_a_folder_and_a_file(tiny_llama, tmp_path):

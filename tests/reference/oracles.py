@@ -109,21 +109,53 @@ def deltalora(p, x, xd, t, s, r, mask, config):
     return config.update_ratio * s * (moved @ x) + s * (p["B"] @ (p["A"] @ xd))
 
 
+def scored(logits: Tensor, k: int | None) -> Tensor:
+    """σ(l_h) of the k largest logits of one token over their sum, 0 for the others."""
+    order = sorted(range(len(logits)), key=lambda h: -float(logits[h]))
+    chosen = order[: len(order) if k is None else k]
+    total = sum(torch.sigmoid(logits[h]) for h in chosen)
+    return torch.stack([torch.sigmoid(logits[h]) / total if h in chosen else 0 * logits[h] for h in range(len(logits))])
+
+
+def largest(read: list[Tensor], k: int) -> list[float]:
+    """1 for the k longest of the vectors that heads read, 0 for the others."""
+    order = sorted(range(len(read)), key=lambda h: -float(read[h].detach().norm()))
+    return [1.0 if h in order[:k] else 0.0 for h in range(len(read))]
+
+
 def parts(p, x, xd, t, s, r, mask, config):
-    """s · [ Σ_h g_h B_h (m_h ⊙ M_t A_σ(h) x) − B̄⁰ A⁰ x ], each part as the config says."""
-    total = 0
+    """s · [ Σ_h g_h B_h (m_h ⊙ M A_σ(h) x) − B̄⁰ A⁰ x ], each part as the config says."""
+    if config.stem == "blended":
+        weights = torch.softmax(p["router"] @ x, 0)
+        mixture = sum(weights[i] * (stem(p, i, r) @ xd) for i in range(config.num_stems))
+    read = []
     for h in range(config.num_heads):
-        hidden = (stem(p, h, r) if config.stem == "own" else p["A"]) @ xd
+        if config.stem == "blended":
+            hidden = mixture
+        else:
+            hidden = (stem(p, h, r) if config.stem == "own" else p["A"]) @ xd
+        if config.core != "none":
+            weights = torch.softmax(p["core_router"] @ hidden, 0)
+            cores = [core if config.core == "full" else torch.diag(core) for core in p["core"]]
+            hidden = sum(weights[i] * core for i, core in enumerate(cores)) @ hidden
         if config.task_matrix != "none":
             matrix = p["task_matrix"][t]
             hidden = (matrix if config.task_matrix == "full" else torch.diag(matrix)) @ hidden
-        update = head(p, h, r) @ (mask[h] * hidden)
+        read.append(hidden)
+    blend = scored if config.router_scores == "sigmoid" else routed
+    total = 0
+    for h in range(config.num_heads):
+        update = head(p, h, r) @ (mask[h] * read[h])
         if config.gate == "mean":
             update = update / config.num_heads
         elif config.gate == "scale":
             update = update * p["scale"][h]
         elif config.gate == "token":
-            update = update * routed(p["router"] @ x, config.top_k)[h]
+            update = update * blend(p["router"] @ x, config.top_k)[h]
+        elif config.gate == "stem":
+            update = update * blend(p["stem_router"] @ read[0], config.top_k)[h]
+        elif config.gate == "largest":
+            update = update * largest(read, config.top_k)[h]
         elif config.gate == "task":
             update = update * torch.softmax(p["task_logits"][t] / config.temperature, 0)[h]
         elif config.gate == "task_embedding":
@@ -143,3 +175,16 @@ def mtllora(p, x, xd, t, s, r, mask, config):
     for h in range(config.num_heads):
         total = total + weights[h] * (head(p, h, r) @ hidden)
     return s * total
+
+
+def cosine(one, other):
+    return (one * other).sum() / ((one.norm() + 1e-6) * (other.norm() + 1e-6))
+
+
+def alike(matrices):
+    """D²MoRA's published loop over all pairs: Σ_{i<j} |cos(M_i, M_j)|."""
+    total = torch.zeros((), dtype=matrices[0].dtype)
+    for i in range(len(matrices)):
+        for j in range(i + 1, len(matrices)):
+            total = total + cosine(matrices[i], matrices[j]).abs()
+    return total

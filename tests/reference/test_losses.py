@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from multiflora.methods.losses import alignment, load_balance
+from multiflora.methods.losses import alignment, entropy, load_balance, overlap
 
 
 def kl(mean_1, variance_1, mean_2, variance_2):
@@ -103,3 +103,28 @@ def test_load_balance_is_one_when_even_and_more_when_not():
     assert load_balance(even, gate_of(even, 2), None).item() == pytest.approx(1)
     one_sided = even[:1].expand(4, 4)
     assert load_balance(one_sided, gate_of(one_sided, 2), None).item() == pytest.approx(2, rel=1e-3)
+
+
+def test_entropy_is_that_of_each_real_token():
+    torch.manual_seed(0)
+    logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    for keep in (torch.ones(9), torch.tensor([1, 0, 1] * 3)):
+        rows = [torch.softmax(row, 0) for row, kept in zip(logits, keep, strict=True) if kept]
+        plain = sum(-(p * torch.log(p)).sum() for p in rows) / len(rows)
+        same_with_gradients(logits, entropy(logits, keep), plain)
+    assert torch.equal(entropy(logits, None), entropy(logits, torch.ones(9)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_overlap_is_d2mora_s_loop_over_all_pairs(n):
+    torch.manual_seed(0)
+    stack = torch.randn(n, 3, 4, dtype=torch.float64, requires_grad=True)
+    unit = [matrix.reshape(-1) / (matrix.norm() + 1e-6) for matrix in stack]
+    plain = sum((torch.dot(one, other).abs() for one, other in combinations(unit, 2)), 0 * stack.sum())
+    same_with_gradients(stack, overlap(stack), plain)
+
+
+def test_overlap_of_heads_at_zero_is_nothing_and_of_equal_ones_all():
+    heads = torch.zeros(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert not torch.autograd.grad(overlap(heads), heads)[0].any()
+    assert float(overlap(torch.ones(3, 4, 2, dtype=torch.float64))) == pytest.approx(3, rel=1e-5)

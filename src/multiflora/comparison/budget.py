@@ -50,7 +50,7 @@ __all__ = [
 Equal = Literal["parameters", "flops"]
 
 # tensors that multiply every token: two operations for each of their numbers
-_PER_TOKEN = ("A", "B", "router")
+_PER_TOKEN = ("A", "B", "router", "stem_router", "core", "core_router")
 
 
 class Width(NamedTuple):

@@ -124,6 +124,5 @@ def _add(sums: dict[str, Moments], adapter: str, layer: BranchLinear, args: tupl
     if keep is not None:
         x, y = x[keep.bool()], y[keep.bool()]
     parts: Mapping[str, Tensor] = layer.parts(adapter)
-    found = features(layer.method_of(adapter), layer.configs[adapter], parts, x, y)
-    found = Moments(found.tokens, found.gate.cpu(), found.second.cpu(), found.output)
+    found = features(layer.method_of(adapter), layer.configs[adapter], parts, x, y).cpu()
     sums[layer.name] = sums[layer.name].add(found) if layer.name in sums else found

@@ -134,6 +134,11 @@ def check_options(
             "nothing says on which inputs. Give calibration examples: --calibration FILE.jsonl (rows with text, or "
             "prompt and completion; a hundred are plenty), or a recipe, or the run's own folder."
         )
+    if calibrated and method is not None and method.needs_task():
+        raise ExportError(
+            f"{source} is a {name} adapter that is routed by token and depends on the task, too: neither one plain "
+            "LoRA nor one for each task comes near. Serve the adapter itself with `multiflora serve`."
+        )
     if not calibrated and (calibration is not None or fit or per_task):
         given = "calibration" if calibration is not None else "fit" if fit else "per_task"
         raise ExportError(f"{source} is a {name} adapter, which converts exactly; leave {given} out.")

@@ -43,9 +43,9 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
     wide = {name: part.to(torch.float32) for name, part in layer.parts.items()}
     x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0))
     heads = method.heads(config)
-    matrix = None
-    if method.task_matrix is not None:
-        matrix = method.task_matrix.matrices(wide)[task].expand(len(x), -1, -1)
+    hidden = None
+    if method.middle is not None:
+        hidden = x @ wide["A"].t() @ method.middle.constant(config, wide, task, None).t()
     frozen = method.frozen_term(config, wide) or (None, None)
     looped = ops.loop(
         torch.zeros(len(x), B.shape[0]),
@@ -57,12 +57,12 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
         num_heads=heads,
         rank=layer.rank,
         scale=layer.scale,
-        task_matrix=matrix,
+        hidden=hidden,
     )
-    hidden = x @ A.t()
-    off = float((hidden @ B.t() - looped).norm())
+    stems = x @ A.t()
+    off = float((stems @ B.t() - looped).norm())
     # rounding grows with the terms that are summed, not with what is left of them once they cancel
-    terms = float((hidden.abs() @ torch.linalg.vector_norm(B, dim=0)).norm())
+    terms = float((stems.abs() @ torch.linalg.vector_norm(B, dim=0)).norm())
     if not off <= 1e-5 * terms:
         raise ExportError(
             f"{adapter.folder}: the converted update of {layer.name} differs from the adapter's by {off:.1e} (its "

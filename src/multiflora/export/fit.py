@@ -22,7 +22,7 @@ def averaged(
     method: Method, config: Any, parts: Mapping[str, Tensor], scale: float, moments: Moments
 ) -> tuple[Tensor, Tensor]:
     r"""A' and B' with each head weighted by its mean gate, :math:`\bar g = \mathbb E[g(x)]`."""
-    return method.factors(config, parts, moments.mean_gate.to(torch.float32), scale)
+    return method.factors(config, parts, moments.mean_gate.to(torch.float32), scale, blend=moments.mean_blend)
 
 
 def fitted(

@@ -4,21 +4,23 @@ A routed layer adds :math:`\Delta(x) = s\sum_h g_h(x)\,B_h A_{\sigma(h)}x - s\,\
 
 .. math:: f = [g_1 A_{\sigma(1)}x;\dots;g_H A_{\sigma(H)}x], \quad v = [Ax;\,A^0x], \quad w = [f; v]
 
-Then :math:`\Delta = C w` with a constant C, and every plain LoRA on the same stems is :math:`\hat\Delta = \hat C w`
-with another. So the mean of :math:`w w^\top`, a few dozen numbers squared, holds
-:math:`\mathbb E\lVert\Delta-\hat\Delta\rVert^2` for all of them, and no activation has to be kept.
+and where a matrix M stands between stems and heads, M A x in place of A x in f. Then :math:`\Delta = C w` with a
+constant C, and every plain LoRA on the same stems is :math:`\hat\Delta = \hat C w` with another. So the mean of
+:math:`w w^\top`, a few dozen numbers squared, holds :math:`\mathbb E\lVert\Delta-\hat\Delta\rVert^2` for all of them,
+and no activation has to be kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
+from multiflora.methods.middle import ONE_LAYER, Made
 
 __all__ = ["Moments", "features", "relative_error", "routed_coefficients"]
 
@@ -34,17 +36,33 @@ class Moments:
     """Sum of w wᵀ, (n, n), float64."""
     output: float
     """Sum of ‖y‖², y being the layer's whole output."""
+    blend: Tensor | None = None
+    """Sum of the weights of what a router blends between stems and heads, (n,), where there is one."""
 
     def add(self, other: Moments) -> Moments:
         """The sums over both sets of tokens."""
         return Moments(
-            self.tokens + other.tokens, self.gate + other.gate, self.second + other.second, self.output + other.output
+            self.tokens + other.tokens,
+            self.gate + other.gate,
+            self.second + other.second,
+            self.output + other.output,
+            None if self.blend is None or other.blend is None else self.blend + other.blend,
         )
+
+    def cpu(self) -> Moments:
+        """The same, on the processor."""
+        blend = None if self.blend is None else self.blend.cpu()
+        return replace(self, gate=self.gate.cpu(), second=self.second.cpu(), blend=blend)
 
     @property
     def mean_gate(self) -> Tensor:
         """Mean weight of each head, (H,)."""
         return self.gate / self.tokens
+
+    @property
+    def mean_blend(self) -> Tensor | None:
+        """Mean weight of each of what is blended, (n,)."""
+        return None if self.blend is None else self.blend / self.tokens
 
 
 def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Moments:
@@ -59,16 +77,18 @@ def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor
     """
     x = x.to(torch.float32)
     wide = {name: part.detach().to(torch.float32) for name, part in parts.items()}
-    by_token = method.gate.weights(config, wide, wide["router"] @ x.t(), None)
-    assert by_token is not None
-    gate = by_token.t()
     u = x @ wide["A"].t()
-    heads = gate.shape[1]
-    by_head = u.unsqueeze(1) if method.shared_stem else u.view(len(x), heads, -1)
+    made = Made(u.t(), wide["router"] @ x.t() if "router" in wide else None, None, 1.0)
+    v, logits = method.inner(config, wide, made, ONE_LAYER)
+    by_token = method.gate.weights(config, wide, logits, None)
+    gate = x.new_ones(len(x), method.heads(config)) if by_token is None else by_token.t()
+    blend = None if method.middle is None else method.middle.weights(config, wide, made, ONE_LAYER)
+    by_head = v.t().reshape(len(x), 1 if method.shared_stem else gate.shape[1], -1)
     f = (gate.unsqueeze(-1) * by_head).reshape(len(x), -1)
     start = (x @ wide["A0"].t(),) if "A0" in wide else ()
     w = torch.cat((f, u, *start), 1).double()
-    return Moments(len(x), gate.double().sum(0), w.t() @ w, float(y.double().square().sum()))
+    summed = None if blend is None else blend.double().sum(1)
+    return Moments(len(x), gate.double().sum(0), w.t() @ w, float(y.double().square().sum()), summed)
 
 
 def routed_coefficients(method: Method, config: Any, parts: Mapping[str, Tensor], scale: float) -> Tensor:

@@ -1,10 +1,10 @@
 r"""A method is a description. Everything else — forward, merge, conversion, counts — is derived from it.
 
-.. math:: y = W x + s \sum_h g_h(x, \text{task})\, B_h\,(m_h \odot M_t A_{\sigma(h)} x) - s\,\bar B^0 A^0 x
+.. math:: y = W x + s \sum_h g_h(x, \text{task})\, B_h\,(m_h \odot M A_{\sigma(h)} x) - s\,\bar B^0 A^0 x
 
 The description says how many heads there are, whether each has a stem A of its own or all share one, what the gate g
 reads, how A and B start, whether the random start is taken off again (the frozen offset :math:`\bar B^0 A^0`),
-whether a matrix per task M_t stands between stem and heads, and what is added to the loss.
+whether a matrix M of the task or of the token stands between stem and heads, and what is added to the loss.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from multiflora.errors import ExportError
 from multiflora.methods import METHODS
 from multiflora.methods.gates import Gate
 from multiflora.methods.initial import head_views, stem_and_zero_heads
+from multiflora.methods.middle import Made, Middle, Where
 
 if TYPE_CHECKING:
     from multiflora.forward_pass import Tokens
@@ -43,6 +44,8 @@ class LossInputs(NamedTuple):
     """The router's, (H, T), or None where there is no router."""
     tokens: Tokens
     """Which rows, tasks and padding they are."""
+    parts: Parts
+    """The layer's tensors, by their names in the equation; of experts, those of one expert."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +66,6 @@ class Loss:
 
 def _no(config: Any) -> bool:
     return False
-
-
-@dataclass(frozen=True)
-class TaskMatrix:
-    """A matrix (or diagonal) per task between stem and heads: u becomes M_t u. The identity at the start."""
-
-    shape: Callable[[Any, int], tuple[int, ...]]
-    """(num_tasks, r, r), or (num_tasks, r) for a diagonal."""
-
-    def start(self, matrices: Tensor) -> None:
-        """Fill with identities."""
-        if not matrices.is_meta:
-            with torch.no_grad():
-                matrices.copy_(
-                    torch.eye(matrices.shape[-1]).expand_as(matrices) if matrices.dim() == 3 else matrices.fill_(1.0)
-                )
-
-    def matrices(self, parts: Parts) -> Tensor:
-        """One full matrix per task, (num_tasks, r, r)."""
-        stored = parts["task_matrix"]
-        return stored if stored.dim() == 3 else torch.diag_embed(stored)
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,8 @@ class Method:
     """Dropout on each head's input."""
     frozen: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that are not trained."""
-    task_matrix: TaskMatrix | None = None
+    middle: Middle | None = None
+    """What stands between stems and heads, if anything does."""
     shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Names of the tensors that all layers have in common; the first adapted layer holds them."""
     loss: Loss | None = None
@@ -133,7 +116,7 @@ class Method:
 
     def needs_task(self) -> bool:
         """Whether an output cannot be computed without the row's task."""
-        return self.gate.reads == "task" or self.task_matrix is not None
+        return self.gate.reads == "task" or (self.middle is not None and self.middle.reads == "task")
 
     def loss_needs_task(self, config: Any) -> bool:
         """Whether what is added cannot be computed without the row's task."""
@@ -146,7 +129,8 @@ class Method:
         """
         if self.why_not_mergeable is not None:
             return self.why_not_mergeable
-        if self.gate.reads != "token" and "router" not in self.gate.names:
+        by_token = self.middle is not None and self.middle.reads == "token"
+        if self.gate.reads != "token" and "router" not in self.gate.names and not by_token:
             return None
         return (
             f"A {self.name} adapter cannot be merged: its router reads the input, so no single weight matrix equals "
@@ -179,28 +163,40 @@ class Method:
             return 1.0
         return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
+    def stems(self, config: Any) -> int:
+        """How many stems there are, K."""
+        if self.middle is not None:
+            return self.middle.stems(config)
+        return 1 if self.shared_stem else self.heads(config)
+
     def shapes(self, config: Any, r: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         """Every trainable tensor of one adapted layer, by name."""
         heads, rank = self.heads(config), self.rank(config, r)
-        stems = 1 if self.shared_stem else heads
-        shapes: dict[str, tuple[int, ...]] = {"A": (stems * rank, d_in), "B": (d_out, heads * rank)}
-        shapes |= self.gate.shapes(config, heads, d_in, d_out)
-        if self.task_matrix is not None:
-            shapes["task_matrix"] = self.task_matrix.shape(config, rank)
+        shapes: dict[str, tuple[int, ...]] = {"A": (self.stems(config) * rank, d_in), "B": (d_out, heads * rank)}
+        shapes |= self.gate.shapes(config, heads, rank if self.gate.of_stem else d_in, d_out)
+        if self.middle is not None:
+            shapes |= self.middle.shapes(config, rank, d_in)
         return shapes
 
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the trainable tensors, whatever the config."""
         if self.chosen is not None:
             return self.chosen_names
-        return ("A", "B", *self.gate.names, *(("task_matrix",) if self.task_matrix is not None else ()))
+        return ("A", "B", *self.gate.names, *(() if self.middle is None else self.middle.names))
 
     def fill(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
         """Give every tensor its first value, in place."""
         self.start(config, parts["A"], parts["B"], self.heads(config), generator)
         self.gate.start(config, parts, generator)
-        if self.task_matrix is not None:
-            self.task_matrix.start(parts["task_matrix"])
+        if self.middle is not None:
+            self.middle.start(config, parts, generator)
+
+    def inner(self, config: Any, parts: Parts, made: Made, where: Where) -> tuple[Tensor, Tensor | None]:
+        """What the heads read, v, (r, T) for all or (H r, T) for each; and the logits that the gate looks at."""
+        v = made.u if self.middle is None else self.middle.read(config, parts, made, where)
+        if not self.gate.of_stem:
+            return v, made.logits
+        return v, self.gate.look(parts, v, self.heads(config), made.scale, where.times)
 
     def mean_head(self, config: Any, parts: Parts) -> Tensor:
         r""":math:`\bar B^0`: the heads blended as a gate that prefers none would blend them.
@@ -220,15 +216,20 @@ class Method:
 
     def offset_rank(self, config: Any, r: int) -> int:
         """The rank of the stored offset; 0 without one."""
-        stems = 1 if self.shared_stem else self.heads(config)
-        return stems * self.rank(config, r) if self.offset(config) else 0
+        return self.stems(config) * self.rank(config, r) if self.offset(config) else 0
 
     def frozen_rank(self, config: Any, r: int) -> int:
         """k of the frozen term, the stored offset and what moves along; 0 without one."""
         return self.offset_rank(config, r) + (0 if self.moving is None else self.rank(config, r))
 
     def factors(
-        self, config: Any, parts: Parts, gate: Tensor, scale: float, task: int | None = None
+        self,
+        config: Any,
+        parts: Parts,
+        gate: Tensor,
+        scale: float,
+        task: int | None = None,
+        blend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         r"""The update as one plain LoRA: A' (k, d_in) and B' (d_out, k) with :math:`\Delta W = B' A'`, in float32.
 
@@ -238,9 +239,10 @@ class Method:
             gate: Weight of each head, (H,).
             scale: s.
             task: Index of the task, for methods with a matrix per task.
+            blend: Weights, (n,), of what a router blends between stems and heads; None: all alike.
 
         Returns:
-            A' and B'; k is r for a shared stem, H r for own stems, plus r for the offset.
+            A' and B'; k is r for a shared stem, K r for several, plus r for the offset.
         """
         wide = {name: part.detach().to(torch.promote_types(part.dtype, torch.float32)) for name, part in parts.items()}
         heads = self.heads(config)
@@ -248,8 +250,8 @@ class Method:
         B = self.gate.fold(config, wide, wide["B"])
         weighted = torch.stack(head_views(B, heads), 1) * (gate.to(B.device, B.dtype) * scale).view(1, heads, 1)
         columns = weighted.sum(1) if self.shared_stem else weighted.reshape(B.shape[0], -1)
-        if self.task_matrix is not None:
-            columns = columns @ self.task_matrix.matrices(wide)[task]
+        if self.middle is not None:
+            columns = columns @ self.middle.constant(config, wide, task, blend)
         frozen = self.frozen_term(config, wide)
         if frozen is not None:
             A, columns = torch.cat((A, frozen[0])), torch.cat((columns, -scale * frozen[1]), 1)

@@ -23,6 +23,7 @@ from multiflora.methods.base import Method, Parts, class_of
 from multiflora.methods.gates import TaskGate
 from multiflora.methods.layer_pass import BranchLayer
 from multiflora.methods.layer_weights import layer_names
+from multiflora.methods.middle import Made
 
 __all__ = ["AdaptedExperts", "BranchExperts", "FusedWeight", "Pairs", "experts_class"]
 
@@ -57,6 +58,14 @@ class Pairs(NamedTuple):
         expert, order = torch.sort(chosen.reshape(-1), stable=True)
         ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True, out_int32=True)
         return cls(expert, order // chosen.shape[1], ends, order, chosen.shape[:1])
+
+    def times(self, matrix: Tensor, tokens: Tensor) -> Tensor:
+        """A matrix of each expert, (E, m, n), times its tokens, (n, S): see `multiflora.methods.middle.Where`."""
+        return ops.expert_times(matrix, tokens, self.ends)
+
+    def rows(self, table: Tensor, tasks: Tensor) -> Tensor:
+        """Each token's row of its expert's table, (E, num_tasks, ...)."""
+        return table[self.expert, tasks]
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Each expert that has tokens, and where these are. It waits for the device."""
@@ -151,10 +160,11 @@ class BranchExperts(BranchLayer):
         self._record(gate, tasks, tokens)
         if loss is None or tokens is None:
             return y
-        values = []
-        for _, span in pairs.spans():  # each expert has heads of its own, so its loss is that of its own tokens
+        values, each = [], list(self._each(adapter_name, parts))
+        for e, span in pairs.spans():  # each expert has heads of its own, so its loss is that of its own tokens
             own = tokens._replace(order=pairs.token[span])
-            values.append(self._value(loss, plan, stems[:, span], _columns(gate, span), _columns(logits, span), own))
+            seen = stems[:, span], _columns(gate, span), _columns(logits, span)
+            values.append(self._value(loss, plan, *seen, own, each[e]))
         told = [value for value in values if value is not None]
         return self.routing.report(adapter_name, torch.stack(told).mean(), y) if told else y
 
@@ -164,7 +174,7 @@ class BranchExperts(BranchLayer):
         """The sum as grouped products: y, and the stems', gates and logits of each pair, tokens last."""
         plan = self.plan(adapter_name)
         config, method, gate = plan.config, plan.method, plan.method.gate
-        stems, logits, u0 = ops.expert_stems(
+        u, logits, u0 = ops.expert_stems(
             x,
             parts["A"],
             parts.get("router"),
@@ -173,10 +183,7 @@ class BranchExperts(BranchLayer):
             scale=self.scaling[adapter_name],
             dropout=self._dropout("lora_dropout", adapter_name),
         )
-        u = stems
-        if method.task_matrix is not None:
-            matrices = self._mapped(adapter_name, method.task_matrix.matrices, parts)[pairs.expert, tasks].to(u.dtype)
-            u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
+        v, logits = method.inner(config, parts, Made(u, logits, tasks, self.scaling[adapter_name]), pairs)
         if isinstance(gate, TaskGate):
             table = self._mapped(adapter_name, lambda own: gate.table(config, own), parts)
             weights: Tensor | None = table.to(x.device)[pairs.expert, tasks].t()
@@ -184,7 +191,7 @@ class BranchExperts(BranchLayer):
             weights = gate.weights(config, parts, logits, tasks)
         y = ops.expert_heads(
             y,
-            u,
+            v,
             u0,
             weights,
             self._mapped(adapter_name, lambda own: gate.fold(config, own, own["B"]), parts),
@@ -194,7 +201,7 @@ class BranchExperts(BranchLayer):
             rank=plan.rank,
             dropout=self._dropout("head_dropout", adapter_name),
         )
-        return y, stems, weights, logits
+        return y, u, weights, logits
 
     def _by_expert(
         self, x: Tensor, y: Tensor, adapter_name: str, parts: Parts, tasks: Tensor | None, pairs: Pairs

@@ -9,6 +9,8 @@ nothing    the same for every token    the update is one matrix: it merges exact
 task       one row per task            one matrix per task: merges for a given task
 token      from the layer's input      no single matrix: does not merge
 =========  ==========================  ===========================================
+
+A gate on the token looks at the layer's input x, or at what the heads read of it, a few numbers a token (``of_stem``).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multiflora import ops
@@ -25,6 +28,10 @@ from multiflora.methods.initial import kaiming_uniform, normal
 
 Parts = Mapping[str, Tensor]
 Reads = Literal["nothing", "task", "token"]
+Times = Callable[[Tensor, Tensor], Tensor]
+"""(a matrix of the layer's, tokens (n, T)) -> their product: of a mixture each expert has a matrix of its own."""
+TOKEN_ROUTERS = ("router", "stem_router", "core_router")
+"""Names of the tensors that look at a token."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,16 @@ class Gate:
     reads: Reads = "nothing"
     names: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters the gate owns."""
+    of_stem: ClassVar[bool] = False
+    """Whether it looks at what the heads read, A x, in place of x."""
 
     def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each of them."""
+        """The shape of each of them; d_in is the width of what the gate looks at."""
         return {}
+
+    def look(self, parts: Parts, v: Tensor, heads: int, scale: float, times: Times) -> Tensor:
+        """The logits, (H, T), of a gate that looks at what the heads read, v = s A x, (K r, T)."""
+        raise NotImplementedError
 
     def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
         """Fill the gate's parameters in place."""
@@ -102,6 +115,10 @@ class ScaleGate(Gate):
 class TokenRouter(Gate):
     r"""A linear router on the layer's input: :math:`g = \operatorname{softmax}(R x)`, in float32 at least.
 
+    With ``sigmoid`` each head has a score of its own, and they are divided by their sum, as in SMoRA's published code
+    (arXiv 2501.15103): :math:`g_h = \sigma(\ell_h) / \sum_j \sigma(\ell_j)`. It is the softmax of
+    :math:`\log\sigma(\ell)`.
+
     With ``top_k`` the softmax goes over the k largest logits of each token and all other heads weigh 0, as in MixLoRA
     (arXiv 2404.15159, eq. 4). All heads are computed all the same: packed, they cost two small products, and picking
     rows apart for each token would cost more than it saves.
@@ -112,30 +129,67 @@ class TokenRouter(Gate):
     std: Callable[[Any], float | None] = lambda config: None
     """Of a normal start; None: Kaiming-uniform."""
     top_k: Callable[[Any], int | None] = lambda config: config.top_k
+    sigmoid: Callable[[Any], bool] = lambda config: False
     names = ("router",)
 
     def shapes(self, config: Any, heads: int, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
-        return {"router": (heads, d_in)}
+        return {self.names[0]: (heads, d_in)}
 
     def start(self, config: Any, parts: Parts, generator: torch.Generator | None) -> None:
-        std = self.std(config)
+        router, std = parts[self.names[0]], self.std(config)
         if config.init_weights and self.zero(config):
-            torch.nn.init.zeros_(parts["router"])
+            torch.nn.init.zeros_(router)
         elif config.init_weights and std is not None:
-            normal(parts["router"], std, generator)
+            normal(router, std, generator)
         else:
-            kaiming_uniform(parts["router"], generator)
+            kaiming_uniform(router, generator)
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert logits is not None
+        if self.sigmoid(config):
+            logits = F.logsigmoid(_at_least_float32(logits))
         k = self.top_k(config)
         if k is not None:
-            left_out = torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, 0)
-            logits = logits.masked_fill(left_out, -torch.inf)
+            logits = logits.masked_fill(_left_out(logits, k), -torch.inf)
         return ops.softmax(logits)
 
     def left_to_op(self, config: Any) -> bool:
-        return self.top_k(config) is None
+        return self.top_k(config) is None and not self.sigmoid(config)
+
+
+@dataclass(frozen=True)
+class StemRouter(TokenRouter):
+    r"""A router on what the heads read: :math:`g = \operatorname{softmax}(R A x)`, R of (H, r), as in D²MoRA."""
+
+    names = ("stem_router",)
+    of_stem = True
+
+    def look(self, parts: Parts, v: Tensor, heads: int, scale: float, times: Times) -> Tensor:
+        return times(parts[self.names[0]], v) / scale
+
+    def left_to_op(self, config: Any) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class LargestGate(Gate):
+    r"""No router: the k heads whose own :math:`\lVert A_h x \rVert` is largest have weight 1, all others 0.
+
+    With heads of rank 1 it is FlyLoRA's activation of ranks (arXiv 2510.08396): a head is a rank, and
+    :math:`|a_h^\top x|` says whether it takes part. The choice itself has no gradient.
+    """
+
+    reads: Reads = "token"
+    of_stem = True
+
+    def look(self, parts: Parts, v: Tensor, heads: int, scale: float, times: Times) -> Tensor:
+        by_head = _at_least_float32(v.detach()).view(heads, len(v) // heads, v.shape[1])
+        length: Tensor = torch.linalg.vector_norm(by_head, dim=1)
+        return length / scale
+
+    def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
+        assert logits is not None
+        return (~_left_out(logits, config.top_k)).to(logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -191,6 +245,11 @@ class TaskTemperatureGate(TaskGate):
 
     def table(self, config: Any, parts: Parts) -> Tensor:
         return torch.softmax(_at_least_float32(parts["task_logits"]) / config.temperature, -1)
+
+
+def _left_out(logits: Tensor, k: int) -> Tensor:
+    """Which of the logits, (H, T), are none of a token's k largest."""
+    return torch.ones_like(logits, dtype=torch.bool).scatter(0, logits.topk(k, 0).indices, 0)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

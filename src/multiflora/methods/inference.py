@@ -131,11 +131,16 @@ class Store:
 
 
 def can_prepare(method: Method, config: Any) -> bool:
-    """Whether branches have a prepared form: their gate is constant, looked up by task, or the softmax of a router."""
+    """Whether branches have a prepared form: their gate is constant, looked up by task, or a router's softmax of x.
+
+    What looks at A x has none: its numbers come between the two products.
+    """
     gate = method.gate
     if gate.reads == "token":
-        return type(gate) is TokenRouter and method.task_matrix is None
-    return gate.reads == "nothing" or isinstance(gate, TaskGate)
+        return type(gate) is TokenRouter and not gate.sigmoid(config) and method.middle is None
+    return (gate.reads == "nothing" or isinstance(gate, TaskGate)) and not (
+        method.middle is not None and method.middle.reads == "token"
+    )
 
 
 def keep(
@@ -187,7 +192,7 @@ def prepare(
         return _routed(plan, parts, scale, dtype), None
     if task is not None or not method.needs_task():
         return _plain(plan, parts, scale, dtype, task), None
-    if method.task_matrix is None and isinstance(method.gate, TaskGate):
+    if method.middle is None and isinstance(method.gate, TaskGate):
         branches = _side_by_side(plan, parts, scale, dtype, router=None, top_k=None)
         return branches, method.gate.table(config, parts).contiguous()
     return None

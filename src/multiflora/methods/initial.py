@@ -27,6 +27,15 @@ def normal(weight: Tensor, std: float, generator: torch.Generator | None = None)
             weight.normal_(0.0, std, generator=generator)
 
 
+def sparse(weight: Tensor, number: int, std: float, generator: torch.Generator | None = None) -> None:
+    """Normal in ``number`` places of each row, drawn for each row, and 0 elsewhere: FlyLoRA's projection."""
+    if not weight.is_meta:
+        with torch.no_grad():
+            places = torch.rand(weight.shape, generator=generator, device=weight.device).topk(max(number, 1), 1).indices
+            weight.normal_(0.0, std, generator=generator)
+            weight.mul_(torch.zeros_like(weight).scatter(1, places, 1.0))
+
+
 def head_views(B: Tensor, heads: int) -> tuple[Tensor, ...]:
     """The heads of a packed B, (d_out, H r), as H views of shape (d_out, r)."""
     return tuple(B.view(B.shape[0], heads, -1).unbind(1))

@@ -21,6 +21,7 @@ from multiflora.methods.base import Loss, Method, class_of
 from multiflora.methods.inference import Kept
 from multiflora.methods.layer_pass import BranchLayer
 from multiflora.methods.layer_weights import Plan, layer_names
+from multiflora.methods.middle import ONE_LAYER, Made
 
 
 class BranchLinear(BranchLayer):
@@ -139,16 +140,16 @@ class BranchLinear(BranchLayer):
             scale=self.scaling[adapter_name],
             dropout=self._dropout("lora_dropout", adapter_name),
         )
-        stems = u
-        if method.task_matrix is not None:
-            matrices = method.task_matrix.matrices(parts)[tasks].to(u.dtype)
-            u = (matrices @ u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
+        v = u
+        if plan.looks_inside:
+            made = Made(u, logits, tasks, self.scaling[adapter_name])
+            v, logits = method.inner(config, parts, made, ONE_LAYER)
         gate = method.gate.weights(config, parts, logits, tasks)
-        value = self._value(loss, plan, stems, gate, logits, tokens)
+        value = self._value(loss, plan, u, gate, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         summed = ops.heads(
             place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
-            u,
+            v,
             u0,
             gate,
             method.gate.fold(config, parts, parts["B"]),
@@ -197,8 +198,9 @@ class BranchLinear(BranchLayer):
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        y, stems, gate, logits = self._looped(x, y, adapter_name, self.parts(adapter_name), tasks)
-        value = self._value(loss, plan, stems, gate, logits, tokens)
+        parts = self.parts(adapter_name)
+        y, stems, gate, logits = self._looped(x, y, adapter_name, parts, tasks)
+        value = self._value(loss, plan, stems, gate, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         y = y.view(shape)
         return y if value is None else self.routing.report(adapter_name, value, y)

@@ -15,6 +15,7 @@ from multiflora.forward_pass import Tokens
 from multiflora.methods.base import Loss, LossInputs, Parts
 from multiflora.methods.layer_weights import Plan
 from multiflora.methods.merging import MergingLayer
+from multiflora.methods.middle import ONE_LAYER, Made
 from multiflora.task_ids import missing
 
 __all__ = ["BranchLayer", "Looped"]
@@ -61,7 +62,9 @@ class BranchLayer(MergingLayer):
         p, seed = self._dropout("lora_dropout", adapter_name)
         dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
         router = parts.get("router")
-        logits = None if router is None else router.to(x.dtype) @ x.t()
+        u = (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t()
+        made = Made(u, None if router is None else router.to(x.dtype) @ x.t(), tasks, scale)
+        v, logits = method.inner(config, parts, made, ONE_LAYER)
         gate = method.gate.weights(config, parts, logits, tasks)
         y = ops.loop(
             y,
@@ -71,7 +74,7 @@ class BranchLayer(MergingLayer):
             method.gate.fold(config, parts, parts["B"]),
             None,
             None,
-            task_matrix=None if method.task_matrix is None else method.task_matrix.matrices(parts)[tasks],
+            hidden=None if method.middle is None else v.t() / scale,
             scale=scale,
             num_heads=plan.heads,
             rank=plan.rank,
@@ -80,7 +83,7 @@ class BranchLayer(MergingLayer):
         frozen = method.frozen_term(config, parts)
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
-        return Looped(y, (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t(), gate, logits)
+        return Looped(y, u, gate, logits)
 
     def _dropout(self, kind: str, adapter_name: str) -> ops.Dropout:
         """A mask's probability and a fresh seed; none outside training, nor where somebody switched the module off."""
@@ -121,11 +124,12 @@ class BranchLayer(MergingLayer):
         gate: Tensor | None,
         logits: Tensor | None,
         tokens: Tokens | None,
+        parts: Parts,
     ) -> Tensor | None:
         """What the layer adds to the loss, or None."""
         if loss is None or tokens is None:
             return None
-        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens))
+        return loss.value(plan.config, LossInputs(stems, gate, logits, tokens, parts))
 
     def _record(self, gate: Tensor | None, tasks: Tensor | None, tokens: Tokens | None) -> None:
         recorder = self.routing.recorder

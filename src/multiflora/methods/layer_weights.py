@@ -35,6 +35,8 @@ class Plan(NamedTuple):
     """Tensors that the first adapted layer holds for all."""
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
+    looks_inside: bool
+    """Whether something reads what the stems made, besides the heads."""
     can_prepare: bool
     """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
 
@@ -48,7 +50,8 @@ class Plan(NamedTuple):
             method.rank(config, r),
             method.needs_task(),
             method.shared(config),
-            method.task_matrix is None and method.gate.left_to_op(config),
+            method.middle is None and method.gate.left_to_op(config),
+            method.middle is not None or method.gate.of_stem,
             can_prepare(method, config),
         )
 

@@ -75,6 +75,36 @@ def router_z(logits: Tensor, keep: Tensor | None) -> Tensor:
     return (squared * weight).sum() / weight.sum().clamp(min=1)
 
 
+def entropy(logits: Tensor, keep: Tensor | None) -> Tensor:
+    r"""How undecided a router is: mean over tokens of :math:`-\sum_h p_h \log p_h`, p being the softmax of its logits.
+
+    Args:
+        logits: The router's, (T, H).
+        keep: 1 for real tokens and 0 for padding, (T,), or None.
+    """
+    logs = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    each: Tensor = -(logs.exp() * logs).sum(-1)
+    if keep is None:
+        return each.mean()
+    weight = keep.to(each.dtype)
+    return (each * weight).sum() / weight.sum().clamp(min=1)
+
+
+def overlap(matrices: Tensor) -> Tensor:
+    r"""D²MoRA's orthogonality of experts: :math:`\sum_{i<j} |\cos(M_i, M_j)|`, each matrix taken for one long vector.
+
+    It is 0 where all are orthogonal to each other. The paper regularises the down-projections and the up-projections
+    alike; this is its published code (``compute_loss_with_orthogonal``), with its 1e-6 below the fraction.
+
+    Args:
+        matrices: (n, ...).
+    """
+    flat = matrices.flatten(1).to(torch.promote_types(matrices.dtype, torch.float32))
+    unit = flat / (torch.linalg.vector_norm(flat, dim=1, keepdim=True) + 1e-6)
+    total: Tensor = (unit @ unit.t()).triu(1).abs().sum()
+    return total
+
+
 def load_balance(logits: Tensor, gate: Tensor, keep: Tensor | None) -> Tensor:
     r"""The load-balance loss of sparse routers, :math:`N \sum_h F_h P_h` (arXiv 2101.03961, eq. 4-6; MixLoRA's eq. 5).
 

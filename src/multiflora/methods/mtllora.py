@@ -9,13 +9,14 @@ merges exactly for each task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from multiflora.methods.base import Method, TaskMatrix
+from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TaskTemperatureGate
 from multiflora.methods.hydralora import start
 from multiflora.methods.method_card import MethodCard
+from multiflora.methods.middle import TaskMatrix
 
 CARD = MethodCard(
     name="mtllora",
@@ -56,16 +57,11 @@ class MtlLoraConfig(AdapterConfig):
         ]
 
 
-def task_matrix_shape(config: Any, rank: int) -> tuple[int, ...]:
-    """Of all tasks' matrices together: r x r each, or their diagonals."""
-    return (config.num_tasks, rank, rank) if config.task_matrix == "full" else (config.num_tasks, rank)
-
-
 METHOD = Method(
     name="mtllora",
     config=MtlLoraConfig,
     heads=lambda config: config.num_heads,
     gate=TaskTemperatureGate(),
-    task_matrix=TaskMatrix(shape=task_matrix_shape),
+    middle=TaskMatrix(),
     start=start,
 )

@@ -57,11 +57,15 @@ def _ranges(found: _Range, names: str) -> dict[str, _Range]:
 _RANGES: Mapping[str, _Range] = {
     **_ranges(_Range(1, MANY), "r init_r target_r rank_pattern num_virtual_tokens encoder_hidden_size deltaT"),
     **_ranges(_Range(1, MANY), "task_embedding_dim gradient_batches qalora_group_size examples budget"),
-    **_ranges(_Range(1, HEADS), "num_heads num_experts num_modules num_tasks top_k encoder_num_layers"),
+    **_ranges(
+        _Range(1, HEADS), "num_heads num_stems num_cores num_experts num_modules num_tasks top_k encoder_num_layers"
+    ),
     **_ranges(_Range(0, STEPS), "tinit tfinal start_step total_step"),
     **_ranges(_Range(0, 2**63 - 1), "init_seed layers_to_transform trainable_token_indices alora_invocation_tokens"),
     **_ranges(_Range(0, MANY, open=True), "lora_alpha alpha_pattern gamma temperature loraplus_lr_ratio update_ratio"),
     **_ranges(_Range(0, MANY), "router_z_loss router_balance_loss balance_weight align_weight orth_reg_weight"),
+    **_ranges(_Range(0, MANY), "orthogonality_loss"),
+    **_ranges(_Range(-MANY, MANY), "router_entropy_loss"),
     **_ranges(_Range(0, 1, below=True), "lora_dropout head_dropout encoder_dropout balance_delta"),
     **_ranges(_Range(0, 1, open=True, below=True), "beta1 beta2"),
 }

@@ -1,7 +1,7 @@
 """The arithmetic of packed branches: pure functions on tensors, no module, no configuration."""
 
 from multiflora.ops.elementwise import blend
-from multiflora.ops.experts import expert_heads, expert_stems, grouped
+from multiflora.ops.experts import expert_heads, expert_stems, expert_times, grouped
 from multiflora.ops.inference import Prepared, digest, infer
 from multiflora.ops.mask import Dropout, draw_seed, dropout_mask, head_mask
 from multiflora.ops.packed import branches, softmax
@@ -20,6 +20,7 @@ __all__ = [
     "dropout_mask",
     "expert_heads",
     "expert_stems",
+    "expert_times",
     "grouped",
     "head_mask",
     "heads",

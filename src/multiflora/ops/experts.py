@@ -21,7 +21,7 @@ from torch import Tensor
 from multiflora.ops.elementwise import blend
 from multiflora.ops.mask import Dropout, dropout_mask, head_mask
 
-__all__ = ["expert_heads", "expert_stems", "grouped"]
+__all__ = ["expert_heads", "expert_stems", "expert_times", "grouped"]
 
 _ALIGNED = 16
 """Bytes that a row must be a multiple of for torch's grouped product."""
@@ -114,6 +114,11 @@ def expert_stems(
     else:
         read = [*_read(x, [scaled, *others], ends)]
     return read[0], None if router is None else read[1], None if A0 is None else read[-1]
+
+
+def expert_times(matrix: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    """A small matrix of each expert, (E, m, n), times its tokens, (n, S); see :func:`grouped`."""
+    return _read(tokens.t(), [matrix], ends)[0]
 
 
 def _read(x: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Sequence[Tensor]:

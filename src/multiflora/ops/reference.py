@@ -24,13 +24,13 @@ def loop(
     rank: int,
     scale: float,
     dropout: tuple[float, int] = (0.0, 0),
-    task_matrix: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Add every head's update to y with a product of its own, as the published code does; autograd does the rest.
 
     Arguments are those of :func:`multiflora.ops.heads`, with the stems' input x, (T, d_in), in place of u, and
-    ``task_matrix``: a matrix per token between stem and heads, (T, r, r), or None. Given the same seed, masks are the
-    packed op's.
+    ``hidden``: what all heads read where something stands between them and the stems, (T, r), or None for A x. Given
+    the same seed, masks are the packed op's.
     """
     p, seed = dropout
     mask = None
@@ -39,12 +39,10 @@ def loop(
     own_stems = A.shape[0] > rank
     for h in range(num_heads):
         stem = A[h * rank : (h + 1) * rank] if own_stems else A
-        hidden = F.linear(x, stem.to(x.dtype))
-        if task_matrix is not None:
-            hidden = (task_matrix.to(x.dtype) @ hidden.unsqueeze(-1)).squeeze(-1)
+        read = F.linear(x, stem.to(x.dtype)) if hidden is None else hidden
         if mask is not None:
-            hidden = hidden * mask[h].t()
-        update = F.linear(hidden, B[:, h * rank : (h + 1) * rank].to(x.dtype)) * scale
+            read = read * mask[h].t()
+        update = F.linear(read, B[:, h * rank : (h + 1) * rank].to(x.dtype)) * scale
         if gate is not None:
             update = update * gate[:, h : h + 1].to(update.dtype)
         y = y + update.to(y.dtype)

@@ -35,6 +35,7 @@ def _words(text: str) -> frozenset[str]:
 # what a training may have otherwise than the one before: its regularisation, and how fresh weights would begin
 _FREE = _words(
     "lora_dropout head_dropout router_balance_loss router_z_loss balance_weight balance_delta knowledge_tasks "
+    "router_entropy_loss orthogonality_loss stem_init "
     "align_weight init_weights init_seed gamma gradient_batches router_init init_lora_weights init_ia3_weights "
     "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs loftq_config eva_config "
     "corda_config lora_ga_config runtime_config frozen"

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from multiflora.errors import ConfigError
+from multiflora.methods.gates import TOKEN_ROUTERS
 from multiflora.methods.layer_pass import BranchLayer
 
 __all__ = ["give_routers_their_rate"]
@@ -28,7 +29,7 @@ def give_routers_their_rate(optimizer: Optimizer, model: nn.Module, ratio: float
         if isinstance(layer, BranchLayer)
         for name in layer.configs
         for kind, part in layer.parts(name).items()
-        if kind == "router" and part.requires_grad
+        if kind in TOKEN_ROUTERS and part.requires_grad
     }
     if not routers:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made_adapters import BETWEEN
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,10 +73,10 @@ def test_multilora_abstract_on_llama_7b():
     assert share == pytest.approx(2.54, abs=0.01)
 
 
-@pytest.mark.parametrize("name", RANKED)
-def test_counts_of_the_real_model(name, tiny_llama):
+@pytest.mark.parametrize(("name", "words"), [*((name, {}) for name in RANKED), *(("parts", w) for w in BETWEEN)])
+def test_counts_of_the_real_model(name, words, tiny_llama):
     base = tiny_llama(num_key_value_heads=2)
-    settings = settings_of(name)
+    settings = settings_of(name) | words
     widths = adapted_widths(base.config, settings)
     config = build_config(name, settings)
     expected = count_parameters(describe(name), config, widths)
@@ -107,10 +108,10 @@ def _addmm_in_place(y, a, b, out_val=None, **_) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_flops_are_those_torch_counts(name):
+@pytest.mark.parametrize(("name", "words"), [*((name, {}) for name in OURS), *(("parts", w) for w in BETWEEN)])
+def test_flops_are_those_torch_counts(name, words):
     tokens, layer = 5000, Width("0", 24, 40)
-    settings = {"target_modules": ["0"], "r": 8, **TASKS}
+    settings = {"target_modules": ["0"], "r": 8, **TASKS, **words}
     model = get_peft_model(nn.Sequential(nn.Linear(layer.d_in, layer.d_out)), build_config(name, settings)).eval()
     x = torch.randn(tokens, layer.d_in, requires_grad=True)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_in_place}) as counter:

@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
+from multiflora.methods.gates import (
+    FixedGate,
+    Gate,
+    LargestGate,
+    ScaleGate,
+    StemRouter,
+    TaskEmbeddingGate,
+    TaskTemperatureGate,
+    TokenRouter,
+)
+from multiflora.methods.initial import sparse
 
 CONFIG = SimpleNamespace(top_k=None, init_weights=True, num_tasks=3, task_embedding_dim=5, temperature=0.5)
 TOP_2 = SimpleNamespace(**vars(CONFIG) | {"top_k": 2})
@@ -63,11 +73,57 @@ def test_how_a_router_starts():
         (TokenRouter(), CONFIG),
         (TokenRouter(zero=lambda config: True), RANDOM),
         (TokenRouter(std=lambda config: 3.0), RANDOM),
+        (StemRouter(), CONFIG),
     ):
-        router = started(gate, config)["router"]
+        router = started(gate, config)[gate.names[0]]
         assert 0.9 * bound < router.abs().max() <= bound
     assert not started(TokenRouter(zero=lambda config: True), CONFIG)["router"].any()
     assert started(TokenRouter(std=lambda config: 3.0), CONFIG)["router"].std() == pytest.approx(3, rel=0.1)
+
+
+def test_scores_of_each_head_by_itself():
+    gate = TokenRouter(sigmoid=lambda config: True)
+    assert not gate.left_to_op(CONFIG)
+    scores = torch.sigmoid(LOGITS)
+    assert torch.allclose(gate.weights(CONFIG, {}, LOGITS, None), scores / scores.sum(0))
+    best = gate.weights(TOP_2, {}, LOGITS, None)
+    assert torch.allclose(best[:, 0], torch.tensor([*(scores[:2, 0] / scores[:2, 0].sum()), 0.0]))
+    far = torch.tensor([[-200.0], [-200.0]], requires_grad=True)  # whose sigmoids are all 0
+    weights = gate.weights(CONFIG, {}, far, None)
+    assert torch.allclose(weights, torch.full((2, 1), 0.5))
+    assert torch.autograd.grad(weights[0, 0], far)[0].isfinite().all()
+
+
+def test_a_router_on_what_the_heads_read():
+    gate, v = StemRouter(), torch.randn(2, 5)
+    assert gate.shapes(CONFIG, 3, 2, 4) == {"stem_router": (3, 2)}
+    assert gate.of_stem
+    assert not gate.left_to_op(CONFIG)
+    router = torch.randn(3, 2)
+    logits = gate.look({"stem_router": router}, 4 * v, 3, 4.0, torch.matmul)
+    assert torch.allclose(logits, router @ v, atol=1e-6)  # A x, whatever the scale
+
+
+def test_the_largest_heads_have_weight_one():
+    gate = LargestGate()
+    assert gate.shapes(CONFIG, 3, 2, 4) == {}
+    assert gate.reads == "token"
+    assert not gate.left_to_op(TOP_2)
+    v = torch.tensor([[3.0, 0.1], [4.0, 0.0], [-6.0, 0.0], [0.0, 1.0], [0.0, 2.0], [4.5, 2.0]], requires_grad=True)
+    logits = gate.look({}, v, 3, 2.0, torch.matmul)  # three heads of rank two
+    assert torch.allclose(logits, torch.tensor([[2.5, 0.05], [3.0, 0.5], [2.25, 2**0.5]]))
+    assert not logits.requires_grad
+    assert gate.weights(TOP_2, {}, logits, None).tolist() == [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
+    assert gate.look({}, v[:, :0], 3, 2.0, torch.matmul).shape == (3, 0)
+
+
+def test_a_sparse_projection():
+    torch.manual_seed(0)
+    A = torch.full((40, 60), 7.0)
+    sparse(A, 15, 0.25)
+    assert ((A != 0).sum(1) == 15).all()
+    assert A[A != 0].std() == pytest.approx(0.25, rel=0.1)
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in A}) == 40  # each row's own places
 
 
 def test_weights_by_task():

@@ -13,18 +13,19 @@ from torch import nn
 import multiflora
 from multiflora import ConfigError, ExportError, PartsConfig
 from multiflora.methods import build_config, merges
-from multiflora.methods.parts import GATES, chosen
+from multiflora.methods.parts import GATES, STEMS
 
 SHARED = {"r": 2, "target_modules": ["0", "2"], "num_tasks": 2, "lora_dropout": 0.0}
 
 
 def allowed():
-    """All choices of stem, heads, gate, offset, task matrix and sparse routing that the config takes."""
-    for stem, heads, gate, offset, matrix, top_k in product(
-        ("shared", "own"), ("zero", "random"), GATES, (False, True), ("none", "diagonal"), (None, 2)
+    """All choices of stem, heads, gate, offset, matrix and sparse routing that the config takes."""
+    for stem, heads, gate, offset, matrix, core, top_k in product(
+        STEMS, ("zero", "random"), GATES, (False, True), ("none", "diagonal"), ("none", "full"), (None, 2)
     ):
         words = {"stem": stem, "heads": heads, "gate": gate, "offset": offset, "task_matrix": matrix, "top_k": top_k}
-        words |= {"router_init": "zero"} if offset and gate == "token" else {}
+        words |= {"core": core}
+        words |= {"router_init": "zero"} if offset and gate in ("token", "stem") else {}
         try:
             PartsConfig(**words)
         except ConfigError:
@@ -42,8 +43,10 @@ def net():
 
 def test_there_are_many():
     assert {words["gate"] for words in ALLOWED} == set(GATES)
-    assert {(words["stem"], words["offset"]) for words in ALLOWED} == set(product(("shared", "own"), (False, True)))
-    assert len(ALLOWED) == 26
+    assert {(words["stem"], words["offset"]) for words in ALLOWED} == {*product(STEMS, (False, True))} - {
+        ("blended", True)
+    }
+    assert len(ALLOWED) == 47
 
 
 @pytest.mark.parametrize("words", ALLOWED, ids=lambda words: "-".join(map(str, words.values())))
@@ -119,20 +122,37 @@ def test_known_methods_come_out(name, settings, words):
         ({"heads": "random", "offset": True}, "offset takes off what equal weights make of the heads"),
         ({"top_k": 2, "router_init": "zero"}, "router_init='zero' prefers no head, so top_k could not choose"),
         ({"gate": "sum"}, "keep all heads identical for ever"),
-        ({"gate": "tokens"}, "gate is 'tokens'; it must be one of 'sum', 'mean', 'scale', 'token', 'task'"),
+        ({"gate": "tokens"}, "gate is 'tokens'; it must be one of 'sum', 'mean', 'scale', 'token', 'stem', 'largest'"),
         ({"top_k": 1}, "top_k is 1; it must be a whole number from 2 to one less than num_heads"),
         ({"router_balance_loss": 0.1}, "balances which heads are chosen, and without top_k all are: set top_k"),
+        ({"gate": "task", "router_entropy_loss": -1.0}, "router_entropy_loss belong to a router, and gate is 'task'"),
+        ({"gate": "sum", "num_heads": 1, "orthogonality_loss": 0.1}, "compares heads, and num_heads is 1"),
+        ({"core": "full", "stem": "own"}, "core stands after a shared A, and stem is 'own'"),
+        ({"core": "full", "stem": "blended"}, "core stands after a shared A, and stem is 'blended'"),
+        ({"core": "full", "task_matrix": "full"}, "task_matrix and core stand in one place"),
+        ({"core": "full", "num_cores": 1}, "num_cores is 1, and a router blends two or more"),
+        ({"core": "full", "router_init": "zero"}, "would keep all core matrices alike for ever"),
+        ({"core": "half"}, "core is 'half'; it must be one of 'none', 'full', 'diagonal'"),
+        ({"stem": "blended"}, "stem='blended' has the router on x, and gate='token' would be another: set gate='stem'"),
+        ({"stem": "blended", "gate": "stem", "num_stems": 1}, "num_stems is 1, and a router blends two or more"),
+        (
+            {"stem": "blended", "heads": "random", "gate": "mean", "offset": True},
+            "offset takes off one A, and stem='blended' has several",
+        ),
+        ({"stem": "blended", "gate": "mean"}, "keep all heads identical for ever"),
+        ({"gate": "stem", "stem": "own"}, "gate='stem' looks at the A x that all heads read, and stem is 'own'"),
+        ({"gate": "largest", "top_k": 2}, "gate='largest' compares each head's own A x, and stem is 'shared'"),
+        ({"gate": "largest", "stem": "own"}, "gate='largest' needs to know how many heads take part: set top_k"),
+        ({"gate": "largest", "stem": "own", "top_k": 2, "router_z_loss": 1.0}, "router_z_loss belong to a router"),
+        ({"gate": "sum", "stem": "own", "router_scores": "sigmoid"}, "router_scores belong to a router"),
+        ({"stem_init": "sparse"}, "fills top_k/num_heads of each row, and top_k is not given"),
+        ({"orthogonality_loss": -0.1}, "orthogonality_loss is -0.1; it must be a number of at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_does_not_go_together_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         PartsConfig(**words)
-
-
-@pytest.mark.parametrize("words", ALLOWED, ids=lambda words: "-".join(map(str, words.values())))
-def test_only_a_router_has_losses_of_its_own(words):
-    assert (chosen(PartsConfig(**words, **SHARED)).loss is not None) == (words["gate"] == "token")
 
 
 def test_two_adapters_of_different_parts_live_on_one_model():

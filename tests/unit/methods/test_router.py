@@ -18,7 +18,8 @@ def seen(logits=True, gate=True):
     best = torch.softmax(rows.masked_fill(rows == rows.min(1, keepdim=True).values, -torch.inf), 1)
     mask = torch.tensor([[1, 1], [1, 0]])
     tokens = Tokens(Pass(None), "up", Side(2, 2, mask), torch.Size([2, 2]))
-    return rows, best, LossInputs(torch.zeros(2, 4), best.t() if gate else None, rows.t() if logits else None, tokens)
+    seen_by = best.t() if gate else None, rows.t() if logits else None
+    return rows, best, LossInputs(torch.zeros(2, 4), *seen_by, tokens, {})
 
 
 @pytest.mark.parametrize(("balance", "z"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25)])

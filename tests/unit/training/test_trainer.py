@@ -395,8 +395,13 @@ def test_adapters_that_route_by_task_are_told_the_task_of_every_row_or_token(tmp
     torch.testing.assert_close(loss.detach(), total / count, atol=1e-6, rtol=1e-5)
 
 
-def test_routers_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
-    model = make_model(build_config("rlora", {"num_heads": 2, "r": 2, "target_modules": ["q_proj", "up_proj"]}))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("rlora", {}), ("parts", {"gate": "stem", "core": "full"}), ("parts", {"gate": "stem", "stem": "blended"})],
+)
+def test_routers_learn_at_a_rate_of_their_own(name: str, words: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"num_heads": 2, "r": 2, "target_modules": ["q_proj", "up_proj"]} | words
+    model = make_model(build_config(name, settings))
     trainer = make_trainer(model, tmp_path)
     trainer.router_lr_ratio = 10.0
     trainer.create_optimizer_and_scheduler(num_training_steps=4)
@@ -407,8 +412,8 @@ def test_routers_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
     trained = {name: part for name, part in model.named_parameters() if part.requires_grad}
     assert len(rates) == len(trained)
     most = max(rates[id(part)] for name, part in trained.items() if name not in routers)
-    for name, part in trained.items():
-        assert rates[id(part)] == pytest.approx(most * (10.0 if name in routers else 1.0)), name
+    for one, part in trained.items():
+        assert rates[id(part)] == pytest.approx(most * (10.0 if one in routers else 1.0)), one
     trainer.create_optimizer()
     assert max(group["initial_lr"] for group in optimizer.param_groups) == pytest.approx(
         10 * min(group["initial_lr"] for group in optimizer.param_groups)

@@ -94,8 +94,9 @@ def attach(model: nn.Module, adapter: SavedAdapter, task: int | None, dtype: tor
         made = prepare(plan, layer.parts, layer.scale, dtype, task) if plan.can_prepare else None
         if made is None:
             raise AdapterError(
-                f"{adapter.folder} holds a {adapter.method.name} adapter whose gate cannot be prepared for inference, "
-                "which vLLM needs. Use `multiflora serve`."
+                f"{adapter.folder} holds a {adapter.method.name} adapter that cannot be prepared for inference, which "
+                "vLLM needs: its gate, or what stands between stems and heads, is no constant, no table of tasks "
+                "and no softmax of a router on the layer's input. Use `multiflora serve`."
             )
         branches = getattr(place.layer, _OURS, None)
         if branches is None:
