@@ -5,17 +5,46 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from mixtures import PRODUCTS, mixture
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-from contract.cases import CASES, IDS, TASK_NAMES, TASKS, layers, logits, relative, stir, train
+from contract.cases import CASES, IDS, TASK_NAMES, TASKS, logits, relative, stir, train
 from multiflora import task
 from multiflora.methods.gates import TokenRouter
+from multiflora.methods.layer_pass import BranchLayer
 
 CLOSE = 1e-5
 """Relative, in float32: the sums are the same, in another order."""
+
+
+class Place(NamedTuple):
+    """Where branches are put."""
+
+    base: Callable[[], Any]
+    words: dict[str, Any]
+    """Of the config."""
+
+    def trained(self, kind, **more):
+        return kind.trained(self.base(), **self.words, **more)
+
+
+@pytest.fixture(params=["linear layers", "experts"])
+def place(request, tiny_llama):
+    """The linear layers of a model, or the fused experts of a mixture."""
+    if request.param == "linear layers":
+        return Place(tiny_llama, {})
+    words = {"target_modules": [], "target_parameters": PRODUCTS["mixtral"], "r": 8}
+    return Place(lambda: mixture("mixtral"), words)
+
+
+def layers(model):
+    """All adapted layers."""
+    return (module for module in model.modules() if isinstance(module, BranchLayer))
 
 
 def general(model, tasks=TASKS):
@@ -165,9 +194,9 @@ KINDS = [OF[name] for name in ("multilora", "rlora", "mtllora", "moelora")]
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS, ids=[case.name for case in KINDS])
-def test_a_change_is_seen(kind, tiny_llama, change):
+def test_a_change_is_seen(kind, place, change):
     """Whatever changes an adapter, what was prepared of it is made anew."""
-    model, one = kind.trained(tiny_llama()), torch.tensor([1, 1])
+    model, one = place.trained(kind), torch.tensor([1, 1])
     before = logits(model, one)
     changed = CHANGES[change](model) or model
     assert relative(logits(changed, one), general(changed, one)) < CLOSE
@@ -176,9 +205,9 @@ def test_a_change_is_seen(kind, tiny_llama, change):
 
 
 @pytest.mark.parametrize("kind", KINDS[:1], ids=["multilora"])
-def test_merging(kind, tiny_llama):
+def test_merging(kind, place):
     """A merged layer is plain; unmerged, and changed meanwhile, it is prepared anew."""
-    model = kind.trained(tiny_llama())
+    model = place.trained(kind)
     before = logits(model)
     model.merge_adapter()
     assert relative(logits(model), before) < 1e-4
@@ -188,12 +217,12 @@ def test_merging(kind, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[case.name for case in KINDS])
-def test_other_adapters(kind, tiny_llama, tmp_path):
+def test_other_adapters(kind, place, tmp_path):
     """set_adapter, load_adapter under a name that was there, and both adapters in one batch."""
-    model = kind.trained(tiny_llama(), task_type="CAUSAL_LM")
+    model = place.trained(kind, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
     first = logits(model)
-    model.add_adapter("other", kind.config(task_type="CAUSAL_LM"))
+    model.add_adapter("other", kind.config(**place.words, task_type="CAUSAL_LM"))
     model.set_adapter("other")
     stir(model, seed=5)
     other = logits(model)
@@ -209,10 +238,10 @@ def test_other_adapters(kind, tiny_llama, tmp_path):
     assert relative(logits(model), first) < CLOSE
 
 
-def test_settings_of_a_gate(tiny_llama):
+def test_settings_of_a_gate(place):
     """A temperature that is set later holds."""
     kind = OF["mtllora"]
-    model, one = kind.trained(tiny_llama()), torch.tensor([1, 1])
+    model, one = place.trained(kind), torch.tensor([1, 1])
     before = logits(model, one)
     model.peft_config["default"].temperature = 0.01
     assert relative(logits(model, one), general(model, one)) < CLOSE
@@ -230,10 +259,10 @@ def test_inside_a_pass_of_its_own(tiny_llama):
         assert relative(layer(x), before) > 1e-3
 
 
-def test_weights_made_in_inference_mode(tiny_llama):
+def test_weights_made_in_inference_mode(place):
     """torch does not count the changes of such weights, so nothing is prepared of them."""
     with torch.inference_mode():
-        model = OF["rlora"].trained(tiny_llama())
+        model = place.trained(OF["rlora"])
         before = logits(model)
         _first(model).mul_(-2)
         assert relative(logits(model), before) > 1e-3
@@ -241,9 +270,9 @@ def test_weights_made_in_inference_mode(tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS[2:], ids=["mtllora", "moelora"])
-def test_two_threads(kind, tiny_llama):
+def test_two_threads(kind, place):
     """Two threads with a task each get their own task's numbers."""
-    model = kind.trained(tiny_llama())
+    model = place.trained(kind)
     expected = [general(model, torch.tensor([number])) for number in (0, 1)]
     wrong = []
 
@@ -262,9 +291,9 @@ def test_two_threads(kind, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=["multilora", "rlora"])
-def test_static_cache(kind, tiny_llama):
+def test_static_cache(kind, place):
     """Generation with a cache of fixed size is generation with a growing one."""
-    model = kind.trained(tiny_llama(), task_type="CAUSAL_LM")
+    model = place.trained(kind, task_type="CAUSAL_LM")
     settings = {"input_ids": IDS, "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(**settings)
     assert torch.equal(model.generate(**settings, cache_implementation="static"), expected)
