@@ -227,9 +227,8 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     held = set(verdict.held)
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
-    cases: list[LayerCase | ExpertsCase | StepCase | GenerateCase] = [
-        *(*results.layers, *results.experts, *results.steps, *results.generate)
-    ]
+    cases: list[LayerCase | ExpertsCase | StepCase | GenerateCase] = [*results.layers, *results.experts, *results.steps]
+    cases += results.generate
     profile = next((case.profile for case in cases if worst is not None and worst.case.endswith(case.name)), {})
     ours = verdict.target.ours
     operators = sorted(profile.get(ours, {}).items(), key=lambda item: -item[1])[:8]
