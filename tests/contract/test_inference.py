@@ -204,6 +204,28 @@ def test_a_change_is_seen(kind, place, change):
         assert relative(logits(changed, one).float(), before) > 1e-3
 
 
+def test_a_change_in_the_middle_of_an_answer(place):
+    """A pass that goes on with a cache does not read all bytes again, and sees a change in place."""
+    model = place.trained(OF["rlora"])
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+        other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        words = {"input_ids": IDS[:, 3:4], "use_cache": True}
+        before = model(**words, past_key_values=third).logits
+        _in_place(model)
+        found = model(**words, past_key_values=cache).logits
+    assert relative(found, model(**words, past_key_values=other).logits.detach()) < CLOSE
+    assert relative(found, before) > 1e-4
+
+
+def test_a_gate_of_each_layer(place):
+    """Rows of several tasks are weighted by their own layer's table, and by their own expert's."""
+    model = place.trained(OF["moelora"], shared_gate=False)
+    found = logits(model)
+    assert any(form.table is not None for form in kept(model))
+    assert relative(found, general(model)) < CLOSE
+
+
 @pytest.mark.parametrize("kind", KINDS[:1], ids=["multilora"])
 def test_merging(kind, place):
     """A merged layer is plain; unmerged, and changed meanwhile, it is prepared anew."""
