@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from multiflora.methods import METHODS, build_config
 from multiflora.methods.base import Method
+from multiflora.methods.gates import TokenRouter
 from multiflora.methods.layer import BranchLinear
 
 IDS = torch.tensor([[5, 9, 11, 3, 7, 22, 8], [41, 2, 17, 30, 6, 12, 19]])
@@ -50,6 +51,15 @@ class Case:
     def merges(self) -> str:
         """ "no", "per task" or "exactly"."""
         return self.method.merges()
+
+    def prepares(self, tasks: Tensor) -> bool:
+        """Whether branches have a form for inference, for rows of these tasks."""
+        gate, middle = self.method.gate, self.method.middle
+        if gate.reads == "token" and type(gate) is not TokenRouter:
+            return False  # a method may bring a gate of its own on the token
+        mixed = self.method.needs_task() and len(set(tasks.tolist())) > 1
+        # what comes between the two products has a form where it is one for all
+        return middle is None or (middle.reads != "token" and not mixed)
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""

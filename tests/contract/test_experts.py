@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from contract.cases import (
+    IDS,
     TASKS,
     Case,
     base_fingerprint,
@@ -150,6 +151,57 @@ def test_tasks(case: Case, takes_experts: None, kind: str) -> None:
     swapped = logits(model, 1 - TASKS)
     needs = case.method.of(case.config()).needs_task()
     assert (relative(swapped, together) > 1e-4) == needs
+
+
+def prepared(model: torch.nn.Module) -> list[int]:
+    """What experts keep for inference, by identity."""
+    return [id(form) for layer in adapted_experts(model) for form in layer._prepared._kept.values()]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_inference(case: Case, takes_experts: None, kind: str) -> None:
+    """Without gradients experts answer from prepared branches as with them, at once and token by token"""
+    model = case.trained(mixture(kind), **words(case, kind))
+    for tasks in (TASKS, torch.ones(2, dtype=torch.long)):
+        with torch.enable_grad():
+            expected = model(input_ids=IDS, task_id=tasks).logits.detach()
+        assert relative(logits(model, tasks), expected) < 1e-5
+        before = prepared(model)
+        assert relative(logits(model, tasks), expected) < 1e-5
+        assert prepared(model) == before  # as it was kept
+    assert (len(before) >= len(adapted_experts(model))) == case.prepares(tasks)
+    if kind not in ("jamba", "nemotron"):  # whose Mamba blocks sum a text at once in another order
+        cache, found = None, []
+        for i in range(IDS.shape[1]):
+            with torch.no_grad():
+                out = model(input_ids=IDS[:, i : i + 1], task_id=tasks, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+        assert prepared(model) == before
+        assert relative(torch.cat(found, 1), expected) < 1e-5
+    model.train()
+    assert not prepared(model)
+
+
+@KINDS
+def test_rows_with_adapters_of_their_own(case: Case, takes_experts: None, kind: str) -> None:
+    """adapter_names gives each row its own adapter on the experts, or none; each with its own task"""
+    model = case.trained(mixture(kind), **words(case, kind))
+    model.add_adapter("second", case.config(**words(case, kind, r=16, target_parameters=PRODUCTS[kind][1:])))
+    model.set_adapter("second")
+    second = logits(stir(model, seed=2))
+    model.set_adapter("default")
+    with model.disable_adapter():
+        base = logits(model)
+    alone = {"default": logits(model), "second": second, "__base__": base}
+    for names in (["default", "second"], ["second", "__base__"], ["__base__", "default"], ["second", "second"]):
+        expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                mixed = model(input_ids=IDS, task_id=TASKS, adapter_names=names).logits
+            assert relative(mixed, expected) < 1e-5
+    with pytest.raises(AdapterError, match=r"adapter_names.*got 1 and 2"):
+        model(input_ids=IDS, task_id=TASKS, adapter_names=["default"])
 
 
 @KINDS

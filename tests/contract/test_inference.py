@@ -5,17 +5,45 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from mixtures import PRODUCTS, mixture
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-from contract.cases import CASES, IDS, TASK_NAMES, TASKS, layers, logits, relative, stir, train
+from contract.cases import CASES, IDS, TASK_NAMES, TASKS, logits, relative, stir, train
 from multiflora import task
-from multiflora.methods.gates import TokenRouter
+from multiflora.methods.layer_pass import BranchLayer
 
 CLOSE = 1e-5
 """Relative, in float32: the sums are the same, in another order."""
+
+
+class Place(NamedTuple):
+    """Where branches are put."""
+
+    base: Callable[[], Any]
+    words: dict[str, Any]
+    """Of the config."""
+
+    def trained(self, kind, **more):
+        return kind.trained(self.base(), **self.words, **more)
+
+
+@pytest.fixture(params=["linear layers", "experts"])
+def place(request, tiny_llama):
+    """The linear layers of a model, or the fused experts of a mixture."""
+    if request.param == "linear layers":
+        return Place(tiny_llama, {})
+    words = {"target_modules": [], "target_parameters": PRODUCTS["mixtral"], "r": 8}
+    return Place(lambda: mixture("mixtral"), words)
+
+
+def layers(model):
+    """All adapted layers."""
+    return (module for module in model.modules() if isinstance(module, BranchLayer))
 
 
 def general(model, tasks=TASKS):
@@ -40,11 +68,7 @@ def test_prepared_is_general(case, tiny_llama, tasks):
     before = [id(form) for form in kept(model)]
     assert relative(logits(model, tasks), expected) < CLOSE
     assert [id(form) for form in kept(model)] == before  # as it was kept
-    mixed = case.method.needs_task() and len(set(tasks.tolist())) > 1
-    # a method may bring a gate of its own on the token: that has no prepared form
-    own_gate = case.method.gate.reads == "token" and type(case.method.gate) is not TokenRouter
-    middle = case.method.middle  # so has what comes between the two products for each token
-    assert kept(model) or (middle is not None and (mixed or middle.reads == "token")) or own_gate
+    assert bool(kept(model)) == case.prepares(tasks)
 
 
 def test_token_by_token(case, tiny_llama):
@@ -166,9 +190,9 @@ KINDS = [OF[name] for name in ("multilora", "rlora", "mtllora", "moelora")]
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS, ids=[case.name for case in KINDS])
-def test_a_change_is_seen(kind, tiny_llama, change):
+def test_a_change_is_seen(kind, place, change):
     """Whatever changes an adapter, what was prepared of it is made anew."""
-    model, one = kind.trained(tiny_llama()), torch.tensor([1, 1])
+    model, one = place.trained(kind), torch.tensor([1, 1])
     before = logits(model, one)
     changed = CHANGES[change](model) or model
     assert relative(logits(changed, one), general(changed, one)) < CLOSE
@@ -176,10 +200,32 @@ def test_a_change_is_seen(kind, tiny_llama, change):
         assert relative(logits(changed, one).float(), before) > 1e-3
 
 
+def test_a_change_in_the_middle_of_an_answer(place):
+    """A pass that goes on with a cache does not read all bytes again, and sees a change in place."""
+    model = place.trained(OF["rlora"])
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+        other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        words = {"input_ids": IDS[:, 3:4], "use_cache": True}
+        before = model(**words, past_key_values=third).logits
+        _in_place(model)
+        found = model(**words, past_key_values=cache).logits
+    assert relative(found, model(**words, past_key_values=other).logits.detach()) < CLOSE
+    assert relative(found, before) > 1e-4
+
+
+def test_a_gate_of_each_layer(place):
+    """Rows of several tasks are weighted by their own layer's table, and by their own expert's."""
+    model = place.trained(OF["moelora"], shared_gate=False)
+    found = logits(model)
+    assert any(form.table is not None for form in kept(model))
+    assert relative(found, general(model)) < CLOSE
+
+
 @pytest.mark.parametrize("kind", KINDS[:1], ids=["multilora"])
-def test_merging(kind, tiny_llama):
+def test_merging(kind, place):
     """A merged layer is plain; unmerged, and changed meanwhile, it is prepared anew."""
-    model = kind.trained(tiny_llama())
+    model = place.trained(kind)
     before = logits(model)
     model.merge_adapter()
     assert relative(logits(model), before) < 1e-4
@@ -189,12 +235,12 @@ def test_merging(kind, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=[case.name for case in KINDS])
-def test_other_adapters(kind, tiny_llama, tmp_path):
+def test_other_adapters(kind, place, tmp_path):
     """set_adapter, load_adapter under a name that was there, and both adapters in one batch."""
-    model = kind.trained(tiny_llama(), task_type="CAUSAL_LM")
+    model = place.trained(kind, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
     first = logits(model)
-    model.add_adapter("other", kind.config(task_type="CAUSAL_LM"))
+    model.add_adapter("other", kind.config(**place.words, task_type="CAUSAL_LM"))
     model.set_adapter("other")
     stir(model, seed=5)
     other = logits(model)
@@ -210,10 +256,10 @@ def test_other_adapters(kind, tiny_llama, tmp_path):
     assert relative(logits(model), first) < CLOSE
 
 
-def test_settings_of_a_gate(tiny_llama):
+def test_settings_of_a_gate(place):
     """A temperature that is set later holds."""
     kind = OF["mtllora"]
-    model, one = kind.trained(tiny_llama()), torch.tensor([1, 1])
+    model, one = place.trained(kind), torch.tensor([1, 1])
     before = logits(model, one)
     model.peft_config["default"].temperature = 0.01
     assert relative(logits(model, one), general(model, one)) < CLOSE
@@ -231,10 +277,10 @@ def test_inside_a_pass_of_its_own(tiny_llama):
         assert relative(layer(x), before) > 1e-3
 
 
-def test_weights_made_in_inference_mode(tiny_llama):
+def test_weights_made_in_inference_mode(place):
     """torch does not count the changes of such weights, so nothing is prepared of them."""
     with torch.inference_mode():
-        model = OF["rlora"].trained(tiny_llama())
+        model = place.trained(OF["rlora"])
         before = logits(model)
         _first(model).mul_(-2)
         assert relative(logits(model), before) > 1e-3
@@ -242,9 +288,9 @@ def test_weights_made_in_inference_mode(tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS[2:], ids=["mtllora", "moelora"])
-def test_two_threads(kind, tiny_llama):
+def test_two_threads(kind, place):
     """Two threads with a task each get their own task's numbers."""
-    model = kind.trained(tiny_llama())
+    model = place.trained(kind)
     expected = [general(model, torch.tensor([number])) for number in (0, 1)]
     wrong = []
 
@@ -263,9 +309,9 @@ def test_two_threads(kind, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=["multilora", "rlora"])
-def test_static_cache(kind, tiny_llama):
+def test_static_cache(kind, place):
     """Generation with a cache of fixed size is generation with a growing one."""
-    model = kind.trained(tiny_llama(), task_type="CAUSAL_LM")
+    model = place.trained(kind, task_type="CAUSAL_LM")
     settings = {"input_ids": IDS, "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(**settings)
     assert torch.equal(model.generate(**settings, cache_implementation="static"), expected)

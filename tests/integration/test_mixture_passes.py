@@ -94,6 +94,20 @@ def test_text_is_generated_with_the_task_of_each_row(method: str) -> None:
     assert len(beams) == 2
 
 
+def test_text_is_generated_with_the_adapter_of_each_row() -> None:
+    model = adapted("rlora")
+    settings = {"target_modules": [], "target_parameters": PRODUCTS["mixtral"][:1], "r": 4, "init_weights": False}
+    model.add_adapter("two", build_config("rlora", settings | {"task_names": ["verse", "prose"]}))
+    words = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
+    for more in ({}, {"num_beams": 2}):
+        mixed = model.generate(input_ids=IDS, adapter_names=["two", "default"], **words, **more)
+        for row, name in enumerate(("two", "default")):
+            model.set_adapter(name)
+            alone = model.generate(input_ids=IDS[row : row + 1], **words | {"attention_mask": None}, **more)
+            assert torch.equal(mixed[row : row + 1], alone)
+        model.set_adapter("default")
+
+
 def test_peft_knows_of_the_layers() -> None:
     model = adapted("rlora")
     status = get_model_status(model)

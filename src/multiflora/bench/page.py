@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from multiflora.bench.plots import LABELS, figures
-from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, Samples, ServeCase, StepCase
+from multiflora.bench.results import Clock, ExpertsCase, GenerateCase, LayerCase, Results, Samples, ServeCase, StepCase
 from multiflora.bench.stats import extra_ratio, median, over_floor, ratio, spread, total
 from multiflora.bench.table import HEADER, cells
 from multiflora.bench.verdict import Verdict, verdicts
@@ -72,6 +72,7 @@ def render(results: Results, name: str, drawn: Collection[str]) -> str:
             )
             for case in results.shared
         ],
+        experts=[_experts(case, results.clock) for case in results.experts],
         steps=[
             (
                 case,
@@ -102,6 +103,7 @@ def _rounds(results: Results) -> list[str]:
         "layers": results.layers,
         "numbers of heads": results.heads,
         "shared inputs": results.shared,
+        "experts": results.experts,
         "steps": results.steps,
         "training": results.training,
         "generation": results.generate,
@@ -167,6 +169,13 @@ def _heads(case: LayerCase, clock: Clock) -> tuple[str, list[str]]:
     ]
 
 
+def _experts(case: ExpertsCase, clock: Clock) -> list[str]:
+    """Milliseconds of the frozen experts, each competitor's time over theirs, and what ours adds over peft's."""
+    ours, peft, frozen = (total(case.seconds, name, clock) for name in ("packed", "peft", "frozen"))
+    numbers = (ratio(ours, frozen), ratio(peft, frozen), extra_ratio(ours, peft, frozen))
+    return [case.name, f"{1e3 * median(frozen):.2f}", *map(str, numbers)]
+
+
 def _parts(seconds: Samples, name: str, clock: Clock) -> list[float]:
     """Seconds of a step: all, forward, backward, update."""
     phases = seconds[name]
@@ -218,7 +227,8 @@ def _miss(verdict: Verdict, results: Results) -> dict[str, Any]:
     held = set(verdict.held)
     lines = [line for line in verdict.lines if line not in held]
     worst = verdict.worst
-    cases: list[LayerCase | StepCase | GenerateCase] = [*results.layers, *results.steps, *results.generate]
+    cases: list[LayerCase | ExpertsCase | StepCase | GenerateCase] = [*results.layers, *results.experts, *results.steps]
+    cases += results.generate
     profile = next((case.profile for case in cases if worst is not None and worst.case.endswith(case.name)), {})
     ours = verdict.target.ours
     operators = sorted(profile.get(ours, {}).items(), key=lambda item: -item[1])[:8]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from multiflora.bench.shapes import SHAPES, Shape
+from multiflora.bench.shapes import MIXTURE, SHAPES, Shape
 
 __all__ = ["GENERATED_TASKS", "PRESETS", "SECTIONS", "TASKS", "Dtype", "Job", "Preset", "Section", "plan"]
 
-Section = Literal["layer", "heads", "memory", "shared", "step", "train", "generate", "serve"]
-SECTIONS: tuple[Section, ...] = ("layer", "heads", "memory", "shared", "step", "train", "generate", "serve")
+Section = Literal["layer", "heads", "memory", "shared", "experts", "step", "train", "generate", "serve"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     @property
     def ticks(self) -> int:
         """How often it reports progress."""
-        warm_up = {"step": 1, "train": 1, "generate": 1, "serve": 1, "memory": 0}.get(self.section, 2)
+        warm_up = {"experts": 1, "step": 1, "train": 1, "generate": 1, "serve": 1, "memory": 0}.get(self.section, 2)
         return int(self.settings.get("rounds", 0)) + warm_up
 
 
@@ -79,6 +79,7 @@ def plan(
         *_memory(),
         *_heads(preset, kind, dtype),
         *_shared(preset, dtype),
+        *_experts(preset, kind, dtype),
         *_layers(preset, kind, dtype, compiler),
         *_steps(preset, kind, dtype),
         *_training(preset, tasks),
@@ -187,6 +188,26 @@ def _shared(preset: Preset, dtype: Dtype) -> list[Job]:
         layers = tuple(Shape(model, layer, width[model], d_out) for layer, d_out in parts)
         settings = {"tokens": 512, "dtype": dtype}
         jobs.append(Job("shared", {"layers": layers, **settings, "rounds": 21}, {"model": model, **settings}, 1.0))
+    return jobs
+
+
+def _experts(preset: Preset, kind: str, dtype: Dtype) -> list[Job]:
+    rounds, many = {"quick": 3, "standard": 5, "full": 15}[preset], 8192 if kind == "cuda" else 512
+    # a round of each in float32; peft's LoRA takes most of it
+    works = (("decode", 1, 0.3), ("decode", 16, 0.5), ("forward", 16, 0.3), ("forward", many, 0.8), ("step", many, 1.6))
+    jobs = []
+    for each in dict.fromkeys((dtype,) if preset == "quick" else ("float32", dtype)):
+        for work, tokens, seconds in works:
+            settings = {"work": work, "tokens": tokens, "dtype": each}
+            cost = 1.5 + (rounds + 2) * seconds / (1 if each == "float32" else 3)
+            jobs.append(
+                Job(
+                    "experts",
+                    {"mixture": MIXTURE, **settings, "rounds": rounds},
+                    {**MIXTURE._asdict(), **settings},
+                    cost,
+                )
+            )
     return jobs
 
 

@@ -15,6 +15,8 @@ from multiflora.files import saving, write_text
 
 __all__ = [
     "Clock",
+    "ExpertsCase",
+    "ExpertsWork",
     "GenerateCase",
     "LayerCase",
     "Machine",
@@ -263,6 +265,39 @@ class SharedCase(_Frozen):
         return f"{self.model} {self.layers}, {self.tokens} tokens, {self.dtype}"
 
 
+ExpertsWork = Literal["step", "forward", "decode"]
+"""A forward and a backward pass; a forward pass without gradients that starts anew; one that goes on with a cache."""
+
+
+class ExpertsCase(_Frozen):
+    """A mixture's fused experts, all competitors."""
+
+    model: str
+    d_model: int
+    d_expert: int
+    experts: int
+    top_k: int
+    """Experts of a token."""
+    work: ExpertsWork
+    tokens: int
+    dtype: str
+    heads: int
+    rank: int
+    peft_rank: int
+    """Rank of peft's LoRA with as many parameters."""
+    parameters: dict[str, int]
+    """Trainable parameters of each competitor."""
+    seconds: Samples
+    """Phases forward and, of a step, backward."""
+    profile: Profile = {}
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        work = {"step": "training step", "forward": "forward", "decode": "decoding"}[self.work]
+        return f"{self.model}, {work} of {self.tokens} token{'s' * (self.tokens != 1)}, {self.dtype}"
+
+
 class Results(_Frozen):
     """One run of the benchmark."""
 
@@ -274,6 +309,7 @@ class Results(_Frozen):
     """Competitors are "frozen", "packed N" and "loop N" for N heads, all of one total rank."""
     memory: tuple[MemoryCase, ...] = ()
     shared: tuple[SharedCase, ...] = ()
+    experts: tuple[ExpertsCase, ...] = ()
     steps: tuple[StepCase, ...] = ()
     training: tuple[TrainingCase, ...] = ()
     generate: tuple[GenerateCase, ...] = ()

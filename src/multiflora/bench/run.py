@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from multiflora.bench.experts import measure_experts
 from multiflora.bench.generate import measure_generate
 from multiflora.bench.layers import measure_heads, measure_layer, measure_memory
 from multiflora.bench.machine import has_compiler, machine
@@ -28,6 +29,7 @@ _MEASURES: dict[Section, tuple[str, Callable[..., Any]]] = {
     "heads": ("heads", measure_heads),
     "memory": ("memory", measure_memory),
     "shared": ("shared", measure_shared),
+    "experts": ("experts", measure_experts),
     "step": ("steps", measure_step),
     "train": ("training", measure_training),
     "generate": ("generate", measure_generate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["SHAPES", "SMOLLM2", "Shape"]
+__all__ = ["MIXTURE", "SHAPES", "SMOLLM2", "Mixture", "Shape"]
 
 
 class Shape(NamedTuple):
@@ -32,6 +32,28 @@ SHAPES = (
     # the shape of the activation-memory target: up_proj of the Llama-2 generation
     Shape("Llama-2-7B", "up_proj", 4096, 11008),
 )
+
+
+class Mixture(NamedTuple):
+    """The experts of one layer, two matrices each: up and gate in one, and down."""
+
+    model: str
+    d_model: int
+    d_expert: int
+    experts: int
+    top_k: int
+    """Experts of a token."""
+
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(d_in, d_out) of an expert's two matrices."""
+        return (self.d_model, 2 * self.d_expert), (self.d_expert, self.d_model)
+
+    def __str__(self) -> str:
+        return self.model
+
+
+MIXTURE = Mixture("granite-3.1-1b-a400m", 1024, 512, experts=32, top_k=8)
+"""A small mixture, from its config."""
 
 SMOLLM2 = {
     "vocab_size": 49152,

@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from multiflora.bench.results import Clock, GenerateCase, LayerCase, Results, ServeCase, StepCase, TrainingCase
+from multiflora.bench.results import (
+    Clock,
+    ExpertsWork,
+    GenerateCase,
+    LayerCase,
+    Results,
+    ServeCase,
+    StepCase,
+    TrainingCase,
+)
 from multiflora.bench.stats import Estimate, extra_ratio, median, over_floor, ratio, spread, total
 
 __all__ = ["TARGETS", "Line", "Target", "Verdict", "verdicts"]
@@ -198,6 +207,23 @@ def _floor_of_step(case: StepCase, ours: str, opponent: str, clock: Clock) -> fl
     return ratio(least, total(case.seconds, opponent, clock)).value
 
 
+def _experts(*works: ExpertsWork) -> Callable[[Results], Iterator[Line]]:
+    """Branches of a mixture's experts against peft's LoRA of them, by the time they add to the frozen experts."""
+
+    def lines(results: Results) -> Iterator[Line]:
+        for case in results.experts:
+            if case.work in works:
+                yield _line(
+                    results,
+                    case.name,
+                    lambda clock, s=case.seconds: extra_ratio(  # type: ignore[misc]
+                        total(s, "packed", clock), total(s, "peft", clock), total(s, "frozen", clock)
+                    ),
+                )
+
+    return lines
+
+
 def _training(results: Results) -> Iterator[Line]:
     for case in results.training:
         yield _line(results, case.name, lambda clock, case=case: _speed_ratio(case, clock))  # type: ignore[misc]
@@ -285,6 +311,8 @@ TARGETS = (
     Target("R-LoRA step / peft LoRA, dropout 0", 0.9, _whole_step("packed", "peft", 0.0)),
     Target("R-LoRA step / frozen model", 1.25, _whole_step("packed", "frozen")),
     Target("training speed / SFTTrainer with peft LoRA", 1.3, _training, at_least=True),
+    Target("experts: R-LoRA step / peft LoRA", 1.0, _experts("step")),
+    Target("experts: R-LoRA without gradients / peft LoRA", 1.0, _experts("forward", "decode")),
     Target("token / base, batch 1", 1.15, _decoding(_ALL, "base", batch=1), ours="rlora"),
     Target("token / base, batch 16", 1.15, _decoding(_ADDITIVE_OR_ROUTED, "base", batch=16), ours="rlora"),
     Target("token / base, batch 16, gated by task", 1.2, _decoding(_BY_TASK, "base", batch=16), ours="rlora"),
@@ -305,7 +333,8 @@ TARGETS = (
 """Ours over an opponent.
 
 A layer compares by the time that forward and backward take beyond the frozen layer alone, with 5 heads of rank 8; so do
-numbers of heads, at one total rank. A step is a whole training step of SmolLM2-135M with adapters on all linear layers,
-a frozen model's step its forward pass and the gradient of its input. peft's LoRA has as many trainable parameters as
-R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a second, and so is what is served.
+numbers of heads, at one total rank, and a mixture's experts, over the frozen ones. A step is a whole training step of
+SmolLM2-135M with adapters on all linear layers, a frozen model's step its forward pass and the gradient of its input.
+peft's LoRA has as many trainable parameters as R-LoRA, or three times MultiLoRA's rank. Training speed is in tokens a
+second, and so is what is served.
 """

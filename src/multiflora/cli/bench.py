@@ -19,6 +19,7 @@ class _Section(str, Enum):
     heads = "heads"
     memory = "memory"
     shared = "shared"
+    experts = "experts"
     step = "step"
     train = "train"
     generate = "generate"

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from multiflora import ops
 from multiflora.context import Routing
+from multiflora.errors import AdapterError
+from multiflora.forward_pass import Tokens
 from multiflora.methods.base import Method, Parts, class_of
 from multiflora.methods.gates import TaskGate
+from multiflora.methods.inference import Kept
 from multiflora.methods.layer_pass import BranchLayer
-from multiflora.methods.layer_weights import layer_names
+from multiflora.methods.layer_weights import Plan, layer_names
 from multiflora.methods.middle import Made
 
 __all__ = ["AdaptedExperts", "BranchExperts", "FusedWeight", "Pairs", "experts_class"]
@@ -41,14 +44,19 @@ class Pairs(NamedTuple):
     """Where each was in (T, k), as one axis, (S,)."""
     lead: torch.Size
     """The shape of the tokens, (T,)."""
+    names: Sequence[str] | None = None
+    """The adapter of each row of the batch, where rows have different ones."""
+    rows: Sequence[int] | None = None
+    """The rows that these are of; None: all."""
 
     @classmethod
-    def of(cls, chosen: Tensor, num_experts: int) -> Pairs:
+    def of(cls, chosen: Tensor, num_experts: int, names: Sequence[str] | None = None) -> Pairs:
         """Sort by expert, an expert's tokens in their own order.
 
         Args:
             chosen: Experts of each token, (T, k).
             num_experts: E.
+            names: The adapter of each row.
 
         Example:
             >>> pairs = Pairs.of(torch.tensor([[1, 0], [1, 2]]), 3)
@@ -56,14 +64,20 @@ class Pairs(NamedTuple):
             ([0, 1, 1, 2], [0, 0, 1, 1], [1, 3, 4])
         """
         expert, order = torch.sort(chosen.reshape(-1), stable=True)
-        ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True, out_int32=True)
-        return cls(expert, order // chosen.shape[1], ends, order, chosen.shape[:1])
+        return cls(expert, order // chosen.shape[1], _ends(expert, num_experts), order, chosen.shape[:1], names)
+
+    def some(self, at: Tensor, rows: Sequence[int]) -> Pairs:
+        """Those at the places `at`, in order, which are of these rows."""
+        expert = self.expert[at]
+        return self._replace(
+            expert=expert, token=self.token[at], ends=_ends(expert, len(self.ends)), order=self.order[at], rows=rows
+        )
 
     def times(self, matrix: Tensor, tokens: Tensor) -> Tensor:
         """A matrix of each expert, (E, m, n), times its tokens, (n, S): see `multiflora.methods.middle.Where`."""
         return ops.expert_times(matrix, tokens, self.ends)
 
-    def rows(self, table: Tensor, tasks: Tensor) -> Tensor:
+    def of_task(self, table: Tensor, tasks: Tensor) -> Tensor:
         """Each token's row of its expert's table, (E, num_tasks, ...)."""
         return table[self.expert, tasks]
 
@@ -74,6 +88,10 @@ class Pairs(NamedTuple):
             if end > start:
                 yield e, slice(start, end)
             start = end
+
+
+def _ends(expert: Tensor, num_experts: int) -> Tensor:
+    return torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True, out_int32=True)
 
 
 class FusedWeight(nn.Module):
@@ -145,17 +163,42 @@ class BranchExperts(BranchLayer):
     def forward(self, x: Tensor, pairs: Pairs) -> Tensor:
         """The experts' product for x, (S, d_in), and the active adapters' branches."""
         y: Tensor = self.base_layer(x, pairs)
+        if pairs.names is not None:
+            return self._mixed_batch(x.to(y.dtype), y, pairs.names, pairs)
         for name in self.adding():
             y = self._add_branches(x.to(y.dtype), y, name, pairs)
         return y
 
+    def _mixed_batch(self, x: Tensor, y: Tensor, names: Sequence[str], pairs: Pairs) -> Tensor:
+        tokens = self._tokens(x, pairs)
+        self._check_names(names, tokens.batch)
+        of = tokens.rows(x.device)
+        if of is None:
+            raise AdapterError(
+                f"{self.name} sees {pairs.lead.numel()} tokens of a batch of {tokens.batch} rows, and not all of each "
+                "row: which adapter each needs cannot be known. Give each adapter a batch of its own, with set_adapter."
+            )
+        for name in dict.fromkeys(names):
+            if name in self.configs:
+                rows = [i for i, other in enumerate(names) if other == name]
+                at = torch.isin(of, torch.tensor(rows, device=of.device)).nonzero().squeeze(1)
+                y = y.index_copy(0, at, self._add_branches(x[at], y[at], name, pairs.some(at, rows)))
+        return y
+
+    def _tokens(self, x: Tensor, pairs: Pairs) -> Tokens:
+        return self.routing.tokens(self.name, x, pairs.lead)._replace(order=pairs.token)
+
     def _add_branches(self, x: Tensor, y: Tensor, adapter_name: str, pairs: Pairs) -> Tensor:
-        plan, parts = self.plan(adapter_name), self.parts(adapter_name)
+        plan, loops = self.plan(adapter_name), self._loops()
+        kept = None if loops else self._prepared.get(self, plan, adapter_name, x.dtype, pairs.rows)
+        if kept is not None:
+            return ops.infer_experts(x, kept.branches, y, pairs.ends, gate=self._gate(kept, plan, x, pairs))
+        parts = self.parts(adapter_name)
         loss, tokens, tasks = self._loss(adapter_name, plan), None, None
         if self._asks(plan, loss):
-            tokens = self.routing.tokens(self.name, x, pairs.lead)._replace(order=pairs.token)
-            tasks = self._tasks(plan, tokens, x, None)
-        add = self._by_expert if self._loops() else self._packed
+            tokens = self._tokens(x, pairs)
+            tasks = self._tasks(plan, tokens, x, pairs.rows)
+        add = self._by_expert if loops else self._packed
         y, stems, gate, logits = add(x, y, adapter_name, parts, tasks, pairs)
         self._record(gate, tasks, tokens)
         if loss is None or tokens is None:
@@ -167,6 +210,12 @@ class BranchExperts(BranchLayer):
             values.append(self._value(loss, plan, *seen, own, each[e]))
         told = [value for value in values if value is not None]
         return self.routing.report(adapter_name, torch.stack(told).mean(), y) if told else y
+
+    def _gate(self, kept: Kept, plan: Plan, x: Tensor, pairs: Pairs) -> Tensor | None:
+        """Weights of the heads where rows of several tasks are computed together, (S, H)."""
+        if kept.table is None:
+            return None
+        return kept.table[pairs.expert, self._tasks(plan, self._tokens(x, pairs), x, pairs.rows)]
 
     def _packed(
         self, x: Tensor, y: Tensor, adapter_name: str, parts: Parts, tasks: Tensor | None, pairs: Pairs
@@ -246,14 +295,23 @@ class AdaptedExperts(nn.Module):
         """The adapted parameters, by name."""
         return {name: child for name, child in self.named_children() if isinstance(child, BranchExperts)}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The experts' answers for tokens, (T, d), summed with the router's weights, (T, k)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """The experts' answers for tokens, (T, d), summed with the router's weights, (T, k).
+
+        Rows of the batch may have adapters of their own, by `adapter_names`.
+        """
         experts: Any = self.base_layer
         layers = self.layers()
-        if not [name for layer in layers.values() for name in layer.adding()]:
+        if adapter_names is None and not any(layer.adding() for layer in layers.values()):
             base: Tensor = experts(hidden_states, top_k_index, top_k_weights)
             return base
-        pairs = Pairs.of(top_k_index, experts.num_experts)
+        pairs = Pairs.of(top_k_index, experts.num_experts, adapter_names)
         products = {
             name: layers.get(name) or FusedWeight(experts, name)
             for name in ("gate_up_proj", "up_proj", "down_proj")

@@ -42,7 +42,8 @@ class Kept:
 
     branches: ops.Prepared
     table: Tensor | None
-    """Weight of each head for each task, (num_tasks, H), where rows of several tasks are computed together."""
+    """Weight of each head for each task, (num_tasks, H), where rows of several tasks are computed together; of experts,
+    (E, num_tasks, H)."""
     adapter: str
     sources: tuple[tuple[Mapping[str, Tensor | None], Tensor, int, int], ...]
     """Of every tensor that went in: where the layer holds it; the tensor; its version, in which torch counts every
@@ -121,7 +122,7 @@ class Store:
         if kept is not None and kept.holds(settings, routing.number):
             return kept
         wanted = Wanted(adapter_name, dtype, task)
-        kept = keep(plan, layer.places(adapter_name), wanted, settings, routing.number)
+        kept = keep(layer, plan, wanted, settings, routing.number)
         self._kept.pop(wanted, None)
         if kept is not None:
             self._kept[wanted] = kept
@@ -144,30 +145,33 @@ def can_prepare(method: Method, config: Any) -> bool:
 
 
 def keep(
-    plan: Plan,
-    places: Mapping[str, Mapping[str, Tensor | None]],
-    wanted: Wanted,
-    settings: tuple[Any, ...],
-    forward_pass: int | None,
+    layer: BranchWeights, plan: Plan, wanted: Wanted, settings: tuple[Any, ...], forward_pass: int | None
 ) -> Kept | None:
     """Prepare an adapter's branches; None where this adapter's tensors cannot be watched, or have no prepared form.
 
     Args:
+        layer: Which holds the tensors.
         plan: Of the adapter.
-        places: Where the layer holds its tensors: part -> adapter -> tensor.
         wanted: For what.
         settings: s, and all else that matters, to be compared later.
         forward_pass: Number of the pass; None outside of one.
     """
+    places = layer.places(wanted.adapter)
     parts = {part: tensor for part, place in places.items() if (tensor := place.get(wanted.adapter)) is not None}
     if any(part.is_inference() or part.is_meta for part in parts.values()):
         return None  # made inside torch.inference_mode: torch does not count their changes
-    made = prepare(plan, parts, settings[0], wanted.dtype, wanted.task)
-    if made is None:
+    each = (prepare(plan, own, settings[0], wanted.dtype, wanted.task) for own in layer._each(wanted.adapter, parts))
+    made = [one for one in each if one is not None]  # of a mixture's experts, all or none
+    if not made:
         return None
+    forms, tables = [form for form, _ in made], [table for _, table in made if table is not None]
+    branches = forms[0]._replace(
+        rows=layer._joined([form.rows for form in forms]), columns=layer._joined([form.columns for form in forms])
+    )
+    table = layer._joined(tables) if tables else None
     sources = tuple((places[name], part, part._version, part.data_ptr()) for name, part in parts.items())
     compared = -1 if forward_pass is None else forward_pass
-    return Kept(*made, wanted.adapter, sources, settings, ops.digest(list(parts.values())), compared)
+    return Kept(branches, table, wanted.adapter, sources, settings, ops.digest(list(parts.values())), compared)
 
 
 @torch.no_grad()

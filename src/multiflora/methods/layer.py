@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from multiflora import ops
-from multiflora.errors import AdapterError
 from multiflora.forward_pass import Tokens
 from multiflora.methods.base import Loss, Method, class_of
 from multiflora.methods.inference import Kept
@@ -50,15 +49,7 @@ class BranchLinear(BranchLayer):
         return y
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise AdapterError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise AdapterError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+        self._check_names(adapter_names, len(x))
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name not in self.configs:
@@ -211,9 +202,12 @@ class BranchLinear(BranchLayer):
         """What is known of the input's tokens; None where nobody asks."""
         if not self._asks(plan, loss):
             return None
+        if rows is None or of is None:
+            return self.routing.tokens(self.name, x)
         # a mixed batch: what is known is known of the whole batch, of which these are some rows
-        lead = x.shape[:-1] if rows is None or of is None else torch.Size([of, *x.shape[1:-1]])
-        return self.routing.tokens(self.name, x, lead)
+        lead = torch.Size([of, *x.shape[1:-1]])
+        order = torch.arange(lead.numel(), device=x.device).view(of, -1)[list(rows)].reshape(-1)
+        return self.routing.tokens(self.name, x, lead)._replace(order=order)
 
 
 def _is_bare(base: Any, x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from multiflora import ops
+from multiflora.errors import AdapterError
 from multiflora.forward_pass import Tokens
 from multiflora.methods.base import Loss, LossInputs, Parts
 from multiflora.methods.layer_weights import Plan
@@ -42,6 +43,18 @@ class BranchLayer(MergingLayer):
         for name, merged in self._merged.items():
             self._check_merged_task(name, merged.task)
         return True
+
+    def _check_names(self, adapter_names: Sequence[str], rows: int) -> None:
+        """Refuse a batch that cannot have an adapter for each row."""
+        if len(adapter_names) != rows:
+            raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {rows} respectively."
+            )
+        if self.merged:
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def _loops(self) -> bool:
         """Whether to compute head by head: asked for, or inside a transform that only knows torch's own operations."""
@@ -112,8 +125,6 @@ class BranchLayer(MergingLayer):
         tasks = tokens.tasks(plan.config, x.device, rows)
         if tasks is None and plan.needs_task:
             raise missing(plan.config)
-        if tasks is not None and rows is not None:
-            tasks = tasks.view(tokens.lead[0], -1)[list(rows)].reshape(-1)
         return tasks
 
     def _value(

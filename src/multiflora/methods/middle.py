@@ -50,7 +50,7 @@ class Where(Protocol):
     def times(self, matrix: Tensor, tokens: Tensor) -> Tensor:
         """A matrix, (m, n) for each of them, times tokens, (n, T)."""
 
-    def rows(self, table: Tensor, tasks: Tensor) -> Tensor:
+    def of_task(self, table: Tensor, tasks: Tensor) -> Tensor:
         """Each token's row of a table, (num_tasks, ...) for each of them."""
 
 
@@ -58,7 +58,7 @@ class _OneLayer:
     def times(self, matrix: Tensor, tokens: Tensor) -> Tensor:
         return matrix.to(tokens.dtype) @ tokens
 
-    def rows(self, table: Tensor, tasks: Tensor) -> Tensor:
+    def of_task(self, table: Tensor, tasks: Tensor) -> Tensor:
         return table[tasks]
 
 
@@ -118,7 +118,7 @@ class TaskMatrix(Middle):
 
     def read(self, config: Any, parts: Parts, made: Made, where: Where) -> Tensor:
         assert made.tasks is not None
-        matrices = where.rows(self.matrices(config, parts), made.tasks).to(made.u.dtype)
+        matrices = where.of_task(self.matrices(config, parts), made.tasks).to(made.u.dtype)
         return (matrices @ made.u.t().unsqueeze(-1)).squeeze(-1).t().contiguous()
 
     def constant(self, config: Any, parts: Parts, task: int | None, weights: Tensor | None) -> Tensor:

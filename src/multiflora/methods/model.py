@@ -327,11 +327,6 @@ class BranchModel(BaseTuner):
             return
         if self.training:
             raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
-        if any(isinstance(layer, BranchExperts) for layer in self.modules()):
-            raise AdapterError(
-                "Rows of several adapters cannot be computed together (adapter_names) where the experts of a mixture "
-                "are adapted. Give each adapter a batch of its own, with set_adapter."
-            )
         known = {name for layer in self._layers() for name in layer.configs}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
@@ -347,7 +342,7 @@ class BranchModel(BaseTuner):
                 partial(give_names, names if module in inside_encoder else beams), with_kwargs=True
             )
             for module in self.modules()
-            if isinstance(module, (BranchLinear, AuxiliaryTrainingWrapper))
+            if isinstance(module, (BranchLinear, AdaptedExperts, AuxiliaryTrainingWrapper))
         ]
         routing = find(self.model)
         try:

@@ -2,7 +2,7 @@
 
 from multiflora.ops.elementwise import blend
 from multiflora.ops.experts import expert_heads, expert_stems, expert_times, grouped
-from multiflora.ops.inference import Prepared, digest, infer
+from multiflora.ops.inference import Prepared, digest, infer, infer_experts
 from multiflora.ops.mask import Dropout, draw_seed, dropout_mask, head_mask
 from multiflora.ops.packed import branches, softmax
 from multiflora.ops.reading import stems
@@ -25,6 +25,7 @@ __all__ = [
     "head_mask",
     "heads",
     "infer",
+    "infer_experts",
     "loop",
     "softmax",
     "stems",

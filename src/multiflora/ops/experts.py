@@ -25,7 +25,7 @@ __all__ = ["expert_heads", "expert_stems", "expert_times", "grouped"]
 
 _ALIGNED = 16
 """Bytes that a row must be a multiple of for torch's grouped product."""
-_WIDTH = 8
+WIDTH = 8
 """Columns that narrow matrices are filled up to a multiple of: 16 bytes in half precision."""
 
 
@@ -46,7 +46,9 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         [[2.0], [0.0], [0.0]]
     """
     if _is_native(x, weight):
-        out: Tensor = _RowByRow.apply(F.grouped_mm(x.contiguous(), weight.mT, offs=ends))  # type: ignore[no-untyped-call]
+        out: Tensor = F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
+        if torch.is_grad_enabled():
+            out = _RowByRow.apply(out)  # type: ignore[no-untyped-call]
         return out
     parts = x.tensor_split(ends[:-1].tolist())
     return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, weight, strict=True)])
@@ -76,7 +78,9 @@ def _is_native(x: Tensor, weight: Tensor) -> bool:
     elif weight.data_ptr() % _ALIGNED:
         return False  # a file's tensor, read where it lies
     size = x.element_size()
-    strides = (*(stride for stride in weight.stride() if stride != 1), *weight.shape[1:])
+    # without a gradient nothing is multiplied by rows of the product
+    widths = weight.shape[1:] if torch.is_grad_enabled() else weight.shape[2:]
+    strides = (*(stride for stride in weight.stride() if stride != 1), *widths)
     return x.dtype == weight.dtype and all(stride * size % _ALIGNED == 0 for stride in strides)
 
 
@@ -124,7 +128,7 @@ def expert_times(matrix: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
 def _read(x: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Sequence[Tensor]:
     """Products with several matrices of each expert, in one: (n, S) for each of them."""
     widths = [matrix.shape[1] for matrix in matrices]
-    fill = -sum(widths) % _WIDTH
+    fill = -sum(widths) % WIDTH
     rows = F.pad(torch.cat([matrix.to(x.dtype) for matrix in matrices], 1), (0, 0, 0, fill))
     return torch.split(grouped(x, rows, ends).t(), [*widths, fill])[:-1]
 
@@ -165,5 +169,5 @@ def expert_heads(
     z = blend(u, gate, mask, heads=num_heads, rank=rank)
     z = z if u0 is None else torch.cat((z, u0))
     columns = (B if B0 is None else torch.cat((B, B0), 2)).to(z.dtype)
-    fill = (0, -len(z) % _WIDTH)
+    fill = (0, -len(z) % WIDTH)
     return y + grouped(F.pad(z.t(), fill), F.pad(columns, fill), ends).to(y.dtype)

@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multiflora.ops import native
+from multiflora.ops.experts import WIDTH, grouped
 from multiflora.ops.writing import Base
 
-__all__ = ["Prepared", "digest", "infer"]
+__all__ = ["Prepared", "digest", "infer", "infer_experts"]
 
 
 class Prepared(NamedTuple):
-    """One layer's branches as they are multiplied: two matrices, in the dtype of the layer's input."""
+    """One layer's branches as they are multiplied: two matrices, in the dtype of the layer's input.
+
+    Those of a mixture's experts have an axis of E experts before their own.
+    """
 
     rows: Tensor
     """S = [s A_1; ...; s A_K; R; -s A⁰], (K r + H' + k, d_in), with H' = H rows of a router, or 0 without one."""
@@ -67,24 +71,57 @@ def infer(
         _, weight, bias = base or (None, None, None)
         out: Tensor = compiled.infer(x, rows, columns, y, weight, bias, gate, num_heads, rank, routed, top_k)
         return out
-    read = F.linear(x.reshape(-1, x.shape[-1]), rows)
-    offset = len(columns) - num_heads * rank
-    sizes = [len(rows) - offset - num_heads * routed, num_heads * routed, offset]
-    stems, logits, frozen = torch.split_with_sizes(read, sizes, 1)
-    if routed:
-        gate = top_softmax(logits, top_k)
-    z = stems
-    if gate is not None:
-        by_head = stems.view(len(stems), -1, rank)  # (T, 1 or H, r)
-        z = (by_head * gate.to(read.dtype).unsqueeze(-1)).flatten(1)
-    elif stems.shape[1] < num_heads * rank:
-        z = stems.repeat(1, num_heads)
-    z = torch.cat((z, frozen), 1)
+    z = _blended(F.linear(x.reshape(-1, x.shape[-1]), rows), prepared, gate)
     if base is not None:
         y = F.linear(*base)
     assert y is not None
     added = torch.mm(z, columns).view(*x.shape[:-1], -1)
     return y + added.to(y.dtype)
+
+
+def infer_experts(x: Tensor, prepared: Prepared, y: Tensor, ends: Tensor, *, gate: Tensor | None = None) -> Tensor:
+    """Add the branches of a mixture's experts to their products, without gradients.
+
+    Args:
+        x: Tokens by expert, (S, d_in), in the dtype of the prepared matrices.
+        prepared: The branches of all experts: rows (E, ., d_in) and columns (E, ., d_out).
+        y: The experts' products, (S, d_out), in x's dtype; it may be written to.
+        ends: Where each expert's tokens end, (E,), int32.
+        gate: Weight of each head for each token, (S, H), see :func:`infer`.
+
+    Returns:
+        (S, d_out).
+
+    Example:
+        >>> prepared = Prepared(torch.ones(2, 1, 3), torch.ones(2, 2, 4), 2, 1, routed=False, top_k=0)
+        >>> infer_experts(torch.ones(1, 3), prepared, torch.zeros(1, 4), torch.tensor([0, 1], dtype=torch.int32))
+        tensor([[6., 6., 6., 6.]])
+    """
+    compiled = None if torch.compiler.is_compiling() else native.serve(x)
+    if compiled is not None:
+        y = y.contiguous()
+        compiled.infer_experts(y, x, prepared.rows, prepared.columns, ends, gate, *prepared[2:])
+        return y
+    z, columns = _blended(grouped(x, prepared.rows, ends), prepared, gate), prepared.columns
+    fill = (0, -z.shape[1] % WIDTH)
+    return y + grouped(F.pad(z, fill), F.pad(columns.mT, fill), ends)
+
+
+def _blended(read: Tensor, prepared: Prepared, gate: Tensor | None) -> Tensor:
+    """What heads and mean head multiply, (T, H r + k), of what each token read, (T, .)."""
+    rows, columns, num_heads, rank, routed, top_k = prepared
+    offset = columns.shape[-2] - num_heads * rank
+    sizes = [rows.shape[-2] - offset - num_heads * routed, num_heads * routed, offset]
+    stems, logits, frozen = torch.split_with_sizes(read, sizes, 1)
+    if routed:
+        gate = top_softmax(logits, top_k)
+    z = stems
+    if gate is not None:
+        by_head = stems.unflatten(1, (-1, rank))  # type: ignore[no-untyped-call]  # (T, 1 or H, r)
+        z = (by_head * gate.to(read.dtype).unsqueeze(-1)).flatten(1)
+    elif stems.shape[1] < num_heads * rank:
+        z = stems.repeat(1, num_heads)
+    return torch.cat((z, frozen), 1)
 
 
 def top_softmax(logits: Tensor, top_k: int) -> Tensor:

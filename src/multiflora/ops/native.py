@@ -60,6 +60,7 @@ class Functions(NamedTuple):
     heads: Any
     branches: Any
     infer: Any
+    infer_experts: Any
     digest: Any
 
 

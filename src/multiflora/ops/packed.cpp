@@ -263,19 +263,31 @@ Tensor infer(const Tensor& x, const Tensor& rows, const Tensor& columns, Maybe m
       y = by_token(*maybe_y).clone(at::MemoryFormat::Contiguous);
     }
   }
-  if (tokens.size(0) < FEW) {
-    const auto weights = cast(gate, at::toOpMathType(x.scalar_type()));
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "infer", [&] {
-      using Wide = at::opmath_type<scalar_t>;
-      add_few<scalar_t>(y.mutable_data_ptr<scalar_t>(), tokens.const_data_ptr<scalar_t>(),
-                        rows.const_data_ptr<scalar_t>(), columns.const_data_ptr<scalar_t>(), data_of<Wide>(weights),
-                        branch, tokens.size(0), rows.size(0), columns.size(0), tokens.size(1), columns.size(1));
-    });
-  } else {
-    add_many(y, tokens, rows, columns, gate, branch);
-  }
+  add(y, tokens, rows, columns, gate, branch);
   y = y.view(shape);
   return !weight && maybe_y->scalar_type() != x.scalar_type() ? *maybe_y + y.to(maybe_y->scalar_type()) : y;
+}
+
+// For tokens that lie together by expert: each expert has rows and columns of its own
+void infer_experts(const Tensor& y, const Tensor& x, const Tensor& rows, const Tensor& columns, const Tensor& ends,
+                   Maybe maybe_gate, int64_t num_heads, int64_t rank, bool routed, int64_t top_k) {
+  Arithmetic guard;
+  const Branch branch(rows[0], columns[0], num_heads, rank, routed, top_k);
+  const auto tokens = x.contiguous(), gate = or_undefined(maybe_gate);
+  for (const auto& one : {y, rows, columns})
+    TORCH_CHECK(one.scalar_type() == x.scalar_type() && one.is_contiguous(), "the experts' branches do not fit x");
+  TORCH_CHECK(rows.size(2) == x.size(1) && columns.size(2) == y.size(1) && y.size(0) == x.size(0) &&
+                  ends.scalar_type() == at::kInt && ends.numel() == rows.size(0) && ends.is_contiguous(),
+              "the experts' branches do not fit x");
+  int64_t start = 0;
+  for (int64_t e = 0; e < rows.size(0); ++e) {
+    const auto end = static_cast<int64_t>(ends.const_data_ptr<int>()[e]), count = end - start;
+    TORCH_CHECK(count >= 0 && end <= x.size(0), "the tokens do not lie together by expert");
+    if (count > 0)
+      add(y.narrow(0, start, count), tokens.narrow(0, start, count), rows[e], columns[e],
+          gate.defined() ? gate.narrow(0, start, count) : gate, branch);
+    start = end;
+  }
 }
 
 // Eight sums side by side, so that one need not wait for another; each step is reversible, so no change can be lost in one
@@ -314,5 +326,7 @@ TORCH_LIBRARY(multiflora, library) {
               " float head_p, int head_seed) -> (Tensor, Tensor)", &branches);
   library.def("infer(Tensor x, Tensor rows, Tensor columns, Tensor? y, Tensor? weight, Tensor? bias, Tensor? gate,"
               " int num_heads, int rank, bool routed, int top_k) -> Tensor", &infer);
+  library.def("infer_experts(Tensor(a!) y, Tensor x, Tensor rows, Tensor columns, Tensor ends, Tensor? gate,"
+              " int num_heads, int rank, bool routed, int top_k) -> ()", &infer_experts);
   library.def("digest(Tensor[] tensors) -> int", &digest);
 }

@@ -10,10 +10,12 @@ from cli.parts import save_model, write_task
 from torch import nn
 
 from multiflora.bench import steps
+from multiflora.bench.experts import measure_experts
 from multiflora.bench.layers import competitor, measure_heads, measure_layer, run_layer
-from multiflora.bench.shapes import Shape
+from multiflora.bench.shapes import Mixture, Shape
 from multiflora.bench.steps import HEADS, RANK, measure_step
 from multiflora.bench.training import measure_training
+from multiflora.ops import native
 
 CPU = torch.device("cpu")
 SHAPE = Shape("m", "up", 24, 40)
@@ -43,6 +45,23 @@ def test_a_competitor_trains_its_adapter_and_nothing_else():
         assert x.grad is not None
     assert torch.equal(base.weight, before)
     assert base.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("work", ["step", "forward", "decode"])
+def test_experts(work, dtype):
+    mixture = Mixture("m", 32, 16, experts=4, top_k=2)
+    case = measure_experts(mixture, work=work, tokens=3, dtype=dtype, rounds=2, device=CPU)
+    phases = {"forward": 2} | ({"backward": 2} if work == "step" else {})
+    found = {name: {phase: len(by["cpu"]) for phase, by in seen.items()} for name, seen in case.seconds.items()}
+    assert found == dict.fromkeys(("frozen", "packed", "peft"), phases)
+    # of each expert: 8 stem and 5 router rows, and 40 columns; peft's rank for as many
+    ours = 4 * sum(13 * d_in + 40 * d_out for d_in, d_out in ((32, 32), (16, 32)))
+    assert case.parameters == {"frozen": 0, "packed": ours, "peft": 4 * case.peft_rank * (64 + 48)}
+    assert abs(case.parameters["peft"] - ours) <= 4 * (64 + 48) / 2
+    assert set(case.profile) == {"frozen", "packed"}
+    infers = any("infer_experts" in name for name in case.profile["packed"])
+    assert infers == (work != "step") or not native.state()[0]
 
 
 def test_more_and_more_heads():

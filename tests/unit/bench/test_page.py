@@ -55,6 +55,19 @@ def test_generation_is_told_by_token_with_its_floor(tmp_path):
     assert "| floor | 21.0 | 1.05 (1.05 to 1.05) | 101.0 | 1.01 (1.01 to 1.01) |  |" in page
 
 
+def test_experts_are_told_beside_the_frozen_ones(tmp_path):
+    write_page(results(), tmp_path / "performance.md")
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    section = page.partition("## Experts of a mixture")[2].partition("## ")[0]
+    assert "32 of width 512 on a model of width 1024, 8 for each token, as a mixture has them" in section
+    ratios = "1.20 (1.20 to 1.20) | 3.00 (3.00 to 3.00) | 0.10 (0.10 to 0.10)"
+    assert f"| a mixture, training step of 512 tokens, bfloat16 | 10.00 | {ratios} |" in section
+    assert f"| a mixture, decoding of 1 token, bfloat16 | 10.00 | {ratios} |" in section
+    missed = page.partition("### experts: R-LoRA without gradients / peft LoRA")[2].partition("### ")[0]
+    assert "| a mixture, forward of 512 tokens, bfloat16 | 1.50" in missed
+    assert "| `aten::mm` | 10.00 | 9.00 |" in missed
+
+
 def test_a_profile_of_rlora_is_not_shown_for_multilora(tmp_path):
     slow = step(0.1, multilora=1390.0)
     write_page(results(steps=(slow,)), tmp_path / "performance.md")
@@ -86,7 +99,7 @@ def test_every_table_has_a_cell_for_every_column(tmp_path):
 
 
 def test_a_part_is_a_page_too(tmp_path):
-    sections = ("layers", "heads", "memory", "shared", "steps", "training", "generate", "serve")
+    sections = ("layers", "heads", "memory", "shared", "experts", "steps", "training", "generate", "serve")
     write_page(results(**dict.fromkeys(sections, ())), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
     assert page.count("not measured") == len(TARGETS)
@@ -108,7 +121,9 @@ def test_it_says_how_many_rounds_there_were(tmp_path):
     )
     write_page(results(layers=(*results().layers, longer)), tmp_path / "performance.md")
     page = (tmp_path / "performance.md").read_text("utf-8")
-    wanted = "layers 4 to 61, numbers of heads 4, shared inputs 4, steps 4, training 3, generation 4, serving 3."
+    wanted = (
+        "layers 4 to 61, numbers of heads 4, shared inputs 4, experts 4, steps 4, training 3, generation 4, serving 3."
+    )
     assert f"- **Rounds:** {wanted}" in page
 
 

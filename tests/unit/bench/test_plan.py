@@ -53,6 +53,15 @@ def test_generation_is_measured_quickly_for_one_prompt_and_else_for_a_batch_and_
     assert {job.settings["tokens"] for job in found["full"] if job.identity["prompt"] == 512} == {1}
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_experts_are_trained_asked_and_decoded(preset):
+    jobs = plan(preset, kind="cpu", **OPTIONS, only=["experts"])
+    wanted = {("step", 512), ("forward", 16), ("forward", 512), ("decode", 1), ("decode", 16)}
+    for dtype in {job.identity["dtype"] for job in jobs}:
+        assert {(j.identity["work"], j.identity["tokens"]) for j in jobs if j.identity["dtype"] == dtype} == wanted
+    assert sum(job.cost for job in jobs if job.identity["dtype"] == "bfloat16") < (60 if preset != "full" else 120)
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_is_timed_in_a_type_that_is_emulated(preset, kind):

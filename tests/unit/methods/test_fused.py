@@ -143,9 +143,3 @@ def test_linear_layers_of_the_same_name_are_not_mixed_up_with_experts() -> None:
     adapted.add_adapter("two", build_config("rlora", {"target_modules": ["down_proj"], "r": 2}))
     held = {name.partition(".mf_")[0] for name, _ in adapted.named_parameters() if name.endswith(".two")}
     assert {name.removeprefix("base_model.model.") for name in held} == set(linear)
-
-
-def test_rows_of_several_adapters_are_refused_in_one_batch() -> None:
-    model = adapt(mixture("mixtral"), "experts.down_proj").eval()
-    with pytest.raises(AdapterError, match=r"adapter_names.*the experts of a mixture"):
-        model(input_ids=torch.tensor([[3, 4], [5, 6]]), adapter_names=["default", "__base__"])

@@ -94,6 +94,46 @@ def test_it_is_the_equation(shape, dtype, compiled, monkeypatch):
                 assert error < TOLERANCE[dtype], f"{error:.1e}: {where}"
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiled), False], ids=["C++", "Python"])
+def test_each_expert_has_branches_of_its_own(shape, dtype, compiled, monkeypatch):
+    """Experts without a token, with one, with some, and with so many that a library multiplies."""
+    if not compiled:
+        monkeypatch.setattr(native, "serve", lambda x: None)
+    d_in, d_out, heads, _ = shape
+    ends = torch.tensor([0, 1, 1, 6, 76], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(76, width, generator=generator, dtype=torch.float64).to(dtype) for width in (d_in, d_out))
+    gates = [gate for gate in GATES if gate != "top_k" or dtype != torch.bfloat16]  # rounded, another may be the k-th
+    for gate, own, offset in product(gates, (False, True), (False, True)):
+        each = [made(shape, gate, dtype, own=own, offset=offset, seed=seed) for seed in range(len(ends))]
+        together = each[0]._replace(
+            rows=torch.stack([one.rows for one in each]), columns=torch.stack([one.columns for one in each])
+        )
+        given = torch.rand(76, heads, generator=generator) if gate == "given" else None
+        with torch.no_grad():
+            found = ops.infer_experts(x, together, y.clone(), ends, gate=given)
+            none = ops.infer_experts(x[:0], together, y[:0].clone(), torch.zeros_like(ends), gate=None)
+        spans = zip([0, *ends.tolist()[:-1]], ends.tolist(), each, strict=True)
+        wanted = torch.cat(
+            [plainly(x[i:j], one, y[i:j], None if given is None else given[i:j]) for i, j, one in spans if j > i]
+        )
+        assert found.dtype == dtype
+        assert none.shape == (0, d_out)
+        error = (found.double() - wanted).abs().max() / wanted.abs().max()
+        assert error < TOLERANCE[dtype], f"{error:.1e}: {gate}, own stems {own}, offset {offset}"
+
+
+@needs_compiled
+def test_tokens_that_do_not_lie_together_by_expert_are_refused():
+    prepared = made(SHAPES[1], "none", torch.float32, own=False, offset=True)
+    prepared = prepared._replace(rows=prepared.rows.expand(2, -1, -1).clone(), columns=prepared.columns.repeat(2, 1, 1))
+    for ends in ([3, 2], [2, 5]):
+        with pytest.raises(RuntimeError, match="do not lie together by expert"):
+            ops.infer_experts(torch.zeros(4, 24), prepared, torch.zeros(4, 40), torch.tensor(ends, dtype=torch.int32))
+
+
 @needs_compiled
 def test_no_tokens_are_no_output():
     prepared = made(SHAPES[1], "router", torch.float32, own=False, offset=True)
