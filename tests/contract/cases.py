@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from multiflora.methods import METHODS, build_config
+from multiflora.methods import METHODS, build_config, mixlora
 from multiflora.methods.base import Method
 from multiflora.methods.layer import BranchLinear
 
@@ -27,6 +27,14 @@ class Case:
     """One method and the settings it is tested with."""
 
     method: Method
+    form: str = ""
+    """What is particular about the settings, where the method has several rows."""
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def label(self) -> str:
+        """The method's name and form, as test ids have it."""
+        return "-".join(filter(None, (self.name, self.form)))
 
     @property
     def name(self) -> str:
@@ -40,7 +48,8 @@ class Case:
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""
-        return build_config(self.name, {"target_modules": "all-linear", "task_names": list(TASK_NAMES)} | more)
+        own = {"target_modules": "all-linear", "task_names": list(TASK_NAMES), **self.settings}
+        return build_config(self.name, own | more)
 
     def adapt(self, base: nn.Module, seed: int = 1, **more: Any) -> PeftModel:
         """The base with a fresh adapter, in eval mode."""
@@ -53,6 +62,10 @@ class Case:
 
 
 CASES = [Case(import_module(card.module).METHOD) for card in METHODS.values() if card.module is not None]
+FORMS = [
+    Case(mixlora.METHOD, "by_layer", {"num_experts": 4, "heads_pattern": {".*(0|q|fi).*": 3}}),
+]
+"""Settings that change what a method is made of: in the same tests, and in the column of their method."""
 
 
 def stir(model: nn.Module, seed: int = 1) -> Any:
@@ -125,6 +138,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 __all__ = [
     "CASES",
+    "FORMS",
     "IDS",
     "TASKS",
     "TASK_NAMES",

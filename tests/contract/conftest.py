@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from contract.cases import CASES
+from contract.cases import CASES, FORMS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test that asks for a case gets all of them."""
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
+        cases = [*CASES, *FORMS]
+        metafunc.parametrize("case", cases, ids=[case.label for case in cases])
 
 
 @pytest.fixture

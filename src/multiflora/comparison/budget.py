@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import prod, sqrt
+from math import lcm, prod, sqrt
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS, build_config, describe
 from multiflora.methods.baselines import Baseline
+from multiflora.methods.per_layer import head_counts
 
 if TYPE_CHECKING:
     from multiflora.methods.base import Method
@@ -99,7 +100,7 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
 
     Args:
         method: Its description.
-        config: Its peft config; ``rank_pattern`` is heeded.
+        config: Its peft config; ``rank_pattern`` and heads by layer are heeded.
         widths: The layers it adapts.
 
     Raises:
@@ -142,10 +143,11 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         learned += shapes.get("magnitude", (0,))[0]
         if isinstance(method, Baseline):
             continue
-        r = method.rank(config, _rank(method, config, layer))
-        frozen_rank = method.frozen_rank(config, _rank(method, config, layer))
+        own = config.at(layer.name)
+        r = method.rank(own, _rank(method, config, layer))
+        frozen_rank = method.frozen_rank(own, _rank(method, config, layer))
         learned += 2 * r * r if "task_matrix" in shapes else 0
-        learned += method.heads(config) * r if method.gate.reads != "nothing" else 0
+        learned += method.heads(own) * r if method.gate.reads != "nothing" else 0
         frozen += 2 * frozen_rank * (layer.d_in + layer.d_out)
     return Flops(forward=learned + frozen, training=3 * learned + 2 * frozen)
 
@@ -288,7 +290,8 @@ def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, t
         raise ConfigError(f"No rank decides the size of {method.name}; count the parameters on the model.")
     described = _described(method, config)
     assert described.shapes is not None
-    return described.shapes(config, _rank(method, config, layer), layer.d_in, layer.d_out)
+    own = config if isinstance(described, Baseline) else config.at(layer.name)
+    return described.shapes(own, _rank(method, config, layer), layer.d_in, layer.d_out)
 
 
 def _described(method: Method | Baseline, config: Any) -> Method | Baseline:
@@ -309,7 +312,12 @@ def _rank(method: Method | Baseline, config: Any, layer: Width) -> int:
 
 
 def _step(method: Method, settings: Mapping[str, Any]) -> int:
-    """The smallest rank that gives every branch one; ranks are its multiples."""
+    """The smallest rank that gives every branch one, in each layer; ranks are its multiples."""
+    default = default_config(method.name)
     # no config: with the default rank, this number of experts may be refused
-    config = SimpleNamespace(**vars(default_config(method.name)) | settings)
-    return next(r for r in count(1) if method.rank(config, r) >= 1)
+    given = SimpleNamespace(**vars(default) | {"heads_setting": default.heads_setting} | settings)
+    least = []
+    for heads in head_counts(given) or [1]:
+        one = SimpleNamespace(**vars(given) | {default.heads_setting: heads})
+        least.append(next(r for r in count(1) if method.rank(one, r) >= 1))
+    return lcm(*least)

@@ -82,7 +82,7 @@ def expand(
             config.save_pretrained(str(place))
         written = open_adapter(place)
         for layer, pair in zip(written.layers(), plain.pairs(), strict=True):
-            _prove(found, config, layer, pair)
+            _prove(found, layer.config, layer, pair)
     return output
 
 
@@ -107,6 +107,7 @@ def _check_start(config: Any) -> None:
 
 def _warm_parts(method: Method, config: Any, pair: Pair, seed: int) -> dict[str, Tensor]:
     """One layer's tensors."""
+    config = config.at(pair.name)
     r, alpha = rank_and_alpha(config, pair.name)
     shapes = method.shapes(config, r, pair.A.shape[1], pair.B.shape[0])
     parts = {name: torch.empty(shape) for name, shape in shapes.items()}

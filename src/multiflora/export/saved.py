@@ -27,6 +27,8 @@ class Layer:
 
     name: str
     """Its name in the base model."""
+    config: Any
+    """The adapter's, as this layer reads it."""
     parts: Mapping[str, Tensor]
     rank: int
     """Of a branch."""
@@ -66,7 +68,8 @@ class SavedAdapter:
             end = f".{_prefix(self.method)}{part}"
             parts[part] = file[next((key for key in sorted(held) if key.endswith(end)), stem + part)]
         r, alpha = rank_and_alpha(self.config, name)
-        return Layer(name, parts, self.method.rank(self.config, r), self.method.scaling(self.config, r, alpha))
+        config = self.config.at(name)
+        return Layer(name, config, parts, self.method.rank(config, r), self.method.scaling(config, r, alpha))
 
     def extras(self) -> dict[str, Tensor]:
         """The tensors outside the branches, by their full names."""

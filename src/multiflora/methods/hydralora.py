@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -52,7 +52,9 @@ class HydraLoraConfig(RouterConfig):
     r: int = field(default=4, metadata={"help": "Rank of the shared A and of each head."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stem, in [0, 1)."})
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N); see suggest_num_heads."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N); see suggest_num_heads."}
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""

@@ -168,6 +168,7 @@ class BranchWeights(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
         """Add an adapter: make its tensors, fill them, put them beside the base weight."""
+        config = config.at(self.name)
         method = self.method.of(config)
         self.configs[adapter_name] = config
         self.ranks[adapter_name] = r

@@ -11,7 +11,7 @@ for each expert; here one mask serves all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -64,7 +64,9 @@ class LoraMoeConfig(RouterConfig):
     r: int = field(default=4, metadata={"help": "Rank of each expert."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
-    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    num_experts: Union[int, list[int]] = field(  # noqa: UP007
+        default=8, metadata={"help": "How many experts (E)."}
+    )
     balance_weight: float = field(default=0.0, metadata={"help": "Weight of the localized balance loss (blc_weight)."})
     balance_delta: float = field(
         default=0.0, metadata={"help": "Its δ in [0, 1) (blc_alpha): how far the halves may differ."}

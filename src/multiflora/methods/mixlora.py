@@ -15,7 +15,7 @@ code draws a dropout mask on x for each expert; here one mask serves all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 from multiflora.methods.base import Method
 from multiflora.methods.config import one_of
@@ -60,7 +60,9 @@ leave it out.
     heads_setting: ClassVar[str] = "num_experts"
 
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
-    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    num_experts: Union[int, list[int]] = field(  # noqa: UP007
+        default=8, metadata={"help": "How many experts (E)."}
+    )
     top_k: Optional[int] = field(default=2, metadata={"help": "How many experts serve a token."})  # noqa: UP045
     router_balance_loss: float = field(default=0.001, metadata={"help": "Weight of the load-balance loss."})
 

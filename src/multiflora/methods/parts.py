@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -91,7 +91,9 @@ set offset=True, which takes the start off, or heads='zero'.
 
     method_name: ClassVar[str] = "parts"
 
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N)."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N)."}
+    )
     stem: str = field(default="shared", metadata={"help": "One A for all heads ('shared') or one each ('own')."})
     heads: str = field(default="zero", metadata={"help": "How the heads start: 'zero' or 'random'."})
     gate: str = field(
@@ -159,7 +161,7 @@ def misfits(config: PartsConfig) -> list[str]:
             "router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'."
         )
     alike = config.stem == "shared" and not random and equal and config.head_dropout == 0
-    if alike and config.num_heads > 1 and config.init_weights is not False:
+    if alike and max(config.head_counts()) > 1 and config.init_weights is not False:
         found.append(
             "A shared stem, heads at zero and equal weights keep all heads identical for ever: set heads='random', "
             "stem='own', head_dropout above 0, or another gate."

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -56,9 +56,13 @@ CARD = MethodCard(
 class RandomHeadsConfig(AdapterConfig):
     """What R-LoRA and its router-free form M-LoRA share."""
 
+    heads_setting: ClassVar[str] = "num_heads"
+
     r: int = field(default=4, metadata={"help": "Rank of the shared A and of each head."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N)."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N)."}
+    )
     head_dropout: float = field(
         default=0.2, metadata={"help": "Dropout on A x, drawn for each head by itself, in [0, 1)."}
     )
@@ -99,7 +103,8 @@ at most 10,000.
     def problems(self) -> list[str]:
         """See the base class."""
         found = [*super().problems(), *one_of(self, "router_init", ("zero", "kaiming"))]
-        if self.init_weights == "zero" and self.router_init == "zero" and self.head_dropout == 0 and self.num_heads > 1:
+        equal = self.init_weights == "zero" and self.router_init == "zero" and self.head_dropout == 0
+        if equal and max(self.head_counts()) > 1:
             found.append(
                 "init_weights='zero' with router_init='zero' and head_dropout=0 keeps all heads identical for ever; "
                 "use router_init='kaiming', random heads (init_weights='paper') or head_dropout above 0."

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,9 @@ def _check_size(model: Any, config: Any) -> None:
         return
     d_in, d_out = min(widths, key=sum)
     method = method_of(config)
-    shapes = [(rank, d_in), (d_out, rank)] if method is None else method.shapes(config, rank, d_in, d_out).values()
+    shapes: Iterable[tuple[int, ...]] = [(rank, d_in), (d_out, rank)]
+    if method is not None:
+        shapes = method.shapes(config.at_most(), rank, d_in, d_out).values()
     needed, there = 4 * sum(math.prod(shape) for shape in shapes), memory_total()
     if needed > there:
         raise ConfigError(
