@@ -179,10 +179,11 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
         yield f"it holds no tensor of {method.name} (expected names with {mark}). Save the adapter again."
     every = {*method.parameter_names(), *(OFFSET if method.offset(config) else ())}
     shared = set(method.shared(config))
-    holder = next((layer for layer in layers if shared & layer.shapes.keys()), layers[0] if layers else None)
+    holders: dict[str, str] = {}  # one layer of each group holds for all what they share
+    for layer in sorted(layers, key=lambda layer: not shared & layer.shapes.keys()):
+        holders.setdefault(method.group(config, layer.name), layer.name)
     for layer in layers:
-        # one layer holds for all what all share
-        wanted = every if layer is holder else every - shared
+        wanted = every if holders[method.group(config, layer.name)] == layer.name else every - shared
         stem = f"{ROOT}{layer.name}{mark}"
         for part in sorted(wanted - layer.shapes.keys()):
             yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."

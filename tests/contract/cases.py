@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ class Case:
     """One method and the settings it is tested with."""
 
     method: Method
-    form: str = ""
-    """What is particular about the settings, where the method has several rows."""
-    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    words: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    """Of several cases of one method."""
 
     @property
-    def label(self) -> str:
-        """The method's name and form, as test ids have it."""
-        return "-".join(filter(None, (self.name, self.form)))
+    def id(self) -> str:
+        """In the names of tests."""
+        return "-".join(filter(None, (self.name, self.kind)))
 
     @property
     def name(self) -> str:
@@ -48,7 +49,10 @@ class Case:
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""
-        own = {"target_modules": "all-linear", "task_names": list(TASK_NAMES), **self.settings}
+        named = more.get("target_modules", "up_proj")
+        if self.kind == "by_block" and ("target_parameters" in more or "up_proj" not in named):
+            pytest.skip("none of these layers is in a feed-forward block")
+        own = {"target_modules": "all-linear", "task_names": list(TASK_NAMES), **self.words}
         return build_config(self.name, own | more)
 
     def adapt(self, base: nn.Module, seed: int = 1, **more: Any) -> PeftModel:
@@ -62,10 +66,10 @@ class Case:
 
 
 CASES = [Case(import_module(card.module).METHOD) for card in METHODS.values() if card.module is not None]
-FORMS = [
-    Case(mixlora.METHOD, "by_layer", {"num_experts": 4, "heads_pattern": {".*(0|q|fi).*": 3}}),
+CASES += [
+    Case(mixlora.METHOD, {"num_experts": 4, "heads_pattern": {".*(0|q|fi).*": 3}}, "by_layer"),
+    Case(mixlora.METHOD, {"router_per": "block", "num_experts": 4}, "by_block"),
 ]
-"""Settings that change what a method is made of: in the same tests, and in the column of their method."""
 
 
 def stir(model: nn.Module, seed: int = 1) -> Any:
@@ -110,6 +114,11 @@ def layers(model: nn.Module) -> Iterator[BranchLinear]:
     return (module for module in model.modules() if isinstance(module, BranchLinear))
 
 
+def gates(model: nn.Module) -> int:
+    """How many gates the adapter makes: one in each layer that takes none from another."""
+    return sum("default" not in layer.holders for layer in layers(model))
+
+
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names and bytes of all tensors."""
     digest = hashlib.sha256()
@@ -138,7 +147,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 __all__ = [
     "CASES",
-    "FORMS",
     "IDS",
     "TASKS",
     "TASK_NAMES",
@@ -147,6 +155,7 @@ __all__ = [
     "LlamaForCausalLM",
     "base_fingerprint",
     "fingerprint",
+    "gates",
     "layers",
     "logits",
     "loss",

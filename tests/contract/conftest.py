@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from contract.cases import CASES, FORMS
+from contract.cases import CASES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test that asks for a case gets all of them."""
     if "case" in metafunc.fixturenames:
-        cases = [*CASES, *FORMS]
-        metafunc.parametrize("case", cases, ids=[case.label for case in cases])
+        metafunc.parametrize("case", CASES, ids=[case.id for case in CASES])
 
 
 @pytest.fixture

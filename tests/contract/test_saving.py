@@ -14,7 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from contract.cases import CASES, FORMS, TASKS, layers, logits, stir, train
+from contract.cases import CASES, TASKS, layers, logits, stir, train
 from multiflora.peft_bridge import prefix
 
 # everything that changes how an adapter computes: its scaling rule and alpha, ranks of single layers, dropout
@@ -47,8 +47,8 @@ def saved_elsewhere(tmp_path_factory):
     """Each method's folder and what its trained adapter gave here; another process has written what it gives there."""
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     found = {}
-    for case in [*CASES, *FORMS]:
-        folder = tmp_path_factory.mktemp(case.label)
+    for case in CASES:
+        folder = tmp_path_factory.mktemp(case.id)
         torch.manual_seed(0)
         base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4))
         base.save_pretrained(folder / "base")
@@ -56,7 +56,7 @@ def saved_elsewhere(tmp_path_factory):
         train(model, steps=2)
         model.save_pretrained(folder / "adapter")
         (folder / "pickled").write_bytes(pickle.dumps(model))
-        found[case.label] = (folder, logits(model))
+        found[case.id] = (folder, logits(model))
     root = str(Path(__file__).parents[1])
     folders = [str(folder) for folder, _ in found.values()]
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -66,13 +66,13 @@ def saved_elsewhere(tmp_path_factory):
 
 def test_loads_in_a_new_process(case, saved_elsewhere):
     """Loaded on the pristine base in a new process, a trained adapter gives the same logits bit for bit."""
-    folder, here = saved_elsewhere[case.label]
+    folder, here = saved_elsewhere[case.id]
     assert torch.equal(torch.load(folder / "logits.pt"), here)
 
 
 def test_pickle_opens_in_a_new_process(case, saved_elsewhere):
     """Pickled whole and opened in a new process, a model gives the same logits bit for bit."""
-    folder, here = saved_elsewhere[case.label]
+    folder, here = saved_elsewhere[case.id]
     assert torch.equal(torch.load(folder / "pickled.pt"), here)
 
 

@@ -110,11 +110,11 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
         >>> count_parameters(describe("lora"), build_config("lora", {"r": 8}), [Width("q_proj", 4096, 4096)])
         65536
     """
-    described, total = _described(method, config), 0
-    shared = () if isinstance(described, Baseline) else described.shared(config)
-    for number, layer in enumerate(widths):
+    described, total, held = _described(method, config), 0, set[str]()
+    for layer in widths:
+        shared = _held_elsewhere(described, config, layer, held)
         for part, shape in _shapes(method, config, layer).items():
-            if part not in _frozen(described, config) and (not number or part not in shared):
+            if part not in _frozen(described, config) and part not in shared:
                 total += prod(shape)
     return total
 
@@ -131,11 +131,12 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         ConfigError: No rank decides the method's size.
     """
     learned = frozen = 0
-    method = _described(method, config)
+    method, held = _described(method, config), set[str]()
     for layer in widths:
         shapes = _shapes(method, config, layer)
+        shared = _held_elsewhere(method, config, layer, held)
         for name in _PER_TOKEN:
-            cost = 2 * prod(shapes[name]) if name in shapes else 0
+            cost = 2 * prod(shapes[name]) if name in shapes and name not in shared else 0
             if name in _frozen(method, config):
                 frozen += cost
             else:
@@ -297,6 +298,16 @@ def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, t
 def _described(method: Method | Baseline, config: Any) -> Method | Baseline:
     """The description that holds for the config."""
     return method if isinstance(method, Baseline) else method.of(config)
+
+
+def _held_elsewhere(method: Method | Baseline, config: Any, layer: Width, held: set[str]) -> tuple[str, ...]:
+    """Tensors that an earlier layer of the same group holds for this one; `held` are the groups seen so far."""
+    if isinstance(method, Baseline) or not (shared := method.shared(config)):
+        return ()
+    group = method.group(config, layer.name)
+    first = group not in held
+    held.add(group)
+    return () if first else shared
 
 
 def _frozen(method: Method | Baseline, config: Any) -> tuple[str, ...]:

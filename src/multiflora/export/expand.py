@@ -101,6 +101,11 @@ def _check_start(config: Any) -> None:
             f"router_init is {start!r}: heads that differ would be weighed unequally from the first step, and the "
             "outputs would not be the LoRA's. Leave router_init at 'zero'."
         )
+    if getattr(config, "router_per", "layer") != "layer":
+        raise ConfigError(
+            "router_per is 'block', and which layer of a block comes first is not in a LoRA's files. Leave it at "
+            "'layer'."
+        )
     if config.init_weights is not True and config.init_weights != "paper":
         raise ConfigError(f"init_weights is {config.init_weights!r}; expanding needs the method's own start, True.")
 

@@ -47,7 +47,9 @@ class Moments:
         return self.gate / self.tokens
 
 
-def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Moments:
+def features(
+    method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor, y: Tensor, by_token: Tensor | None = None
+) -> Moments:
     """The moments of some tokens.
 
     Args:
@@ -56,12 +58,14 @@ def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor
         parts: The layer's tensors.
         x: The layer's inputs, (T, d_in).
         y: The layer's outputs, (T, d_out).
+        by_token: The gate, (H, T), where it is not the router's on x.
     """
     x = x.to(torch.float32)
     wide = {name: part.detach().to(torch.float32) for name, part in parts.items()}
-    by_token = method.gate.weights(config, wide, wide["router"] @ x.t(), None)
+    if by_token is None:
+        by_token = method.gate.weights(config, wide, wide["router"] @ x.t(), None)
     assert by_token is not None
-    gate = by_token.t()
+    gate = by_token.t().to(x.dtype)
     u = x @ wide["A"].t()
     heads = gate.shape[1]
     by_head = u.unsqueeze(1) if method.shared_stem else u.view(len(x), heads, -1)

@@ -64,9 +64,20 @@ class SavedAdapter:
         wanted = (*self.method.parameter_names(), *(OFFSET if self.method.offset(self.config) else ()))
         shared = self.method.shared(self.config)
         parts = {part: file[stem + part] for part in wanted if part not in shared}
-        for part in shared:  # one layer holds them for all
+        group = self.method.group(self.config, name)
+        for part in shared:  # one layer of the group holds them for all
             end = f".{_prefix(self.method)}{part}"
-            parts[part] = file[next((key for key in sorted(held) if key.endswith(end)), stem + part)]
+            parts[part] = file[
+                next(
+                    (
+                        key
+                        for key in sorted(held)
+                        if key.endswith(end)
+                        and self.method.group(self.config, key.removeprefix(ROOT).removesuffix(end)) == group
+                    ),
+                    stem + part,
+                )
+            ]
         r, alpha = rank_and_alpha(self.config, name)
         config = self.config.at(name)
         return Layer(name, config, parts, self.method.rank(config, r), self.method.scaling(config, r, alpha))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from multiflora.errors import DataError
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
@@ -29,7 +30,7 @@ CARD = MethodCard(
     title="HydraLoRA",
     line="One shared A, heads B that start at zero, a token router.",
     paper="arXiv 2404.19245",
-    settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss"),
+    settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss", "router_per"),
     merges="no (token router)",
     experts="with target_parameters",
     config="HydraLoraConfig",
@@ -112,5 +113,7 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=ROUTER_LOSS,
 )

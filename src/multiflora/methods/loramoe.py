@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Loss, LossInputs, Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
@@ -38,6 +39,7 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_per",
     ),
     merges="no (token router)",
     experts="with target_parameters",
@@ -126,5 +128,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=Loss(loss, ("balance_weight", *ROUTER_LOSS.weights)),
 )

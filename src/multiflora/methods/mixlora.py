@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional, Union
 
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
@@ -29,7 +30,7 @@ CARD = MethodCard(
     title="MixLoRA's routing",
     line="Whole LoRA experts of which a token router picks the best k, with a load-balance loss.",
     paper="arXiv 2404.15159",
-    settings=("num_experts", "top_k", "router_balance_loss", "router_z_loss"),
+    settings=("num_experts", "top_k", "router_balance_loss", "router_z_loss", "router_per"),
     merges="no (token router)",
     experts="with target_parameters",
     config="MixLoraConfig",
@@ -78,5 +79,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(std=lambda config: ROUTER_STD),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=ROUTER_LOSS,
 )

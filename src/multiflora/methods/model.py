@@ -24,6 +24,7 @@ from multiflora.adapter_tensors import state_problems
 from multiflora.context import Routing, find
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
+from multiflora.methods.block_router import fit_problems
 from multiflora.methods.config import AdapterConfig
 from multiflora.methods.experts import AdaptedExperts, BranchExperts, experts_class
 from multiflora.methods.fused import by_layer, fused_parameters, left_out, targeted, why_not
@@ -95,6 +96,8 @@ class BranchModel(BaseTuner):
                         f"modules (such as {adapted[0]}). Correct or remove it."
                     )
         for problem in block_problems(config, model, adapted):
+            raise AdapterError(f"{type(config).__name__}: {problem}")
+        for problem in fit_problems(config, model, adapted):
             raise AdapterError(f"{type(config).__name__}: {problem}")
         for name in adapted:
             config.at(name)  # which raises where there is a layer that it says nothing of

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
 from multiflora.methods.base import Method, TaskMatrix
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import FixedGate, Gate, ScaleGate, TaskEmbeddingGate, TaskTemperatureGate, TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
@@ -57,6 +58,7 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_per",
     ),
     merges="depends (on the gate)",
     experts="with target_parameters",
@@ -137,6 +139,7 @@ def misfits(config: PartsConfig) -> list[str]:
     found, gate, random = [], config.gate, config.heads == "random"
     if gate != "token":
         words = [name for name in ("top_k", "router_balance_loss", "router_z_loss") if getattr(config, name)]
+        words += ["router_per"] if config.router_per != "layer" else []
         if words:
             found.append(f"{' and '.join(words)} belong to a router, and gate is {gate!r}: set gate='token'.")
     if config.task_matrix != "none" and config.stem == "own":
@@ -198,6 +201,8 @@ def method_of_parts(stem: str, gate: str, task_matrix: str) -> Method:
         gate=GATES[gate],
         shared_stem=stem == "shared",
         start=start,
+        shared=shared_router,
+        group=block_group,
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
         task_matrix=None if task_matrix == "none" else TaskMatrix(shape=task_matrix_shape),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
@@ -45,6 +46,7 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_per",
     ),
     merges="no (token router)",
     experts="with target_parameters",
@@ -148,6 +150,8 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(zero=lambda config: config.router_init == "zero"),
     start=start,
+    shared=shared_router,
+    group=block_group,
     offset=has_offset,
     head_dropout=lambda config: config.head_dropout,
     loss=ROUTER_LOSS,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Optional
 from torch import Tensor
 
 from multiflora.methods.base import Loss, LossInputs
-from multiflora.methods.config import AdapterConfig
+from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.losses import load_balance, router_z
 
 __all__ = ["ROUTER_LOSS", "RouterConfig", "router_loss", "sparse_routing_problems"]
@@ -33,10 +33,20 @@ class RouterConfig(AdapterConfig):
         default=0.0, metadata={"help": "Weight of the load-balance loss; for sparse routing (top_k)."}
     )
     router_z_loss: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
+    router_per: str = field(
+        default="layer",
+        metadata={"help": "A router for each 'layer', or one for a feed-forward 'block', on what enters it."},
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""
-        return super().problems() or sparse_routing_problems(self)
+        found = [*super().problems(), *one_of(self, "router_per", ("layer", "block"))]
+        if self.router_per == "block" and self.target_parameters:
+            found.append(
+                "router_per='block' does not go with target_parameters: the experts of a mixture have its router "
+                "before them. Leave one of the two out."
+            )
+        return found or sparse_routing_problems(self)
 
     def with_heads(self, heads: int) -> dict[str, Any]:
         """See the base class. All of a layer's heads serve each token where there are no more than ``top_k``."""

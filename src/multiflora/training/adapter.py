@@ -211,10 +211,10 @@ def adapter_config(recipe: Recipe) -> Any:
         adalora_steps(recipe.method.settings, train.max_steps)
     method = method_of(config)
     if method is not None and method.shared(config) and is_sharded():
+        apart = "method.shared_gate to false" if name == "moelora" else "method.router_per to layer"
         raise ConfigError(
             f"method is {name}, whose layers share one gate, and the weights are spread over processes (FSDP or "
-            "ZeRO-3), which gather one layer at a time. Set method.shared_gate to false, or start it with whole copies "
-            "(DDP)."
+            f"ZeRO-3), which gather one layer at a time. Set {apart}, or start it with whole copies (DDP)."
         )
     if METHODS[name].trains == "factors" and is_sharded():
         raise ConfigError(
