@@ -7,9 +7,10 @@ r"""MixLoRA's routing: E whole LoRA experts, of which the best k serve a token (
 with the load-balance loss :math:`b\,E \sum_e F_e P_e`, without which few experts would be chosen and few would learn.
 The weight b = 0.001 and the router's start, :math:`R \sim \mathcal N(0, 0.02^2)`, are the published code's.
 
-Differs from the paper: there one router serves a whole feed-forward block, and attention carries plain LoRAs. Here, as
-in all methods of this library, every adapted layer has a router of its own. So it is MixLoRA's gate, not its block. The
-code draws a dropout mask on x for each expert; here one mask serves all.
+In the paper one router serves a whole feed-forward block, and attention carries plain LoRAs: that is
+``router_per="block"`` with ``heads_pattern={"self_attn.*": 1}``, see :mod:`multiflora.methods.block_router`. By default
+every adapted layer has a router of its own, as in all methods of this library. The code draws a dropout mask on x for
+each expert; here one mask serves all.
 """
 
 from __future__ import annotations
