@@ -63,6 +63,8 @@ def test_the_first_layer_of_a_block_holds_the_router_and_attention_has_its_own(t
     gate, down = (getattr(model.base_model.model.model.layers[0].mlp, name) for name in ("gate_proj", "down_proj"))
     assert down.parts("default")["router"] is gate.parts("default")["router"]
     assert "router" not in down.state_dict()
+    published = adapted(tiny_llama(), target_modules="all-linear", heads_pattern={"self_attn.*": 1})
+    assert [len(t) for name, t in published.state_dict().items() if "_router." in name] == [1, 1, 1, 1, 8] * 2
     partly = adapted(tiny_llama(), target_modules=["up_proj", "down_proj"])
     assert routers(partly) == ["0.mlp.up_proj", "1.mlp.up_proj"]
 
@@ -167,6 +169,17 @@ def test_two_passes_before_their_gradients(tiny_llama):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for one, other in zip(gradients(), plain, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("loramoe", {"balance_weight": 0.1}), ("mixlora", {}), ("rlora", {"router_z_loss": 0.1})],
+)
+def test_what_is_added_to_the_loss_counts_a_block_once_and_nothing_is_kept(name, weights, tiny_llama):
+    model = stir(adapted(tiny_llama(), name, **weights)).train()
+    model(IDS, labels=IDS).loss.backward()
+    assert len(find(model).losses) == 2
+    assert find(model)._here.last.gates == {}
 
 
 def test_generation_with_a_cache_of_fixed_size(tiny_llama):
