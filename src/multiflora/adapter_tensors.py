@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from multiflora.errors import ConfigError
 from multiflora.methods import METHODS
 from multiflora.tensor_file import TensorFile
 
@@ -178,26 +179,32 @@ def _branch_problems(method: Method, config: Any, file: TensorFile) -> Iterator[
         yield f"it holds no tensor of {method.name} (expected names with {mark}). Save the adapter again."
     every = {*method.parameter_names(), *(OFFSET if method.offset(config) else ())}
     shared = set(method.shared(config))
-    holder = next((layer for layer in layers if shared & layer.shapes.keys()), layers[0] if layers else None)
+    holders: dict[str, str] = {}  # one layer of each group holds for all what they share
+    for layer in sorted(layers, key=lambda layer: not shared & layer.shapes.keys()):
+        holders.setdefault(method.group(config, layer.name), layer.name)
     for layer in layers:
-        # one layer holds for all what all share
-        wanted = every if layer is holder else every - shared
+        wanted = every if holders[method.group(config, layer.name)] == layer.name else every - shared
         stem = f"{ROOT}{layer.name}{mark}"
         for part in sorted(wanted - layer.shapes.keys()):
             yield f"tensor {stem}{part} is missing; the file is incomplete. Save the adapter again."
         for part in sorted(layer.shapes.keys() - wanted):
             yield f"tensor {stem}{part} is not one of {method.name}'s ({', '.join(sorted(wanted))})."
+        try:
+            own = config.at(layer.name)
+        except ConfigError as problem:
+            yield str(problem)
+            continue
         r, _ = rank_and_alpha(config, layer.name)
         A, B = layer.shapes["A"], layer.shapes["B"]
         axes = 3 if is_fused(config, layer.name) else 2
         if len(A) != axes or len(B) != axes:
             what = "a matrix for each expert" if axes == 3 else "matrices"
             yield f"tensors {stem}A and B have shapes {A} and {B}; expected {what}. Save the adapter again."
-        shapes = method.shapes(config, r, A[-1], B[-2])
-        rank = method.offset_rank(config, r)
+        shapes = method.shapes(own, r, A[-1], B[-2])
+        rank = method.offset_rank(own, r)
         shapes |= {"A0": (rank, A[-1]), "B0": (B[-2], rank)} if rank else {}
-        for part, own in shapes.items():
-            shape = own if part in shared else (*A[:-2], *own)
+        for part, alone in shapes.items():
+            shape = alone if part in shared else (*A[:-2], *alone)
             if part in wanted and layer.shapes[part] != shape:
                 yield (
                     f"tensor {stem}{part} has shape {layer.shapes[part]}, but the config asks for {shape}. Weights and "

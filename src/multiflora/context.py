@@ -46,7 +46,7 @@ class Routing:
         decoder_layers: Names of the adapted layers inside a decoder that has an encoder beside it.
         shared_out: Names of the adapted layers that stand beside others like them, which share the tokens out.
         listed: Names of the adapted layers inside any list of modules.
-        holders: For each adapter with tensors that all its layers share, the layer that holds them.
+        holders: For each adapter with tensors that layers share, who holds them: group of layers -> layer.
         recorder: Called with every gate, or None.
         loop: Compute head by head (:func:`multiflora.ops.loop`) instead of packed.
     """
@@ -56,7 +56,7 @@ class Routing:
         self.decoder_layers: frozenset[str] = frozenset()
         self.shared_out: frozenset[str] = frozenset()
         self.listed: frozenset[str] = frozenset()
-        self.holders: dict[str, Any] = {}
+        self.holders: dict[str, dict[str, Any]] = {}
         self.recorder: Recorder | None = None
         self.loop = False
         self.told = False
@@ -94,6 +94,7 @@ class Routing:
         ids, real = kwargs.pop("task_id", None), kwargs.pop("real_tokens", None)
         if here.current is not None:  # the backbone inside the whole model
             return args, kwargs
+        here.gates.clear()
         found = Pass(self.default, module)
         # a backbone has no loss; what its layers report is fetched by `auxiliary_loss`
         found.learns, found.chosen = module.training, here.chosen
@@ -125,6 +126,7 @@ class Routing:
         if found is None or found.opener is not module:
             return None
         here.current, found.opener = None, None
+        found.gates.clear()
         if not found.learns or output is None or not torch.is_grad_enabled():
             return None
         if found.losses:
@@ -202,6 +204,23 @@ class Routing:
             chosen = None
         return Tokens(found, layer, side, lead, chosen, layer in self.shared_out, layer in self.listed)
 
+    def leave(self, adapter: str, block: str, gate: Tensor) -> None:
+        """Keep the gate that a block's first layer has made, (H, T), for the other layers of the block.
+
+        It is the pass's where one is running, and the thread's where a block is computed again for its gradient or
+        called by itself. Only the newest block's is kept: a layer never takes an older one for its own.
+        """
+        self._gates()[adapter] = (block, gate)
+
+    def left(self, adapter: str, block: str) -> Tensor | None:
+        """The gate that was left for a block; None where another block's is the newest, or there is none."""
+        where, gate = self._gates().get(adapter, ("", None))
+        return gate if where == block else None
+
+    def _gates(self) -> dict[str, tuple[str, Tensor]]:
+        here = self._here
+        return here.gates if here.current is None else here.current.gates
+
     def report(self, adapter: str, loss: Tensor, y: Tensor) -> Tensor:
         """Take what a layer adds to the loss; its output y comes back, for a block computed again with its gradient.
 
@@ -272,6 +291,8 @@ class _Here(threading.local):
         self.default: Which | None = None
         """What `task` has set: for compiled code, which cannot read a context variable."""
         self.mixed = False
+        self.gates: dict[str, tuple[str, Tensor]] = {}
+        """The newest gates that a block's layers share, outside of a pass: adapter -> block and gate."""
         self.reporting: Tokens | None = None
         self.chosen: Tensor | None = None
         """Set by `chosen_positions`, for the passes that begin inside."""

@@ -41,6 +41,7 @@ class Pass:
         losses: What each adapter's layers add to the loss.
         counted: "loss" once they are in the model's own loss, "asked" once :func:`auxiliary_loss` has given them out.
         pull: The gradient of the loss by each adapter's layers, once it is known, where these had none in the pass.
+        gates: The newest gates that the layers of a block share: adapter -> block and gate.
         asked: What :func:`auxiliary_loss` gives out of losses that are in the model's loss.
         reached: Whether a gradient came to them, where they are.
         went_back: Whether a gradient was taken through the pass.
@@ -60,6 +61,7 @@ class Pass:
         self.losses: dict[str, list[Tensor]] = {}
         self.counted = ""
         self.pull: dict[str, Tensor] = {}
+        self.gates: dict[str, tuple[str, Tensor]] = {}
         self.asked: Tensor | None = None
         self.reached: list[Tensor] = []
         self.went_back = False

@@ -32,6 +32,7 @@ _SEARCHES = {
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
+    "heads_pattern": r"(.*\.)?({})$",
 }
 
 

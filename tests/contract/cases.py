@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from multiflora.methods import METHODS, build_config
+from multiflora.methods import METHODS, build_config, mixlora
 from multiflora.methods.base import Method
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.layer import BranchLinear
@@ -63,8 +64,11 @@ class Case:
 
     def config(self, **more: Any) -> Any:
         """A fresh config, on all linear layers and two named tasks."""
-        shared = {"target_modules": "all-linear", "task_names": list(TASK_NAMES)}
-        return build_config(self.name, {**shared, **self.words, **more})
+        named = more.get("target_modules", "up_proj")
+        if self.kind == "by_block" and ("target_parameters" in more or "up_proj" not in named):
+            pytest.skip("none of these layers is in a feed-forward block")
+        own = {"target_modules": "all-linear", "task_names": list(TASK_NAMES), **self.words}
+        return build_config(self.name, own | more)
 
     def adapt(self, base: nn.Module, seed: int = 1, **more: Any) -> PeftModel:
         """The base with a fresh adapter, in eval mode."""
@@ -84,6 +88,10 @@ KINDS = {
 }
 CASES = [Case(import_module(card.module).METHOD) for card in METHODS.values() if card.module is not None]
 CASES += [Case(import_module("multiflora.methods.parts").METHOD, words, kind) for kind, words in KINDS.items()]
+CASES += [
+    Case(mixlora.METHOD, {"num_experts": 4, "heads_pattern": {".*(0|q|fi).*": 3}}, "by_layer"),
+    Case(mixlora.METHOD, {"router_per": "block", "num_experts": 4}, "by_block"),
+]
 
 
 def stir(model: nn.Module, seed: int = 1) -> Any:
@@ -128,6 +136,11 @@ def layers(model: nn.Module) -> Iterator[BranchLinear]:
     return (module for module in model.modules() if isinstance(module, BranchLinear))
 
 
+def gates(model: nn.Module) -> int:
+    """How many gates the adapter makes: one in each layer that takes none from another."""
+    return sum("default" not in layer.holders for layer in layers(model))
+
+
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names and bytes of all tensors."""
     digest = hashlib.sha256()
@@ -164,6 +177,7 @@ __all__ = [
     "LlamaForCausalLM",
     "base_fingerprint",
     "fingerprint",
+    "gates",
     "layers",
     "logits",
     "loss",

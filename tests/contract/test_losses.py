@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from contract.cases import IDS, TASKS, layers, logits, stir
+from contract.cases import IDS, TASKS, gates, layers, logits, stir
 from multiflora import auxiliary_loss, task
 from multiflora.context import find
 
@@ -51,8 +51,8 @@ def test_the_model_s_own_loss_has_all_of_it(case, tiny_llama):
     model = model_of(case, tiny_llama, **weights(case))
     found = model(input_ids=IDS, labels=IDS, task_id=TASKS)
     parts = find(model).losses
-    assert len(parts) == (14 if weights(case) else 0)
-    added = sum(parts) / 14 if parts else torch.tensor(0.0)
+    assert len(parts) == (gates(model) if weights(case) else 0)
+    added = sum(parts) / gates(model) if parts else torch.tensor(0.0)
     assert float(found.loss) == pytest.approx(float(of_logits(found) + added), rel=1e-5)
     assert auxiliary_loss(model) == 0.0, "it is in the model's loss already"
     by_loss = gradient(model, found.loss)
@@ -94,7 +94,7 @@ def test_a_larger_model_has_no_larger_share(case, tiny_llama):
         model = model_of(case, lambda depth=depth: tiny_llama(num_hidden_layers=depth), **on)
         model(input_ids=IDS, task_id=TASKS)
         parts = find(model).losses
-        assert len(parts) == 7 * depth
+        assert len(parts) == gates(model)
         assert float(auxiliary_loss(model)) == pytest.approx(float(sum(parts)) / len(parts), rel=1e-5)
 
 
@@ -205,7 +205,9 @@ def test_gradient_checkpointing_keeps_it(case, tiny_llama):
                 w.grad if w.grad is not None else torch.zeros_like(w) for w in model.parameters() if w.requires_grad
             ]
             assert torch.allclose(torch.cat([grad.flatten() for grad in grads]), plain, rtol=1e-4, atol=1e-6)
-            assert len(find(model).losses) == (14 if weights(case) else 0), "a block computed again adds nothing"
+            assert len(find(model).losses) == (gates(model) if weights(case) else 0), (
+                "a block computed again adds nothing"
+            )
 
 
 def test_adapters_out_of_use_add_nothing(case, tiny_llama):
@@ -251,7 +253,7 @@ def test_the_backbone_keeps_no_old_passes(case, tiny_llama):
     for _ in range(3):
         with task(model, ["prose", "verse"]):
             backbone(input_ids=IDS)
-        assert len(find(model).losses) == (14 if on else 0)
+        assert len(find(model).losses) == (gates(model) if on else 0)
 
 
 def test_losses_leave_answers_alone(case, tiny_llama):

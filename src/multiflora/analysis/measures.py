@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multiflora.analysis.conflict import gradient_cosines, group_tasks, task_gradients
@@ -83,7 +84,8 @@ def _points(found: Mapping[str, Tensor]) -> dict[str, list[dict[str, Any]]]:
     layout: dict[str, list[dict[str, Any]]] = {}
     for module, layers in modules.items():
         placed = [(name, h, head) for name, own in layers for h, head in enumerate(own)]
-        points = head_points([head for _, _, head in placed])
+        widest = max(head.shape[1] for _, _, head in placed)  # layers may differ in rank
+        points = head_points([F.pad(head, (0, widest - head.shape[1])) for _, _, head in placed])
         if points is not None:
             layout[module] = [
                 {"layer": place_of_layer(name)[0], "head": h, "x": float(x), "y": float(y)}

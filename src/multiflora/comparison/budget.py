@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import prod, sqrt
+from math import lcm, prod, sqrt
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS, build_config, describe
 from multiflora.methods.baselines import Baseline
+from multiflora.methods.per_layer import head_counts
 
 if TYPE_CHECKING:
     from multiflora.methods.base import Method
@@ -99,7 +100,7 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
 
     Args:
         method: Its description.
-        config: Its peft config; ``rank_pattern`` is heeded.
+        config: Its peft config; ``rank_pattern`` and heads by layer are heeded.
         widths: The layers it adapts.
 
     Raises:
@@ -109,11 +110,11 @@ def count_parameters(method: Method | Baseline, config: Any, widths: Iterable[Wi
         >>> count_parameters(describe("lora"), build_config("lora", {"r": 8}), [Width("q_proj", 4096, 4096)])
         65536
     """
-    described, total = _described(method, config), 0
-    shared = () if isinstance(described, Baseline) else described.shared(config)
-    for number, layer in enumerate(widths):
+    described, total, held = _described(method, config), 0, set[str]()
+    for layer in widths:
+        shared = _held_elsewhere(described, config, layer, held)
         for part, shape in _shapes(method, config, layer).items():
-            if part not in _frozen(described, config) and (not number or part not in shared):
+            if part not in _frozen(described, config) and part not in shared:
                 total += prod(shape)
     return total
 
@@ -130,11 +131,12 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         ConfigError: No rank decides the method's size.
     """
     learned = frozen = 0
-    method = _described(method, config)
+    method, held = _described(method, config), set[str]()
     for layer in widths:
         shapes = _shapes(method, config, layer)
+        shared = _held_elsewhere(method, config, layer, held)
         for name in _PER_TOKEN:
-            cost = 2 * prod(shapes[name]) if name in shapes else 0
+            cost = 2 * prod(shapes[name]) if name in shapes and name not in shared else 0
             if name in _frozen(method, config):
                 frozen += cost
             else:
@@ -142,10 +144,11 @@ def count_flops(method: Method | Baseline, config: Any, widths: Iterable[Width])
         learned += shapes.get("magnitude", (0,))[0]
         if isinstance(method, Baseline):
             continue
-        r = method.rank(config, _rank(method, config, layer))
-        frozen_rank = method.frozen_rank(config, _rank(method, config, layer))
+        own = config.at(layer.name)
+        r = method.rank(own, _rank(method, config, layer))
+        frozen_rank = method.frozen_rank(own, _rank(method, config, layer))
         learned += 2 * r * r if "task_matrix" in shapes else 0
-        learned += method.heads(config) * r if method.gate.reads != "nothing" else 0
+        learned += method.heads(own) * r if method.gate.reads != "nothing" else 0
         frozen += 2 * frozen_rank * (layer.d_in + layer.d_out)
     return Flops(forward=learned + frozen, training=3 * learned + 2 * frozen)
 
@@ -288,12 +291,23 @@ def _shapes(method: Method | Baseline, config: Any, layer: Width) -> dict[str, t
         raise ConfigError(f"No rank decides the size of {method.name}; count the parameters on the model.")
     described = _described(method, config)
     assert described.shapes is not None
-    return described.shapes(config, _rank(method, config, layer), layer.d_in, layer.d_out)
+    own = config if isinstance(described, Baseline) else config.at(layer.name)
+    return described.shapes(own, _rank(method, config, layer), layer.d_in, layer.d_out)
 
 
 def _described(method: Method | Baseline, config: Any) -> Method | Baseline:
     """The description that holds for the config."""
     return method if isinstance(method, Baseline) else method.of(config)
+
+
+def _held_elsewhere(method: Method | Baseline, config: Any, layer: Width, held: set[str]) -> tuple[str, ...]:
+    """Tensors that an earlier layer of the same group holds for this one; `held` are the groups seen so far."""
+    if isinstance(method, Baseline) or not (shared := method.shared(config)):
+        return ()
+    group = method.group(config, layer.name)
+    first = group not in held
+    held.add(group)
+    return () if first else shared
 
 
 def _frozen(method: Method | Baseline, config: Any) -> tuple[str, ...]:
@@ -309,7 +323,12 @@ def _rank(method: Method | Baseline, config: Any, layer: Width) -> int:
 
 
 def _step(method: Method, settings: Mapping[str, Any]) -> int:
-    """The smallest rank that gives every branch one; ranks are its multiples."""
+    """The smallest rank that gives every branch one, in each layer; ranks are its multiples."""
+    default = default_config(method.name)
     # no config: with the default rank, this number of experts may be refused
-    config = SimpleNamespace(**vars(default_config(method.name)) | settings)
-    return next(r for r in count(1) if method.rank(config, r) >= 1)
+    given = SimpleNamespace(**vars(default) | {"heads_setting": default.heads_setting} | settings)
+    least = []
+    for heads in head_counts(given) or [1]:
+        one = SimpleNamespace(**vars(given) | {default.heads_setting: heads})
+        least.append(next(r for r in count(1) if method.rank(one, r) >= 1))
+    return lcm(*least)

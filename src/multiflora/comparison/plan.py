@@ -21,6 +21,7 @@ from multiflora.comparison.budget import (
 from multiflora.comparison.spec import Comparison, Entry
 from multiflora.errors import ConfigError
 from multiflora.methods import METHODS, build_config, describe, settings_of
+from multiflora.methods.per_layer import differ_by_block
 from multiflora.recipe import MethodSpec, Recipe, TrainSpec
 from multiflora.tasks.spec import TaskSpec
 from multiflora.training.course import check_method
@@ -136,6 +137,11 @@ def competitors(comparison: Comparison, model_config: Any) -> list[Competitor]:
                 solved=True,
             )
         )
+    for entry, competitor in zip(spec.methods, found, strict=True):
+        if METHODS[entry.name].module is not None:
+            known = {**competitor.settings, **_tasks(entry, comparison)}
+            if differ_by_block(build_config(entry.name, known)):  # only the model knows how many blocks it has
+                count_on_meta(model_config, entry.name, known, trust_remote_code=remote)
     return found
 
 

@@ -121,8 +121,11 @@ def _add(sums: dict[str, Moments], adapter: str, layer: BranchLinear, args: tupl
     """The forward hook: add this batch's real tokens."""
     x, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
     keep = layer.routing.tokens(layer.name, args[0]).keep()
+    method, config = layer.method_of(adapter), layer.configs[adapter]
+    gate = layer.routing.left(adapter, method.group(config, layer.name))  # where a block has one for its layers
     if keep is not None:
         x, y = x[keep.bool()], y[keep.bool()]
+        gate = None if gate is None else gate[:, keep.bool()]
     parts: Mapping[str, Tensor] = layer.parts(adapter)
-    found = features(layer.method_of(adapter), layer.configs[adapter], parts, x, y).cpu()
+    found = features(method, config, parts, x, y, gate).cpu()
     sums[layer.name] = sums[layer.name].add(found) if layer.name in sums else found

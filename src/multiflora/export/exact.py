@@ -25,10 +25,10 @@ def exact_pairs(adapter: SavedAdapter, task: int | None) -> Iterator[Pair]:
     Raises:
         ExportError: The update is no matrix, or a tensor is missing or damaged.
     """
-    method, config = adapter.method, adapter.config
+    method = adapter.method
     for layer in adapter.layers():
-        gate = method.static_gate(config, layer.parts, task)
-        A, B = method.factors(config, layer.parts, gate, layer.scale, task)
+        gate = method.static_gate(layer.config, layer.parts, task)
+        A, B = method.factors(layer.config, layer.parts, gate, layer.scale, task)
         prove(adapter, layer, gate, task, A, B)
         yield Pair(layer.name, A, B)
 
@@ -39,7 +39,7 @@ def prove(adapter: SavedAdapter, layer: Layer, gate: Tensor, task: int | None, A
     Raises:
         ExportError: They do not.
     """
-    method, config = adapter.method, adapter.config
+    method, config = adapter.method, layer.config
     wide = {name: part.to(torch.float32) for name, part in layer.parts.items()}
     x = torch.randn(4, A.shape[1], generator=torch.Generator().manual_seed(0))
     heads = method.heads(config)

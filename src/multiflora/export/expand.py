@@ -82,7 +82,7 @@ def expand(
             config.save_pretrained(str(place))
         written = open_adapter(place)
         for layer, pair in zip(written.layers(), plain.pairs(), strict=True):
-            _prove(found, config, layer, pair)
+            _prove(found, layer.config, layer, pair)
     return output
 
 
@@ -101,12 +101,18 @@ def _check_start(config: Any) -> None:
             f"router_init is {start!r}: heads that differ would be weighed unequally from the first step, and the "
             "outputs would not be the LoRA's. Leave router_init at 'zero'."
         )
+    if getattr(config, "router_per", "layer") != "layer":
+        raise ConfigError(
+            "router_per is 'block', and which layer of a block comes first is not in a LoRA's files. Leave it at "
+            "'layer'."
+        )
     if config.init_weights is not True and config.init_weights != "paper":
         raise ConfigError(f"init_weights is {config.init_weights!r}; expanding needs the method's own start, True.")
 
 
 def _warm_parts(method: Method, config: Any, pair: Pair, seed: int) -> dict[str, Tensor]:
     """One layer's tensors."""
+    config = config.at(pair.name)
     r, alpha = rank_and_alpha(config, pair.name)
     shapes = method.shapes(config, r, pair.A.shape[1], pair.B.shape[0])
     parts = {name: torch.empty(shape) for name, shape in shapes.items()}

@@ -65,7 +65,9 @@ class Moments:
         return None if self.blend is None else self.blend / self.tokens
 
 
-def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Moments:
+def features(
+    method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor, y: Tensor, by_token: Tensor | None = None
+) -> Moments:
     """The moments of some tokens.
 
     Args:
@@ -74,14 +76,17 @@ def features(method: Method, config: Any, parts: Mapping[str, Tensor], x: Tensor
         parts: The layer's tensors.
         x: The layer's inputs, (T, d_in).
         y: The layer's outputs, (T, d_out).
+        by_token: The gate, (H, T), where it is not the router's on x.
     """
     x = x.to(torch.float32)
     wide = {name: part.detach().to(torch.float32) for name, part in parts.items()}
     u = x @ wide["A"].t()
-    made = Made(u.t(), wide["router"] @ x.t() if "router" in wide else None, None, 1.0)
+    reads = "router" in wide and by_token is None
+    made = Made(u.t(), wide["router"] @ x.t() if reads else None, None, 1.0)
     v, logits = method.inner(config, wide, made, ONE_LAYER)
-    by_token = method.gate.weights(config, wide, logits, None)
-    gate = x.new_ones(len(x), method.heads(config)) if by_token is None else by_token.t()
+    if by_token is None:
+        by_token = method.gate.weights(config, wide, logits, None)
+    gate = x.new_ones(len(x), method.heads(config)) if by_token is None else by_token.t().to(x.dtype)
     blend = None if method.middle is None else method.middle.weights(config, wide, made, ONE_LAYER)
     by_head = v.t().reshape(len(x), 1 if method.shared_stem else gate.shape[1], -1)
     f = (gate.unsqueeze(-1) * by_head).reshape(len(x), -1)

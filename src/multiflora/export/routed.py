@@ -30,7 +30,7 @@ def routed_pairs(
     Raises:
         ExportError: A layer was never run, e.g. as its block was skipped.
     """
-    method, config = adapter.method, adapter.config
+    method = adapter.method
     for layer in adapter.layers():
         if layer.name not in observed:
             raise ExportError(
@@ -38,7 +38,7 @@ def routed_pairs(
                 "pass through the whole model."
             )
         seen = observed[layer.name]
-        A, B = (fitted if fit else averaged)(method, config, layer.parts, layer.scale, seen.fit)
+        A, B = (fitted if fit else averaged)(method, layer.config, layer.parts, layer.scale, seen.fit)
         stems, lost = A, 0.0
         if rank is not None and rank < A.shape[0]:
             if fit:
@@ -46,7 +46,7 @@ def routed_pairs(
                 A, B, lost = truncate_for(A, B, rank, gram)
             else:
                 A, B, lost = truncate(A, B, rank)
-        wanted = routed_coefficients(method, config, layer.parts, layer.scale)
+        wanted = routed_coefficients(method, layer.config, layer.parts, layer.scale)
         got = coefficients(A, B, stems, wanted.shape[1])
         update_error, output_error = relative_error(wanted, got, seen.test)
         yield (

@@ -27,6 +27,8 @@ class Layer:
 
     name: str
     """Its name in the base model."""
+    config: Any
+    """The adapter's, as this layer reads it."""
     parts: Mapping[str, Tensor]
     rank: int
     """Of a branch."""
@@ -62,11 +64,23 @@ class SavedAdapter:
         wanted = (*self.method.parameter_names(), *(OFFSET if self.method.offset(self.config) else ()))
         shared = self.method.shared(self.config)
         parts = {part: file[stem + part] for part in wanted if part not in shared}
-        for part in shared:  # one layer holds them for all
+        group = self.method.group(self.config, name)
+        for part in shared:  # one layer of the group holds them for all
             end = f".{_prefix(self.method)}{part}"
-            parts[part] = file[next((key for key in sorted(held) if key.endswith(end)), stem + part)]
+            parts[part] = file[
+                next(
+                    (
+                        key
+                        for key in sorted(held)
+                        if key.endswith(end)
+                        and self.method.group(self.config, key.removeprefix(ROOT).removesuffix(end)) == group
+                    ),
+                    stem + part,
+                )
+            ]
         r, alpha = rank_and_alpha(self.config, name)
-        return Layer(name, parts, self.method.rank(self.config, r), self.method.scaling(self.config, r, alpha))
+        config = self.config.at(name)
+        return Layer(name, config, parts, self.method.rank(config, r), self.method.scaling(config, r, alpha))
 
     def extras(self) -> dict[str, Tensor]:
         """The tensors outside the branches, by their full names."""

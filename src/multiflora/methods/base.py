@@ -95,7 +95,9 @@ class Method:
     middle: Middle | None = None
     """What stands between stems and heads, if anything does."""
     shared: Callable[[Any], tuple[str, ...]] = lambda config: ()
-    """Names of the tensors that all layers have in common; the first adapted layer holds them."""
+    """Names of the tensors that layers have in common; the first of these holds them."""
+    group: Callable[[Any, str], str] = lambda config, name: ""
+    """(config, a layer's name) -> those with which it has them in common: all for which this is the same."""
     loss: Loss | None = None
     moving: Callable[[Any, Parts], tuple[Tensor, Tensor]] | None = None
     """(config, parts) -> A⁰ and B⁰ of a frozen term that follows the trained weights, in place of the stored offset."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Optional, Union
 from peft import PeftConfig
 
 from multiflora.errors import ConfigError
+from multiflora.methods.per_layer import at_layer, at_most_heads, head_counts
 from multiflora.methods.settings import setting_problems
 
 
@@ -25,6 +26,8 @@ class AdapterConfig(PeftConfig):
 
     # The name of the method this config belongs to; set by each method's class.
     method_name: ClassVar[str] = ""
+    # The setting that says how many heads a layer has, one for all or a list with one for each block.
+    heads_setting: ClassVar[str] = ""
 
     r: int = field(default=8, metadata={"help": "Rank of each branch."})
     lora_alpha: float = field(default=16, metadata={"help": "alpha; the update is scaled by alpha/r."})
@@ -54,6 +57,10 @@ class AdapterConfig(PeftConfig):
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "alpha of single modules, by name or regular expression."}
+    )
+    heads_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Number of heads (experts, modules) of single modules, by name or regular expression."},
     )
     init_weights: Union[bool, str] = field(  # noqa: UP007
         default=True,
@@ -112,6 +119,26 @@ class AdapterConfig(PeftConfig):
         number: int = self.__dict__["_changes"]
         return number
 
+    def head_counts(self) -> list[int]:
+        """Every number of heads that a layer may have."""
+        return head_counts(self)
+
+    def at(self, layer: str) -> Any:
+        """The config as the layer of that name reads it, with its own number of heads.
+
+        Raises:
+            ConfigError: It says nothing of that layer.
+        """
+        return at_layer(self, layer)
+
+    def at_most(self) -> Any:
+        """The config as the layer with the most heads reads it."""
+        return at_most_heads(self)
+
+    def with_heads(self, heads: int) -> dict[str, Any]:
+        """The settings that a layer with that many heads reads in place of the adapter's."""
+        return {self.heads_setting: heads}
+
     def problems(self) -> list[str]:
         """What cannot work in these settings, a sentence each; a method adds its own.
 
@@ -125,12 +152,17 @@ class AdapterConfig(PeftConfig):
                 found.append(
                     f"num_tasks is {self.num_tasks} but task_names has {len(self.task_names)} names; make them agree."
                 )
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "heads_pattern"):
             for key in getattr(self, name) or {}:
                 try:
                     re.compile(key)
                 except re.error as error:
                     found.append(f"{name} key {key!r} is not a regular expression ({error}).")
+        heads = getattr(self, self.heads_setting, 1)
+        if self.heads_pattern and not self.heads_setting:
+            found.append(f"heads_pattern is given, and a layer of {self.method_name} has one head: leave it out.")
+        if not isinstance(heads, int) and not heads:
+            found.append(f"{self.heads_setting} is an empty list; give a number for each block, or one for all.")
         if self.target_parameters and self.layers_to_transform is not None:
             found.append(
                 "layers_to_transform does not go with target_parameters: name the layers in these, as in "
@@ -147,7 +179,8 @@ class AdapterConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     found.append(f"{name} cannot be used with a regular expression in target_modules: list the names.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+        chosen = bool(self.layers_to_transform) or self.layers_to_transform == 0
+        if self.layers_pattern and not chosen and isinstance(heads, int):
             found.append("layers_pattern is given without layers_to_transform: say which layers, too.")
         return found
 

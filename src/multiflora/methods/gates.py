@@ -189,7 +189,8 @@ class LargestGate(Gate):
 
     def weights(self, config: Any, parts: Parts, logits: Tensor | None, tasks: Tensor | None) -> Tensor | None:
         assert logits is not None
-        return (~_left_out(logits, config.top_k)).to(logits.dtype)
+        # a layer that has no more heads than take part
+        return None if config.top_k is None else (~_left_out(logits, config.top_k)).to(logits.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Union
 
 import torch
 from torch import Tensor
 
 from multiflora.errors import DataError
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import kaiming_uniform, random_heads, stem_and_zero_heads
@@ -29,7 +30,7 @@ CARD = MethodCard(
     title="HydraLoRA",
     line="One shared A, heads B that start at zero, a token router.",
     paper="arXiv 2404.19245",
-    settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss"),
+    settings=("num_heads", "top_k", "router_balance_loss", "router_z_loss", "router_per"),
     merges="no (token router)",
     experts="with target_parameters",
     config="HydraLoraConfig",
@@ -52,7 +53,9 @@ class HydraLoraConfig(RouterConfig):
     r: int = field(default=4, metadata={"help": "Rank of the shared A and of each head."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stem, in [0, 1)."})
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N); see suggest_num_heads."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N); see suggest_num_heads."}
+    )
 
     def problems(self) -> list[str]:
         """See the base class."""
@@ -110,5 +113,7 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=ROUTER_LOSS,
 )

@@ -192,6 +192,8 @@ def prepare(
         computed together.
     """
     method, config = plan.method, plan.config
+    if plan.of_block:  # whose gate is made once, by its first layer
+        return _side_by_side(plan, parts, scale, dtype, router=None, top_k=None), None
     if method.gate.reads == "token":
         return _routed(plan, parts, scale, dtype), None
     if task is not None or not method.needs_task():

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -99,11 +100,11 @@ class BranchLinear(BranchLayer):
         config, method = plan.config, plan.method
         kept = self._prepared.get(self, plan, adapter_name, x.dtype, rows)
         if kept is not None:
-            return ops.infer(x, kept.branches, base, y=y, gate=self._gate(kept, plan, x, rows, of))
+            return ops.infer(x, kept.branches, base, y=y, gate=self._gate(kept, plan, adapter_name, x, rows, of))
         loss = self._loss(adapter_name, plan)
         tokens = self._tokens(plan, x, rows, of, loss)
         tasks = None if tokens is None else self._tasks(plan, tokens, x, rows)
-        router, (A0, B0) = parts.get("router"), method.frozen_term(config, parts) or (None, None)
+        router, (A0, B0) = self._router(adapter_name, parts), method.frozen_term(config, parts) or (None, None)
         if plan.left_to_op and loss is None:
             summed, gate = ops.branches(
                 x,
@@ -135,8 +136,10 @@ class BranchLinear(BranchLayer):
         if plan.looks_inside:
             made = Made(u, logits, tasks, self.scaling[adapter_name])
             v, logits = method.inner(config, parts, made, ONE_LAYER)
-        gate = method.gate.weights(config, parts, logits, tasks)
-        value = self._value(loss, plan, u, gate, logits, tokens, parts)
+        gate = self._head_weights(plan, adapter_name, parts, logits, tasks, u.shape[1])
+        # a shared gate is looked at once, where it is made
+        seen = None if adapter_name in self.holders else gate
+        value = self._value(loss, plan, u, seen, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         summed = ops.heads(
             place if y is None else y,  # type: ignore[arg-type]  # one of the two is there
@@ -166,14 +169,26 @@ class BranchLinear(BranchLayer):
         kept = state["_prepared"].get(self, plan, active[0], x.dtype)
         if kept is None:
             return None
-        gate = None if kept.table is None else self._gate(kept, plan, x)
+        gate = None if kept.table is None and not plan.of_block else self._gate(kept, plan, active[0], x)
         own = base._parameters
         return ops.infer(x, kept.branches, (x, own["weight"], own["bias"]), gate=gate)
 
     def _gate(
-        self, kept: Kept, plan: Plan, x: Tensor, rows: Sequence[int] | None = None, of: int | None = None
+        self,
+        kept: Kept,
+        plan: Plan,
+        adapter_name: str,
+        x: Tensor,
+        rows: Sequence[int] | None = None,
+        of: int | None = None,
     ) -> Tensor | None:
-        """Weights of the heads where rows of several tasks are computed together, (T, H)."""
+        """Weights of the heads that no branches make by themselves, (T, H): of several tasks' rows, or of a block."""
+        if plan.of_block:
+            parts, flat = self.parts(adapter_name), x.reshape(-1, x.shape[-1])
+            router = self._router(adapter_name, parts)
+            logits = None if router is None else F.linear(flat, router.to(x.dtype)).t()
+            made = self._head_weights(plan, adapter_name, parts, logits, None, len(flat))
+            return None if made is None else made.t().contiguous()
         if kept.table is None:
             return None
         tokens = self._tokens(plan, x, rows, of, None)
@@ -191,7 +206,8 @@ class BranchLinear(BranchLayer):
         shape, x, y = y.shape, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         parts = self.parts(adapter_name)
         y, stems, gate, logits = self._looped(x, y, adapter_name, parts, tasks)
-        value = self._value(loss, plan, stems, gate, logits, tokens, parts)
+        seen = None if adapter_name in self.holders else gate
+        value = self._value(loss, plan, stems, seen, logits, tokens, parts)
         self._record(gate, tasks, tokens)
         y = y.view(shape)
         return y if value is None else self.routing.report(adapter_name, value, y)

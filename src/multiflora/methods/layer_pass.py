@@ -74,11 +74,11 @@ class BranchLayer(MergingLayer):
         config, method, scale = plan.config, plan.method, self.scaling[adapter_name]
         p, seed = self._dropout("lora_dropout", adapter_name)
         dropped = x * ops.dropout_mask(tuple(x.shape), p, seed, device=x.device, dtype=x.dtype) if p > 0 else x
-        router = parts.get("router")
+        router = self._router(adapter_name, parts)
         u = (F.linear(dropped, parts["A"].to(x.dtype)) * scale).t()
         made = Made(u, None if router is None else router.to(x.dtype) @ x.t(), tasks, scale)
         v, logits = method.inner(config, parts, made, ONE_LAYER)
-        gate = method.gate.weights(config, parts, logits, tasks)
+        gate = self._head_weights(plan, adapter_name, parts, logits, tasks, len(x))
         y = ops.loop(
             y,
             dropped,
@@ -97,6 +97,33 @@ class BranchLayer(MergingLayer):
         if frozen is not None:
             y = y - (F.linear(F.linear(x, frozen[0].to(x.dtype)), frozen[1].to(x.dtype)) * scale).to(y.dtype)
         return Looped(y, u, gate, logits)
+
+    def _router(self, adapter_name: str, parts: Parts) -> Tensor | None:
+        """The router whose logits are made here; None where there is none, or another layer of the block has it."""
+        return None if adapter_name in self.holders else parts.get("router")
+
+    def _head_weights(
+        self, plan: Plan, adapter_name: str, parts: Parts, logits: Tensor | None, tasks: Tensor | None, tokens: int
+    ) -> Tensor | None:
+        """Weight of each head for each token, (H, T): made here, or by the first layer of the block for all of it."""
+        config, gate = plan.config, plan.method.gate
+        if not plan.of_block:
+            return gate.weights(config, parts, logits, tasks)
+        block = plan.method.group(config, self.name)
+        if adapter_name not in self.holders:
+            made = gate.weights(config, parts, logits, tasks)
+            assert made is not None
+            self.routing.leave(adapter_name, block, made)
+            return made
+        left, first = self.routing.left(adapter_name, block), self.holders[adapter_name].name
+        if left is None or left.shape[1] != tokens:
+            seen = "has not been called before it" if left is None else f"has seen {left.shape[1]} tokens"
+            raise AdapterError(
+                f"{self.name} takes the gate that {first}, the first layer of its block, has made, and {first} {seen}; "
+                f"expected the same {tokens} tokens in the same pass. Set router_per='layer', or leave one of the two "
+                "out of target_modules."
+            )
+        return left.to(next(iter(parts.values())).device)
 
     def _dropout(self, kind: str, adapter_name: str) -> ops.Dropout:
         """A mask's probability and a fresh seed; none outside training, nor where somebody switched the module off."""

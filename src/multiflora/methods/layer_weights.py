@@ -32,11 +32,13 @@ class Plan(NamedTuple):
     """Of each head."""
     needs_task: bool
     shared: tuple[str, ...]
-    """Tensors that the first adapted layer holds for all."""
+    """Tensors that one layer holds for several."""
     left_to_op: bool
     """Whether the packed op needs nobody between stems and heads."""
     looks_inside: bool
     """Whether something reads what the stems made, besides the heads."""
+    of_block: bool
+    """Whether the layers of a block share a gate; see :mod:`multiflora.methods.block_router`."""
     can_prepare: bool
     """Whether branches have a form for inference, see :mod:`multiflora.methods.inference`."""
 
@@ -50,8 +52,9 @@ class Plan(NamedTuple):
             method.rank(config, r),
             method.needs_task(),
             method.shared(config),
-            method.middle is None and method.gate.left_to_op(config),
+            method.middle is None and method.gate.left_to_op(config) and "router" not in method.shared(config),
             method.middle is not None or method.gate.of_stem,
+            "router" in method.shared(config),
             can_prepare(method, config),
         )
 
@@ -72,6 +75,8 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         self.plans: dict[str, Plan] = {}
         self.ranks: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        # for adapters whose shared tensors another layer holds, that layer
+        self.holders: dict[str, Any] = {}
         self._trained = {part: self._attribute(part) for part in self.method.parameter_names()}
         self._frozen = {part: self._attribute(part) for part in OFFSET}
         for attribute in self._trained.values():
@@ -133,8 +138,8 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         """Where the adapter's tensors are held, by their names in the equation: part -> adapter -> tensor."""
         found = {part: self._weights(part)._parameters for part in self._trained}
         found |= {part: self._weights(part)._buffers for part in self._frozen}
-        holder: Any = self.routing.holders.get(adapter_name)
-        if holder is not None and holder is not self:
+        holder = self.holders.get(adapter_name)
+        if holder is not None:
             found |= {part: holder._weights(part)._parameters for part in holder.plan(adapter_name).shared}
         return found
 
@@ -149,8 +154,8 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         for part, attribute in self._frozen.items():
             if (tensor := modules[attribute]._buffers.get(adapter_name)) is not None:
                 found[part] = tensor
-        holder: Any = self.routing.holders.get(adapter_name)
-        if holder is not None and holder is not self:
+        holder = self.holders.get(adapter_name)
+        if holder is not None:
             for part in holder.plan(adapter_name).shared:
                 found[part] = holder._modules[holder._trained[part]]._parameters[adapter_name]
         return found
@@ -171,6 +176,7 @@ class BranchWeights(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, r: int, alpha: float) -> None:
         """Add an adapter: make its tensors, fill them, put them beside the base weight."""
+        config = config.at(self.name)
         method = self.method.of(config)
         self.configs[adapter_name] = config
         self.ranks[adapter_name] = r
@@ -179,7 +185,13 @@ class BranchWeights(nn.Module, BaseTunerLayer):
         if frozen := tuple(self._attribute(part) for part in method.frozen(config)):
             # a new mapping: peft's is one for all layers until a layer has its own
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
-        holder = self.routing.holders.setdefault(adapter_name, self) if method.shared(config) else self
+        self.holders.pop(adapter_name, None)
+        holder: Any = self
+        if method.shared(config):
+            held = self.routing.holders.setdefault(adapter_name, {})
+            holder = held.setdefault(method.group(config, self.name), self)
+        if holder is not self:
+            self.holders[adapter_name] = holder
         for part, shape in method.shapes(config, r, self.in_features, self.out_features).items():
             if part not in method.shared(config):
                 self._weights(part)[adapter_name] = nn.Parameter(torch.empty(self._shape(shape)))
@@ -241,7 +253,7 @@ def layer_names(method: Method) -> dict[str, Any]:
         "method": method,
         "adapter_layer_names": tuple(f"{stem}{part}" for part in method.parameter_names()),
         "other_param_names": (
-            *("configs", "plans", "ranks", "scaling", "lora_dropout", "head_dropout"),
+            *("configs", "plans", "ranks", "scaling", "holders", "lora_dropout", "head_dropout"),
             *(f"{stem}{part}" for part in OFFSET),
         ),
     }

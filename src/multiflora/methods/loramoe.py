@@ -11,12 +11,13 @@ for each expert; here one mask serves all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
 
 from multiflora.methods.base import Loss, LossInputs, Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
@@ -38,6 +39,7 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_per",
     ),
     merges="no (token router)",
     experts="with target_parameters",
@@ -64,7 +66,9 @@ class LoraMoeConfig(RouterConfig):
     r: int = field(default=4, metadata={"help": "Rank of each expert."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
-    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    num_experts: Union[int, list[int]] = field(  # noqa: UP007
+        default=8, metadata={"help": "How many experts (E)."}
+    )
     balance_weight: float = field(default=0.0, metadata={"help": "Weight of the localized balance loss (blc_weight)."})
     balance_delta: float = field(
         default=0.0, metadata={"help": "Its δ in [0, 1) (blc_alpha): how far the halves may differ."}
@@ -124,5 +128,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=Loss(loss, ("balance_weight", *ROUTER_LOSS.weights)),
 )

@@ -7,17 +7,19 @@ r"""MixLoRA's routing: E whole LoRA experts, of which the best k serve a token (
 with the load-balance loss :math:`b\,E \sum_e F_e P_e`, without which few experts would be chosen and few would learn.
 The weight b = 0.001 and the router's start, :math:`R \sim \mathcal N(0, 0.02^2)`, are the published code's.
 
-Differs from the paper: there one router serves a whole feed-forward block, and attention carries plain LoRAs. Here, as
-in all methods of this library, every adapted layer has a router of its own. So it is MixLoRA's gate, not its block. The
-code draws a dropout mask on x for each expert; here one mask serves all.
+In the paper one router serves a whole feed-forward block, and attention carries plain LoRAs: that is
+``router_per="block"`` with ``heads_pattern={"self_attn.*": 1}``, see :mod:`multiflora.methods.block_router`. By default
+every adapted layer has a router of its own, as in all methods of this library. The code draws a dropout mask on x for
+each expert; here one mask serves all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.hydralora import start
@@ -29,7 +31,7 @@ CARD = MethodCard(
     title="MixLoRA's routing",
     line="Whole LoRA experts of which a token router picks the best k, with a load-balance loss.",
     paper="arXiv 2404.15159",
-    settings=("num_experts", "top_k", "router_balance_loss", "router_z_loss"),
+    settings=("num_experts", "top_k", "router_balance_loss", "router_z_loss", "router_per"),
     merges="no (token router)",
     experts="with target_parameters",
     config="MixLoraConfig",
@@ -60,7 +62,9 @@ leave it out.
     heads_setting: ClassVar[str] = "num_experts"
 
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
-    num_experts: int = field(default=8, metadata={"help": "How many experts (E)."})
+    num_experts: Union[int, list[int]] = field(  # noqa: UP007
+        default=8, metadata={"help": "How many experts (E)."}
+    )
     top_k: Optional[int] = field(default=2, metadata={"help": "How many experts serve a token."})  # noqa: UP045
     router_balance_loss: float = field(default=0.001, metadata={"help": "Weight of the load-balance loss."})
 
@@ -76,5 +80,7 @@ METHOD = Method(
     shared_stem=False,
     gate=TokenRouter(std=lambda config: ROUTER_STD),
     start=start,
+    shared=shared_router,
+    group=block_group,
     loss=ROUTER_LOSS,
 )

@@ -47,7 +47,7 @@ class MLoraConfig(RandomHeadsConfig):
     def problems(self) -> list[str]:
         """See the base class."""
         found = [*super().problems(), *one_of(self, "reduce", ("mean", "sum"))]
-        if self.init_weights == "zero" and self.head_dropout == 0 and self.num_heads > 1:
+        if self.init_weights == "zero" and self.head_dropout == 0 and max(self.head_counts()) > 1:
             found.append(
                 "init_weights='zero' with head_dropout=0 keeps all heads identical for ever; use init_weights='paper' "
                 "or head_dropout above 0."

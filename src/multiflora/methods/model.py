@@ -24,12 +24,14 @@ from multiflora.adapter_tensors import state_problems
 from multiflora.context import Routing, find
 from multiflora.errors import AdapterError, ExportError
 from multiflora.methods.base import Method, class_of
+from multiflora.methods.block_router import fit_problems
 from multiflora.methods.config import AdapterConfig
 from multiflora.methods.experts import AdaptedExperts, BranchExperts, experts_class
 from multiflora.methods.fused import by_layer, fused_parameters, left_out, targeted, why_not
 from multiflora.methods.layer import BranchLinear, layer_class
 from multiflora.methods.layer_pass import BranchLayer
 from multiflora.methods.model_hooks import give_names, hooks_of, note_places
+from multiflora.methods.per_layer import block_problems
 from multiflora.methods.targets import can_adapt, identity, places_of_weights, reads_weight_itself
 from multiflora.peft_bridge import (
     ExcludedModule,
@@ -86,13 +88,19 @@ class BranchModel(BaseTuner):
                     f"Leave it out: exclude_modules=[{name.rpartition('.')[2]!r}]."
                 )
         adapted = [*(name for name, _ in targets), *parameters]
-        for field in ("rank_pattern", "alpha_pattern"):
+        for field in ("rank_pattern", "alpha_pattern", "heads_pattern"):
             for pattern in getattr(config, field) or {}:
                 if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
                     raise AdapterError(
                         f"{type(config).__name__}: {field} key {pattern!r} matches none of the {len(adapted)} adapted "
                         f"modules (such as {adapted[0]}). Correct or remove it."
                     )
+        for problem in block_problems(config, model, adapted):
+            raise AdapterError(f"{type(config).__name__}: {problem}")
+        for problem in fit_problems(config, model, adapted):
+            raise AdapterError(f"{type(config).__name__}: {problem}")
+        for name in adapted:
+            config.at(name)  # which raises where there is a layer that it says nothing of
         routing = find(model) or Routing()
         routing.configs[adapter_name] = config
         self._routing = routing

@@ -13,7 +13,7 @@ serves all.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -49,11 +49,14 @@ class MoeLoraConfig(AdapterConfig):
     """
 
     method_name: ClassVar[str] = "moelora"
+    heads_setting: ClassVar[str] = "num_experts"
 
     r: int = field(default=16, metadata={"help": "Rank of all experts together; each has r / num_experts."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
     lora_dropout: float = field(default=0.1, metadata={"help": "Dropout on the input of the stems, in [0, 1)."})
-    num_experts: int = field(default=8, metadata={"help": "How many experts (E); r must be a multiple of it."})
+    num_experts: Union[int, list[int]] = field(  # noqa: UP007
+        default=8, metadata={"help": "How many experts (E); r must be a multiple of it."}
+    )
     task_embedding_dim: int = field(default=64, metadata={"help": "Width of the learned embedding of a task."})
     shared_gate: bool = field(
         default=True, metadata={"help": "One gate for all layers (the paper's), or false: one for each layer."}
@@ -70,8 +73,14 @@ class MoeLoraConfig(AdapterConfig):
                 "r": self.r,
                 **{f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()},
             }.items():
-                if rank % self.num_experts:
-                    found.append(f"{where} is {rank}; it must be a multiple of num_experts ({self.num_experts}).")
+                experts = next((number for number in self.head_counts() if rank % number), None)
+                if experts is not None:
+                    found.append(f"{where} is {rank}; it must be a multiple of num_experts ({experts}).")
+            if self.shared_gate and len(set(self.head_counts())) > 1:
+                found.append(
+                    f"Layers have {' or '.join(map(str, sorted(set(self.head_counts()))))} experts, and one gate for "
+                    "all layers has one number of them: set shared_gate=False."
+                )
         return found
 
 

@@ -9,7 +9,7 @@ merges exactly for each task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Union
 
 from multiflora.methods.base import Method
 from multiflora.methods.config import AdapterConfig, one_of
@@ -42,9 +42,12 @@ class MtlLoraConfig(AdapterConfig):
     """
 
     method_name: ClassVar[str] = "mtllora"
+    heads_setting: ClassVar[str] = "num_heads"
 
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the stem, in [0, 1)."})
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N)."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N)."}
+    )
     temperature: float = field(default=0.1, metadata={"help": "Temperature of the tasks' softmax over heads."})
     task_matrix: str = field(default="full", metadata={"help": "Matrix per task: 'full' (r x r) or 'diagonal' (r)."})
 

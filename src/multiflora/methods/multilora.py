@@ -12,7 +12,7 @@ default here (``scale_shape="vector"``), "scalar" is the paper's figure.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
@@ -47,8 +47,11 @@ class MultiLoraConfig(AdapterConfig):
     """
 
     method_name: ClassVar[str] = "multilora"
+    heads_setting: ClassVar[str] = "num_modules"
 
-    num_modules: int = field(default=3, metadata={"help": "How many LoRA modules run in parallel (n)."})
+    num_modules: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many LoRA modules run in parallel (n)."}
+    )
     scale_shape: str = field(
         default="vector",
         metadata={"help": "Learned scale per output feature ('vector') or per module ('scalar')."},

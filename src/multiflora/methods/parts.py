@@ -25,13 +25,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
 
 from multiflora.methods import mixlora, multilora, rlora
 from multiflora.methods.base import Loss, LossInputs, Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import one_of
 from multiflora.methods.gates import (
     FixedGate,
@@ -78,6 +79,7 @@ CARD = MethodCard(
         "router_z_loss",
         "router_entropy_loss",
         "orthogonality_loss",
+        "router_per",
     ),
     merges="depends (on the gate)",
     experts="with target_parameters",
@@ -138,7 +140,9 @@ set offset=True, which takes the start off, or heads='zero'.
 
     method_name: ClassVar[str] = "parts"
 
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N)."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N)."}
+    )
     stem: str = field(
         default="shared",
         metadata={"help": "One A for all heads ('shared'), one each ('own'), or several made one ('blended')."},
@@ -217,6 +221,8 @@ def misfits(config: PartsConfig) -> list[str]:
         words = [name for name in words if name != "top_k" or gate != "largest"]
         if words:
             found.append(f"{' and '.join(words)} belong to a router, and gate is {gate!r}: set gate='token' or 'stem'.")
+    if gate != "token" and config.router_per != "layer":
+        found.append(f"router_per belongs to a router on x, and gate is {gate!r}: set gate='token'.")
     if gate == "stem" and config.stem == "own":
         found.append("gate='stem' looks at the A x that all heads read, and stem is 'own': set stem='shared'.")
     if gate == "largest" and config.stem != "own":
@@ -261,12 +267,12 @@ def misfits(config: PartsConfig) -> list[str]:
             "router_init='zero' prefers no head, so top_k could not choose: set router_init='kaiming' or 'normal'."
         )
     alike = config.stem != "own" and not random and equal and config.head_dropout == 0
-    if alike and config.num_heads > 1 and config.init_weights is not False:
+    if alike and max(config.head_counts()) > 1 and config.init_weights is not False:
         found.append(
             "One A x for all, heads at zero and equal weights keep all heads identical for ever: set heads='random', "
             "stem='own', head_dropout above 0, or another gate."
         )
-    if config.orthogonality_loss and config.num_heads == 1 and config.stem != "blended":
+    if config.orthogonality_loss and max(config.head_counts()) == 1 and config.stem != "blended":
         found.append("orthogonality_loss compares heads, and num_heads is 1: set it to 0, or num_heads to 2 or more.")
     names = chosen(config).parameter_names()
     strange = [name for name in config.frozen or () if name not in names]
@@ -289,10 +295,10 @@ def start(config: PartsConfig, A: Tensor, B: Tensor, heads: int, generator: torc
     else:
         rlora.start(config, A, B, heads, generator)
     if config.stem_init == "sparse" and config.init_weights is not False:
-        sparse(A, round(A.shape[1] * (config.top_k or 0) / heads), 1 / A.shape[0], generator)
+        sparse(A, round(A.shape[1] * (config.top_k or heads) / heads), 1 / A.shape[0], generator)
 
 
-def loss(config: PartsConfig, inputs: LossInputs) -> Tensor | None:
+def loss(config: Any, inputs: LossInputs) -> Tensor | None:
     """The router's losses, and what heads and stems have in common, each with its weight."""
     terms = [router_loss(config, inputs)]
     if config.router_entropy_loss and inputs.logits is not None:
@@ -326,6 +332,8 @@ def method_of_parts(stem: str, gate: str, task_matrix: str, core: str) -> Method
         gate=GATES[gate],
         shared_stem=stem != "own",
         start=start,
+        shared=shared_router,
+        group=block_group,
         offset=lambda config: config.offset and config.init_weights is not False,
         head_dropout=lambda config: config.head_dropout,
         middle=middle_of(stem, task_matrix, core),

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union
 
 import torch
 from torch import Tensor
 
 from multiflora.methods.base import Method
+from multiflora.methods.block_router import block_group, shared_router
 from multiflora.methods.config import AdapterConfig, one_of
 from multiflora.methods.gates import TokenRouter
 from multiflora.methods.initial import head_views, kaiming_uniform, normal, random_heads, stem_and_zero_heads
@@ -45,6 +46,7 @@ CARD = MethodCard(
         "top_k",
         "router_balance_loss",
         "router_z_loss",
+        "router_per",
     ),
     merges="no (token router)",
     experts="with target_parameters",
@@ -56,9 +58,13 @@ CARD = MethodCard(
 class RandomHeadsConfig(AdapterConfig):
     """What R-LoRA and its router-free form M-LoRA share."""
 
+    heads_setting: ClassVar[str] = "num_heads"
+
     r: int = field(default=4, metadata={"help": "Rank of the shared A and of each head."})
     lora_alpha: float = field(default=32, metadata={"help": "alpha; the update is scaled by alpha/r."})
-    num_heads: int = field(default=3, metadata={"help": "How many heads B (N)."})
+    num_heads: Union[int, list[int]] = field(  # noqa: UP007
+        default=3, metadata={"help": "How many heads B (N)."}
+    )
     head_dropout: float = field(
         default=0.2, metadata={"help": "Dropout on A x, drawn for each head by itself, in [0, 1)."}
     )
@@ -99,7 +105,8 @@ at most 10,000.
     def problems(self) -> list[str]:
         """See the base class."""
         found = [*super().problems(), *one_of(self, "router_init", ("zero", "kaiming"))]
-        if self.init_weights == "zero" and self.router_init == "zero" and self.head_dropout == 0 and self.num_heads > 1:
+        equal = self.init_weights == "zero" and self.router_init == "zero" and self.head_dropout == 0
+        if equal and max(self.head_counts()) > 1:
             found.append(
                 "init_weights='zero' with router_init='zero' and head_dropout=0 keeps all heads identical for ever; "
                 "use router_init='kaiming', random heads (init_weights='paper') or head_dropout above 0."
@@ -143,6 +150,8 @@ METHOD = Method(
     heads=lambda config: config.num_heads,
     gate=TokenRouter(zero=lambda config: config.router_init == "zero"),
     start=start,
+    shared=shared_router,
+    group=block_group,
     offset=has_offset,
     head_dropout=lambda config: config.head_dropout,
     loss=ROUTER_LOSS,

@@ -58,7 +58,8 @@ _RANGES: Mapping[str, _Range] = {
     **_ranges(_Range(1, MANY), "r init_r target_r rank_pattern num_virtual_tokens encoder_hidden_size deltaT"),
     **_ranges(_Range(1, MANY), "task_embedding_dim gradient_batches qalora_group_size examples budget"),
     **_ranges(
-        _Range(1, HEADS), "num_heads num_stems num_cores num_experts num_modules num_tasks top_k encoder_num_layers"
+        _Range(1, HEADS),
+        "num_heads num_stems num_cores num_experts num_modules heads_pattern num_tasks top_k encoder_num_layers",
     ),
     **_ranges(_Range(0, STEPS), "tinit tfinal start_step total_step"),
     **_ranges(_Range(0, 2**63 - 1), "init_seed layers_to_transform trainable_token_indices alora_invocation_tokens"),

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,9 @@ def _check_size(model: Any, config: Any) -> None:
         return
     d_in, d_out = min(widths, key=sum)
     method = method_of(config)
-    shapes = [(rank, d_in), (d_out, rank)] if method is None else method.shapes(config, rank, d_in, d_out).values()
+    shapes: Iterable[tuple[int, ...]] = [(rank, d_in), (d_out, rank)]
+    if method is not None:
+        shapes = method.shapes(config.at_most(), rank, d_in, d_out).values()
     needed, there = 4 * sum(math.prod(shape) for shape in shapes), memory_total()
     if needed > there:
         raise ConfigError(
@@ -209,10 +211,10 @@ def adapter_config(recipe: Recipe) -> Any:
         adalora_steps(recipe.method.settings, train.max_steps)
     method = method_of(config)
     if method is not None and method.shared(config) and is_sharded():
+        apart = "method.shared_gate to false" if name == "moelora" else "method.router_per to layer"
         raise ConfigError(
             f"method is {name}, whose layers share one gate, and the weights are spread over processes (FSDP or "
-            "ZeRO-3), which gather one layer at a time. Set method.shared_gate to false, or start it with whole copies "
-            "(DDP)."
+            f"ZeRO-3), which gather one layer at a time. Set {apart}, or start it with whole copies (DDP)."
         )
     if METHODS[name].trains == "factors" and is_sharded():
         raise ConfigError(

@@ -225,7 +225,7 @@ def _task_parts(config: Any) -> set[str]:
     method = method_of(config)
     if method is None:
         return set()
-    two, three = (replace(config, num_tasks=number, task_names=None) for number in (2, 3))
+    two, three = (replace(config, num_tasks=number, task_names=None).at_most() for number in (2, 3))
     grown = method.shapes(three, config.r, 1, 1)
     return {part for part, shape in method.shapes(two, config.r, 1, 1).items() if grown[part] != shape}
 
@@ -233,7 +233,7 @@ def _task_parts(config: Any) -> set[str]:
 def _task_axis(config: Any, name: str, tensor: Tensor) -> int:
     """Which axis of a tensor has a row for each task: the first, or the one behind that of a mixture's experts."""
     method = method_of(config)
-    return 0 if method is None else tensor.dim() - len(method.shapes(config, config.r, 1, 1)[_part(name)])
+    return 0 if method is None else tensor.dim() - len(method.shapes(config.at_most(), config.r, 1, 1)[_part(name)])
 
 
 def _part(name: str) -> str:

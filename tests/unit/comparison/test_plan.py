@@ -11,7 +11,7 @@ from multiflora.comparison.clock import clock_cells, in_time
 from multiflora.comparison.plan import base_cell, clock_cell, competitors, seed_cell, trial_cell
 from multiflora.comparison.search import first_rates
 from multiflora.comparison.spec import BudgetSpec, load_comparison
-from multiflora.errors import ConfigError
+from multiflora.errors import ConfigError, MultifloraError
 from multiflora.methods import build_config
 from multiflora.yaml_file import parse_yaml
 
@@ -55,6 +55,16 @@ def test_all_methods_come_to_the_baseline_s_budget(equal):
         # ranks are whole numbers: one more of four experts' is an eighth of this budget
         assert value == pytest.approx(cost["lora"], rel=0.065), label
         assert found[label].solved == (label != "lora")
+
+
+def test_heads_by_block_are_in_the_budget_and_fit_the_model():
+    found = planned([{"lora": {"r": 64}}, {"mixlora": {"num_experts": [3, 5]}}])
+    mixed, lora = found["mixlora"], found["lora"]
+    assert mixed.solved
+    assert mixed.parameters == pytest.approx(lora.parameters, rel=0.05)
+    for numbers in ([3], [3, 4, 5]):
+        with pytest.raises(MultifloraError, match=rf"num_experts has {len(numbers)} numbers, and model.layers"):
+            planned(["lora", {"mixlora": {"num_experts": numbers}}])
 
 
 def test_the_budget_may_be_another_method_s_or_a_number():

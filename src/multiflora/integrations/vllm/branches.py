@@ -90,7 +90,7 @@ def attach(model: nn.Module, adapter: SavedAdapter, task: int | None, dtype: tor
                 f"{adapter.folder}: the branches of {layer.name} are for a layer of {told[0]} x {told[1]}, but that of "
                 f"the base model is {sizes[0]} x {sizes[1]}. The adapter was trained on another model."
             )
-        plan = Plan.of(adapter.config, adapter.method, rank_and_alpha(adapter.config, layer.name)[0])
+        plan = Plan.of(layer.config, adapter.method, rank_and_alpha(adapter.config, layer.name)[0])
         made = prepare(plan, layer.parts, layer.scale, dtype, task) if plan.can_prepare else None
         if made is None:
             raise AdapterError(

@@ -100,6 +100,11 @@ def _problems(vllm_config: Any, adapter: SavedAdapter) -> Iterator[str]:
             f"{adapter.folder} holds {adapter.others[0]}, which belongs to no linear layer; vLLM is given branches "
             "alone. Use `multiflora serve`, which serves what else an adapter has learned."
         )
+    if getattr(adapter.config, "router_per", "layer") != "layer":
+        yield (
+            f"{adapter.folder} has one router for each feed-forward block (router_per='block'), and what hangs on one "
+            "of vLLM's layers knows nothing of another. Use `multiflora serve`."
+        )
     names = base_architectures(model_config)
     info, _ = model_config.registry.inspect_model_cls(names, model_config)
     kinds = ("supports_multimodal", "has_inner_state", "is_hybrid", "is_attention_free")
