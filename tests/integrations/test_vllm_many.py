@@ -15,11 +15,15 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from vllm import LLM
 from vllm.config import CompilationMode
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 
 import multiflora
+from multiflora import ops
 from multiflora.errors import MultifloraError
-from multiflora.integrations.vllm.many import Batch, RoutedAdapter, named
+from multiflora.integrations.vllm.branches import Slice
+from multiflora.integrations.vllm.many import Batch, RoutedAdapter, Sum, named
 from tests.integrations.vllm_engines import (
     ADAPTERS,
     EVERYWHERE,
@@ -139,6 +143,41 @@ def test_tokens_of_a_batch_are_told_apart() -> None:
     batch.take([0, 0], kept.get, torch.device("cpu"))
     assert not batch.ours
     assert not batch.theirs
+
+
+def test_a_layer_adds_to_each_token_its_own_adapter_and_nothing_else() -> None:
+    d_in, sizes, heads, rank, name = 6, (3, 5), 2, 2, "layer"
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    routed = ops.Prepared(drawn(rank + heads, d_in), drawn(heads * rank, 3), heads, rank, routed=True, top_k=0)
+    gated = ops.Prepared(drawn(rank, d_in), drawn(rank, 5), 1, rank, routed=False, top_k=0)
+    first = RoutedAdapter(1, {name: [Slice(0, 3, routed), Slice(3, 8, gated)]})
+    elsewhere = RoutedAdapter(2, {"another layer": [Slice(0, 3, routed)]})
+    # vLLM's own in the last place, whose matrices it gives on processors to tokens that have none
+    A, B = [torch.zeros(3, 1, 4, d_in)] * 2, [torch.zeros(3, 1, size, 4) for size in sizes]
+    A[0][2], B[0][2], B[1][2] = drawn(1, 4, d_in), drawn(1, 3, 4), drawn(1, 5, 4)
+    ids = (1, 3, 0, 1, 2, 0, 3, 1)
+    theirs, batch = PunicaWrapperCPU(16, 8, "cpu"), Batch()
+    theirs.update_metadata(LoRAMapping(ids, ids, is_prefill=True), [1, 2, 3], 4, 100)
+    batch.take(ids, {1: first, 2: elsewhere, 3: "vLLM's own"}.get, torch.device("cpu"))
+    x, y = drawn(len(ids), d_in), drawn(len(ids), sum(sizes))
+    expected = y.clone()
+    for token, number in enumerate(ids):
+        if number == 1:
+            stem, logits = (routed.rows @ x[token]).split((rank, heads))
+            for head, weight in enumerate(logits.softmax(0)):
+                expected[token, :3] += weight * stem @ routed.columns[head * rank : (head + 1) * rank]
+            expected[token, 3:] += gated.rows @ x[token] @ gated.columns
+        elif number == 3:
+            for own, b in ((slice(0, 3), B[0]), (slice(3, 8), B[1])):
+                expected[token, own] += b[2, 0].double() @ (A[0][2, 0].double() @ x[token])
+    Sum(theirs, name, batch).add_lora_linear(y, x, tuple(A), tuple(B), 1.0, sizes)
+    ours = torch.tensor([number != 3 for number in ids])
+    torch.testing.assert_close(y[ours], expected[ours], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # theirs goes by way of float32
 
 
 def test_what_a_path_names(folders: dict[str, Path], tmp_path: Path) -> None:

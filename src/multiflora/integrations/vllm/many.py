@@ -33,7 +33,7 @@ from multiflora.integrations.vllm.branches import Slice, add, places, slices_of
 from multiflora.integrations.vllm.section import check_adapter, task_of
 from multiflora.peft_bridge import STEM
 
-__all__ = ["Batch", "RoutedAdapter", "RoutedManager", "RoutedWorkerManager", "named"]
+__all__ = ["Batch", "RoutedAdapter", "RoutedManager", "RoutedWorkerManager", "Sum", "named"]
 
 
 def named(path: str) -> tuple[Path, str | None] | None:
@@ -102,7 +102,7 @@ def _index(numbers: Sequence[int], device: torch.device) -> slice | Tensor:
     return torch.tensor(numbers, device=device)
 
 
-class _Sum:
+class Sum:
     """What one of vLLM's LoRA layers is told to add its adapters with.
 
     Args:
@@ -144,7 +144,7 @@ class RoutedManager(LRUCacheLoRAModelManager):
         self.batch = Batch()
         linear = {name: one for name, one in self.modules.items() if isinstance(one, BaseLinearLayerWithLoRA)}
         for name, layer in linear.items():
-            layer.set_mapping(_Sum(layer.punica_wrapper, name, self.batch))
+            layer.set_mapping(Sum(layer.punica_wrapper, name, self.batch))
         self.places = places({name: one.base_layer for name, one in linear.items()}, self.packed_modules_mapping)
 
     def set_adapter_mapping(self, mapping: Any) -> None:
