@@ -60,7 +60,7 @@ test-oldest-peft: $(DEV) ## the contract under the oldest peft we promise to wor
 
 integrations: $(AXOLOTL) $(VLLM) ## other people's programs train and serve our methods, each in an environment of its own (Python 3.12, 3.11)
 	$(TEST_ENV) .integrations/axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
-	$(TEST_ENV) .integrations/vllm/bin/python -m pytest tests/integrations/test_vllm.py
+	$(TEST_ENV) .integrations/vllm/bin/python -m pytest tests/integrations/test_vllm*.py
 
 quick: $(DEV) ## the units, and the plain loops that check the sums: about three minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow" tests/unit tests/reference

@@ -106,3 +106,13 @@ def test_what_others_keep_private_is_imported_where_it_is_said() -> None:
         if source.partition(".")[0] in ("peft", "transformers", "trl") and (what.startswith("_") or "._" in source)
     }
     assert private == PRIVATE
+
+
+def test_what_vllm_does_not_promise_is_imported_in_one_place() -> None:
+    places = {
+        name
+        for name, tree in modules().items()
+        for source, _ in imports(tree)
+        if source.startswith(("vllm.lora", "vllm.v1"))
+    }
+    assert places == {"integrations.vllm", "integrations.vllm.many"}

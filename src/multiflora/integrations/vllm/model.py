@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multiflora.export.saved import open_adapter
 from multiflora.integrations.vllm.branches import attach
-from multiflora.integrations.vllm.section import base_architectures, section_of, task_of
+from multiflora.integrations.vllm.section import NAME_TASK, base_architectures, section_of, task_of
 
 __all__ = ["MultifloraForCausalLM"]
 
@@ -32,7 +32,7 @@ class MultifloraForCausalLM(nn.Module):
             model = made(vllm_config=vllm_config, prefix=prefix)
         finally:
             model_config.hf_config.architectures = ours
-        attach(model, adapter, task_of(adapter, section), model_config.dtype)
+        attach(model, adapter, task_of(adapter, section.task, NAME_TASK), model_config.dtype)
         return model
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What ``--hf-overrides`` says under ``multiflora``, and whether vLLM can serve it: asked before anything is loaded."""
+"""What ``--hf-overrides`` says under ``multiflora``; and whether vLLM can serve an adapter, asked before loading."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from multiflora.schema import Strict, absolute, build
 from multiflora.task_ids import index_of
 from multiflora.tensor_file import TensorFile
 
-__all__ = ["Section", "base_architectures", "check", "section_of", "task_of"]
+__all__ = ["NAME_TASK", "Section", "base_architectures", "check", "check_adapter", "section_of", "task_of"]
 
 _WHERE = "--hf-overrides, under multiflora"
 _DIGEST = "multiflora_digest"
+NAME_TASK = "Add --hf-overrides.multiflora.task TASK: one server, one task."
+"""How to name the task of all requests."""
 
 
 class Section(Strict):
@@ -62,16 +64,32 @@ def check(vllm_config: Any) -> None:
     model_config = vllm_config.model_config
     section = section_of(model_config.hf_config)
     adapter = open_adapter(section.adapter)
-    task_of(adapter, section)
+    task_of(adapter, section.task, NAME_TASK)
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            "--enable-lora is given; vLLM's own LoRA layers would pass multiflora's branches by. Leave it out; or "
+            "leave --hf-overrides out and name the folder in --lora-modules, beside as many others as you like."
+        )
+    check_adapter(vllm_config, adapter)
+    # vLLM keeps compiled code by what the config says: an adapter of other shapes in the same folder is another model
+    found = hashlib.sha256((section.adapter / CONFIG).read_bytes()).hexdigest()
+    setattr(model_config.hf_config, _DIGEST, found)
+
+
+def check_adapter(vllm_config: Any, adapter: SavedAdapter) -> None:
+    """Refuse an adapter that cannot be served beside this base model with these settings.
+
+    Raises:
+        ConfigError: Says which setting, and what to do.
+        AdapterError: The adapter was trained on another model.
+    """
+    model_config = vllm_config.model_config
     for problem in _problems(vllm_config, adapter):
         raise ConfigError(problem)
     base = empty_model(copy.deepcopy(model_config.hf_config), remote=model_config.trust_remote_code)
     with TensorFile(adapter.folder / WEIGHTS) as file:
         for problem in misfits(adapter.config, file, base):
             raise AdapterError(f"{file.path}: {problem}")
-    # vLLM keeps compiled code by what the config says: an adapter of other shapes in the same folder is another model
-    found = hashlib.sha256((section.adapter / CONFIG).read_bytes()).hexdigest()
-    setattr(model_config.hf_config, _DIGEST, found)
 
 
 def _problems(vllm_config: Any, adapter: SavedAdapter) -> Iterator[str]:
@@ -85,11 +103,6 @@ def _problems(vllm_config: Any, adapter: SavedAdapter) -> Iterator[str]:
                 f"{flag} is {size}; a multiflora adapter is served by one process that has the whole model. Leave it "
                 "out."
             )
-    if vllm_config.lora_config is not None:
-        yield (
-            "--enable-lora is given; vLLM's own LoRA layers would pass multiflora's branches by. Leave it out: one "
-            "server, one adapter."
-        )
     if model_config.quantization is not None:
         yield (
             f"The base model is quantised ({model_config.quantization}); vLLM serves multiflora adapters on base "
@@ -116,22 +129,27 @@ def _problems(vllm_config: Any, adapter: SavedAdapter) -> Iterator[str]:
         )
 
 
-def task_of(adapter: SavedAdapter, section: Section) -> int | None:
-    """Index of the task of all requests; None where none was named and none is needed.
+def task_of(adapter: SavedAdapter, task: str | int | None, how: str) -> int | None:
+    """Index of the task of an adapter's requests; None where none was named and none is needed.
+
+    Args:
+        adapter: The adapter.
+        task: The task that was named.
+        how: How to name one, a sentence.
 
     Raises:
         ConfigError: One is needed.
         AdapterError: The adapter has no such task.
     """
-    if section.task is not None:
-        return index_of(adapter.config, section.task)
+    if task is not None:
+        return index_of(adapter.config, task)
     if not adapter.method.needs_task():
         return None
     if adapter.config.num_tasks == 1:
         return 0
     raise ConfigError(
         f"{adapter.folder} holds a {adapter.method.name} adapter, whose answers depend on the task, and none is named; "
-        f"its tasks are {task_list(adapter.config)}. Add --hf-overrides.multiflora.task TASK: one server, one task."
+        f"its tasks are {task_list(adapter.config)}. {how}"
     )
 
 
