@@ -50,8 +50,8 @@ def test_convert_tells_how_one_llama_server_has_all_tasks(run, tiny_llama, tmp_p
     save(adapted("moelora", base, num_experts=2), tmp_path / "ours")
     done = run("convert", tmp_path / "ours", "--to", "gguf-lora")
     assert done.exit_code == 0, done.output
-    loads = " ".join(f"--lora {tmp_path}/ours-gguf-lora/{task}.gguf" for task in TASKS)
-    assert f"llama-server -m BASE.gguf --lora-init-without-apply {loads}\n" in done.stdout
+    loads = " ".join(f"--lora-scaled {task}.gguf:0" for task in TASKS)
+    assert f"started in {tmp_path}/ours-gguf-lora: llama-server -m BASE.gguf {loads}\n" in done.stdout
     assert f'A request for {TASKS[1]} says: "lora": [{{"id": 1, "scale": 1.0}}]\n' in done.stdout
     done = run("convert", tmp_path / "ours", "--to", "gguf-lora", "--per-expert", "-o", tmp_path / "experts")
     told = json.loads((tmp_path / "experts/llama-server.json").read_text())

@@ -75,8 +75,7 @@ def test_llama_cpp_gets_a_file_for_each_expert_and_the_words_of_its_server(exper
     files = [f"expert-{e}.gguf" for e in range(4)]
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [*files, "llama-server.json", "report.json"]
     told = json.loads((tmp_path / "gguf/llama-server.json").read_text())
-    loads = [word for file in files for word in ("--lora", str(tmp_path / "gguf" / file))]
-    assert told["options"] == ["--lora-init-without-apply", *loads]
+    assert told["options"] == [word for file in files for word in ("--lora-scaled", f"{file}:0")]
     for task in TASKS:
         asked = told["lora"][task]
         assert [adapter["id"] for adapter in asked] == [0, 1, 2, 3]
@@ -91,8 +90,7 @@ def test_one_file_for_each_task_has_each_by_its_number(experts, tmp_path):
     _, ours = experts
     to_gguf(ours, tmp_path / "gguf", base=tmp_path / "base")
     told = json.loads((tmp_path / "gguf/llama-server.json").read_text())
-    files = [f"{task}.gguf" for task in TASKS]
-    assert told["options"][2::2] == [str(tmp_path / "gguf" / file) for file in files]
+    assert told["options"] == [word for task in TASKS for word in ("--lora-scaled", f"{task}.gguf:0")]
     assert told["lora"] == {task: [{"id": number, "scale": 1.0}] for number, task in enumerate(TASKS)}
 
 

@@ -103,7 +103,8 @@ def convert(
 def _show_server(report: Report) -> None:
     from multiflora.export.gguf_lora import requests, server_options
 
-    stdout.print(f"One server for all tasks: llama-server -m BASE.gguf {shlex.join(server_options(report))}", **_AS_IS)
+    words = shlex.join(["llama-server", "-m", "BASE.gguf", *server_options(report)])
+    stdout.print(f"One server for all tasks, started in {report.output}: {words}", **_AS_IS)
     for task, adapters in requests(report).items():
         stdout.print(f'A request for {task} says: "lora": {json.dumps(adapters)}', **_AS_IS)
 

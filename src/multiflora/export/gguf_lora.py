@@ -105,10 +105,9 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
 
 
 def server_options(report: Report) -> list[str]:
-    """What llama-server is started with, beside its model, to have every adapter at hand."""
-    # without the first word, a request that names no adapter would get the sum of them all
-    files = [word for made in report.adapters for word in ("--lora", str(report.output / _file(made)))]
-    return ["--lora-init-without-apply", *files]
+    """What llama-server is started with, in the folder and beside its model, to have every adapter at hand."""
+    # at scale 0 until a request says more: by --lora, one that names no adapter would get the sum of them all
+    return [word for made in report.adapters for word in ("--lora-scaled", f"{_file(made)}:0")]
 
 
 def requests(report: Report) -> dict[str, list[dict[str, float]]]:
