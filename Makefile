@@ -18,6 +18,7 @@ OLDEST_PEFT := 0.21.0
 
 # the programs of docs/integrations.md, in the versions that it names; uv, as pip tries version after version of what axolotl needs
 AXOLOTL := .integrations/axolotl/.installed
+MS_SWIFT := .integrations/ms-swift/.installed
 VLLM := .integrations/vllm/.installed
 PYTHON311 ?= python3.11
 PYTHON312 ?= python3.12
@@ -58,8 +59,9 @@ test-oldest-peft: $(DEV) ## the contract under the oldest peft we promise to wor
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target .peft-oldest peft==$(OLDEST_PEFT)
 	PYTHONPATH=.peft-oldest $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/contract --deselect tests/contract/test_table.py
 
-integrations: $(AXOLOTL) $(VLLM) ## other people's programs train and serve our methods, each in an environment of its own (Python 3.12, 3.11)
+integrations: $(AXOLOTL) $(MS_SWIFT) $(VLLM) ## other people's programs train and serve our methods, each in an environment of its own (Python 3.12, 3.11)
 	$(TEST_ENV) .integrations/axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+	$(TEST_ENV) .integrations/ms-swift/bin/python -m pytest tests/integrations/test_ms_swift.py
 	$(TEST_ENV) .integrations/vllm/bin/python -m pytest tests/integrations/test_vllm*.py
 
 quick: $(DEV) ## the units, and the plain loops that check the sums: about three minutes
@@ -122,6 +124,14 @@ $(AXOLOTL): pyproject.toml
 	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python \
 		axolotl==0.21.0 torch==2.13.0 pytest hypothesis
 	.integrations/axolotl/bin/uv pip install --quiet --python .integrations/axolotl/bin/python --no-deps --editable .
+	@touch $@
+
+$(MS_SWIFT): pyproject.toml
+	$(PYTHON311) -m venv .integrations/ms-swift
+	.integrations/ms-swift/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0 uv
+	.integrations/ms-swift/bin/uv pip install --quiet --python .integrations/ms-swift/bin/python \
+		ms-swift==4.6.0 torch==2.13.0 wrapt pytest hypothesis
+	.integrations/ms-swift/bin/uv pip install --quiet --python .integrations/ms-swift/bin/python --no-deps --editable .
 	@touch $@
 
 # without the packages for pictures and sound, whose builds are for another torch and keep vLLM from starting

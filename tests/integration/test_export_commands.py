@@ -45,6 +45,21 @@ def test_convert_merge_expand_and_compose_from_the_command_line(run, tiny_llama,
     assert build_config(section["method"].pop("name"), section["method"]).frozen == ["A", "B"]
 
 
+def test_convert_tells_how_one_llama_server_has_all_tasks(run, tiny_llama, tmp_path):
+    base = base_folder(tiny_llama(), tmp_path / "base")
+    save(adapted("moelora", base, num_experts=2), tmp_path / "ours")
+    done = run("convert", tmp_path / "ours", "--to", "gguf-lora")
+    assert done.exit_code == 0, done.output
+    loads = " ".join(f"--lora-scaled {task}.gguf:0" for task in TASKS)
+    assert f"started in {tmp_path}/ours-gguf-lora: llama-server -m BASE.gguf {loads}\n" in done.stdout
+    assert f'A request for {TASKS[1]} says: "lora": [{{"id": 1, "scale": 1.0}}]\n' in done.stdout
+    done = run("convert", tmp_path / "ours", "--to", "gguf-lora", "--per-expert", "-o", tmp_path / "experts")
+    told = json.loads((tmp_path / "experts/llama-server.json").read_text())
+    for task in TASKS:
+        assert f'A request for {task} says: "lora": {json.dumps(told["lora"][task])}\n' in done.stdout
+    assert sum(adapter["scale"] for adapter in told["lora"][TASKS[0]]) == pytest.approx(1)
+
+
 def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
     base = base_folder(tiny_llama(), tmp_path / "base")
     save(adapted("rlora", base), tmp_path / "ours")
@@ -69,6 +84,8 @@ def test_calibration_comes_from_a_file_of_rows(run, tiny_llama, tmp_path):
         (["convert", "OURS"], "Give calibration examples: --calibration FILE.jsonl"),
         (["convert", "nowhere"], "nowhere does not exist. Give the folder an adapter was saved to"),
         (["convert", "OURS", "--to", "dense", "--score"], "--score compares plain LoRA"),
+        (["convert", "OURS", "--per-expert", "--score"], "--score scores adapters one by one"),
+        (["convert", "OURS", "--per-expert"], "weighs its heads for each token anew"),
         (["merge", "OURS"], "Give calibration examples"),
         (["expand", "OURS"], "holds an adapter of kind MF_RLORA; expected a plain LoRA"),
         (["compose", "OURS", "-o", "out"], "There is 1 adapter to compose"),

@@ -79,7 +79,7 @@ def test_one_file_for_each_task(tiny_llama, tmp_path):
     folder = save(adapted("moelora", tiny_llama()), tmp_path / "ours")
     to_gguf(folder, tmp_path / "gguf", base=tmp_path / "base")
     names = sorted(path.name for path in (tmp_path / "gguf").iterdir())
-    assert names == ["labels.gguf", "report.json", "sums.gguf"]
+    assert names == ["labels.gguf", "llama-server.json", "report.json", "sums.gguf"]
     _, sums = deltas(tmp_path / "gguf/sums.gguf")
     _, labels = deltas(tmp_path / "gguf/labels.gguf")
     assert np.abs(sums["blk.0.ffn_up.weight"] - labels["blk.0.ffn_up.weight"]).max() > 1e-4

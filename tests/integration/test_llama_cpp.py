@@ -6,6 +6,10 @@ quantised activations as well, which moves logits by more than one, without any 
 
 from __future__ import annotations
 
+import ctypes
+import json
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +18,9 @@ from peft import PeftModel
 
 import multiflora
 from multiflora.embedded import embedded_model, find_gguf
-from multiflora.export.gguf_lora import to_gguf
+from multiflora.export.experts import scaled
+from multiflora.export.gguf_lora import read_gguf, to_gguf
+from multiflora.export.same import with_pairs
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama.cpp's binding is not installed: pip install llama-cpp-python"
@@ -83,16 +89,42 @@ def by_transformers(model, tokenizer, prompt):
     return tokenizer.decode(answer, skip_special_tokens=True), torch.cat(made.logits)
 
 
-def by_llama_cpp(base, adapter, prompts):
+@contextmanager
+def llama_cpp_with(base, files):
+    """llama.cpp with several adapters loaded: a function (prompt, scale of each) -> greedy answer, its tokens' logits.
+
+    It sets the scales as llama-server does for each request, and reads the whole prompt anew.
+    """
     f32 = llama_cpp.GGML_TYPE_F32  # of keys and values: half precision would be the default
-    llama = llama_cpp.Llama(
-        str(base), lora_path=str(adapter), n_threads=1, logits_all=True, type_k=f32, type_v=f32, verbose=False
-    )
-    for prompt in prompts:
+    llama = llama_cpp.Llama(str(base), n_threads=1, logits_all=True, type_k=f32, type_v=f32, verbose=False)
+    loaded = [llama_cpp.llama_adapter_lora_init(llama.model, str(file).encode()) for file in files]
+    assert all(loaded)
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * len(files))(*loaded)
+
+    def answer(prompt, scales):
+        numbers = (ctypes.c_float * len(files))(*scales)
+        assert llama_cpp.llama_set_adapters_lora(llama.ctx, adapters, len(files), numbers) == 0
+        llama.reset()  # keys and values of other scales
         first = len(llama.tokenize(prompt.encode(), add_bos=False, special=True)) - 1
-        answer = llama.create_completion(prompt, max_tokens=NUM_TOKENS, temperature=0.0)["choices"][0]["text"]
-        yield answer, torch.from_numpy(llama.scores[first : llama.n_tokens].copy())
+        text = llama.create_completion(prompt, max_tokens=NUM_TOKENS, temperature=0.0)["choices"][0]["text"]
+        return text, torch.from_numpy(llama.scores[first : llama.n_tokens].copy())
+
+    yield answer
+    for each in loaded:
+        llama_cpp.llama_adapter_lora_free(each)
     llama.close()
+
+
+def same(found, wanted):
+    """Check an answer and its logits against transformers'."""
+    (answer, logits), (text, theirs) = found, wanted
+    first, second = theirs.topk(2).values.unbind(-1)
+    print(f"{text!r}: gap to the second choice at least {(first - second).min():.1e}")
+    assert answer == text
+    assert logits.shape == theirs.shape
+    off = (logits - theirs).abs().max()
+    print(f"logits off by {off:.1e} of {theirs.abs().max():.0f}")
+    assert off < 1e-3  # ten times what two orders of summation make of thirty layers
 
 
 @pytest.mark.parametrize("name", ["multilora", "rlora"])
@@ -113,16 +145,43 @@ def test_llama_cpp_writes_what_transformers_writes(name, base_file, tokenizer, p
     report = multiflora.to_lora(tmp_path / "ours", tmp_path / "lora", base=embedded_model(), **words)
     folder = next(report.folder(made) for made in report.adapters if made.task in (None, file))
     lora = PeftModel.from_pretrained(model.unload(), str(folder)).eval()
-    answers = by_llama_cpp(base_file, tmp_path / "gguf" / f"{file}.gguf", prompts)
     changed = 0
-    for prompt, without, (answer, logits) in zip(prompts, plain, answers, strict=True):
-        wanted, theirs = by_transformers(lora, tokenizer, prompt)
-        first, second = theirs.topk(2).values.unbind(-1)
-        print(f"{wanted!r}: gap to the second choice at least {(first - second).min():.1e}")
-        assert answer == wanted
-        assert logits.shape == theirs.shape
-        off = (logits - theirs).abs().max()
-        print(f"logits off by {off:.1e} of {theirs.abs().max():.0f}")
-        assert off < 1e-3  # ten times what two orders of summation make of thirty layers
-        changed += wanted != without
+    with llama_cpp_with(base_file, [tmp_path / "gguf" / f"{file}.gguf"]) as answer:
+        for prompt, without in zip(prompts, plain, strict=True):
+            wanted = by_transformers(lora, tokenizer, prompt)
+            same(answer(prompt, [1.0]), wanted)
+            changed += wanted[0] != without
     assert changed >= 3, "the adapter changes too little for a text to show it"
+
+
+@pytest.mark.parametrize("per_expert", [False, True], ids=["by task", "by expert"])
+def test_one_llama_cpp_writes_what_each_task_of_the_adapter_writes(per_expert, base_file, tokenizer, prompts, tmp_path):
+    """All files are loaded; the scales of llama-server.json make the request's task of them, other scales a mixture."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
+    model = adapted("moelora", base, by=0.05, num_experts=2, r=4)
+    with torch.no_grad():  # so that the tasks differ in what they take of the experts
+        next(p for name, p in model.named_parameters() if "task_embedding" in name).mul_(3)
+    save(model, tmp_path / "ours")
+    to_gguf(tmp_path / "ours", tmp_path / "gguf", base=embedded_model(), per_expert=per_expert)
+    told = json.loads((tmp_path / "gguf/llama-server.json").read_text())
+    files = [tmp_path / "gguf" / word.removesuffix(":0") for word in told["options"][1::2]]
+    assert len(files) == 2
+    texts = []
+    with llama_cpp_with(base_file, files) as answer:
+        for task in TASKS:
+            scales = {adapter["id"]: adapter["scale"] for adapter in told["lora"][task]}
+            for prompt in prompts[:2]:
+                with multiflora.task(model, task):
+                    wanted = by_transformers(model, tokenizer, prompt)
+                same(answer(prompt, [scales.get(number, 0.0) for number in range(2)]), wanted)
+                texts.append(wanted[0])
+        bare = model.unload()
+        plain = [by_transformers(bare, tokenizer, prompt) for prompt in prompts[:2]]
+        same(answer(prompts[0], [0.0, 0.0]), plain[0])
+        config = bare.config
+        names = [name for name, _ in bare.named_modules()]
+        with with_pairs(bare, scaled([read_gguf(file, config, names) for file in files], [0.3, 0.9])):
+            same(answer(prompts[0], [0.3, 0.9]), by_transformers(bare, tokenizer, prompts[0]))
+    assert len({*texts, *(text for text, _ in plain)}) == 6, "the tasks change too little for a text to show it"

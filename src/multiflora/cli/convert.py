@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from multiflora.export import Report
 
 __all__ = ["convert", "show"]
+
+
+_AS_IS: dict[str, Any] = {"markup": False, "soft_wrap": True}
+"""How lines are printed that may be copied."""
 
 
 class Target(str, Enum):
@@ -35,6 +41,10 @@ def convert(
     task: Annotated[str | None, typer.Option("--task", metavar="TASK", help="Convert for this task only.")] = None,
     per_task: Annotated[
         bool, typer.Option("--per-task", help="Token-routed methods: one adapter for each task of the examples.")
+    ] = False,
+    per_expert: Annotated[
+        bool,
+        typer.Option("--per-expert", help="MOELoRA: one adapter for each expert, and the scales of each task's sum."),
     ] = False,
     calibration: Annotated[
         Path | None,
@@ -67,6 +77,7 @@ def convert(
     words: dict[str, Any] = {
         "task": task,
         "per_task": per_task,
+        "per_expert": per_expert,
         "calibration": calibration,
         "fit": fit,
         "rank": rank,
@@ -76,6 +87,8 @@ def convert(
     target = output or beside(adapter, to.value)
     if score and to is not Target.lora:
         raise ConfigError(f"--score compares plain LoRA with the adapter; it cannot go with --to {to.value}.")
+    if score and per_expert:
+        raise ConfigError("--score scores adapters one by one, and an expert is no task's; leave --per-expert out.")
     with log_on_stderr():
         report = _convert(to, adapter, target, words)
         if score:
@@ -83,6 +96,17 @@ def convert(
 
             report = with_scores(adapter, report, limit=score_limit)
     show(report, layers=layers, as_json=as_json)
+    if to is Target.gguf and len(report.adapters) > 1 and not as_json:
+        _show_server(report)
+
+
+def _show_server(report: Report) -> None:
+    from multiflora.export.gguf_lora import requests, server_options
+
+    words = shlex.join(["llama-server", "-m", "BASE.gguf", *server_options(report)])
+    stdout.print(f"One server for all tasks, started in {report.output}: {words}", **_AS_IS)
+    for task, adapters in requests(report).items():
+        stdout.print(f'A request for {task} says: "lora": {json.dumps(adapters)}', **_AS_IS)
 
 
 def _convert(to: Target, adapter: Path, output: Path, words: dict[str, Any]) -> Report:
@@ -109,4 +133,6 @@ def show(report: Report, *, layers: bool, as_json: bool) -> None:
         stdout.print(report.score_table())
     for made in report.adapters if layers else ():
         stdout.print(report.layer_table(made))
-    stdout.print(f"Written to {report.output} and read back.", markup=False, soft_wrap=True)
+    if report.scales:
+        stdout.print(report.scale_table())
+    stdout.print(f"Written to {report.output} and read back.", **_AS_IS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from multiflora.context import task as task_of
 from multiflora.errors import ExportError
 from multiflora.export.exact import exact_pairs
+from multiflora.export.experts import check_experts, expert_pairs, scaled, task_scales
 from multiflora.export.low_rank import truncate
 from multiflora.export.plain import Pair, read_config, read_lora, write_lora
 from multiflora.export.report import AdapterReport, LayerReport, Report
@@ -37,6 +38,7 @@ def to_lora(
     *,
     task: str | int | None = None,
     per_task: bool = False,
+    per_expert: bool = False,
     calibration: str | Path | Sequence[Any] | None = None,
     fit: bool = False,
     rank: int | None = None,
@@ -63,6 +65,8 @@ def to_lora(
         folder: Where the result goes; it must not hold anything yet.
         task: Name or id of the one task to convert for. For routed methods: calibrate on its examples only.
         per_task: For routed methods: one adapter for each task of the calibration examples.
+        per_expert: For MOELoRA with its gate shared by all layers: one adapter for each expert, in ``folder/expert-0``
+            and so on. Each task's update is their sum by the report's ``scales``, exactly.
         calibration: For routed methods: a file of examples, a recipe or run folder, or rows in memory
             (see `multiflora.export.examples.read_examples`).
         fit: Minimise the error of each layer's output instead of averaging the gate: least squares in closed form.
@@ -91,20 +95,28 @@ def to_lora(
     with adapter_folder(model) as source:
         config = read_config(source)
         method = method_of(config)
+        if per_expert:
+            check_experts(source, config)
         calibrated = check_options(source, config, calibration, fit, per_task)
+        scales: dict[str, tuple[float, ...]] = {}
         if method is None:
             jobs: Iterator[_Job] = iter([_plain_job(source, rank)])
         elif calibrated:
             assert calibration is not None
             examples = _Calibration(model, source, calibration, base, tokenizer, limit)
             jobs = _routed_jobs(open_adapter(source), examples, task, per_task, fit, rank)
+        elif per_expert:
+            opened = open_adapter(source)
+            scales = _scales(opened, task)
+            jobs = _expert_jobs(opened, rank)
         else:
             jobs = _exact_jobs(open_adapter(source), task, rank)
         compared = _Compared(model, source, base, config, task)
         with staged(output) as scratch:
             adapters = [_write(job, scratch, config, compared) for job in jobs]
+            compared.check_sums(scratch, adapters, scales)
             how = "exact" if not calibrated else "fit" if fit else "mean gate"
-            report = Report(getattr(config, "method_name", "lora"), how, output, tuple(adapters))
+            report = Report(getattr(config, "method_name", "lora"), how, output, tuple(adapters), scales)
             write_json(scratch / "report.json", report.to_dict())
     log.info("%d plain LoRA written to %s and read back", len(adapters), output)
     return report
@@ -190,6 +202,22 @@ class _Compared:
         found = logits_of(put_on(self._bare(), folder, may_untie=True))
         check_logits(found, expected, f"The plain LoRA made from {self.source}")
 
+    def check_sums(
+        self, folder: Path, adapters: Sequence[AdapterReport], scales: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Read whole experts back, and compare each task's scaled sum of them with the adapter.
+
+        Raises:
+            ExportError: They differ.
+        """
+        if not scales or not self.is_at_hand or not all(made.exact for made in adapters):
+            return
+        experts, model = [list(read_lora(folder / made.folder).pairs()) for made in adapters], self._bare()
+        for task, row in scales.items():
+            with with_pairs(model, scaled(experts, row)):
+                found = logits_of(model)
+            check_logits(found, self.expected[task], f"The sum of experts for {task}, made from {self.source},")
+
 
 def _logits_by_task(adapted: Any, config: Any, task: str | int | None) -> dict[str | None, Tensor]:
     """The adapter's logits: for each task, or for the one given, where they depend on it; else once, under None."""
@@ -239,6 +267,25 @@ def _exact_jobs(adapter: SavedAdapter, task: str | int | None, rank: int | None)
     else:
         for index, (name, place) in enumerate(_places(_names(config)).items()):
             yield _Job(place, name, True, _cut(exact_pairs(adapter, index), rank), extras)
+
+
+def _expert_jobs(adapter: SavedAdapter, rank: int | None) -> Iterator[_Job]:
+    for expert in range(adapter.method.heads(adapter.config)):
+        yield _Job(f"expert-{expert}", None, True, _cut(expert_pairs(adapter, expert), rank), {})
+
+
+def _scales(adapter: SavedAdapter, task: str | int | None) -> dict[str, tuple[float, ...]]:
+    if task is not None:
+        raise ExportError(
+            f"task is {task!r} and per_expert is given; expected one of the two: the experts are the same for all "
+            "tasks, and the report has each task's scales."
+        )
+    if adapter.others:
+        raise ExportError(
+            f"{adapter.folder} holds {adapter.others[0]} besides its layers, which no scale of an expert would reach. "
+            "Leave per_expert out."
+        )
+    return dict(zip(_names(adapter.config), map(tuple, task_scales(adapter).tolist()), strict=True))
 
 
 def _names(config: Any) -> list[str]:

@@ -71,6 +71,10 @@ def merge(
     check_free(output)
     if not _SIZE.fullmatch(shard_size):
         raise ExportError(f"shard_size is {shown(shard_size)}; expected a number of KB, MB, GB or TB, such as 2GB.")
+    if conversion.get("per_expert"):
+        raise ExportError(
+            "per_expert writes an adapter for each expert, and a merged model has one weight: name a task."
+        )
     check_options(source, read_config(source), **{k: conversion[k] for k in _OPTIONS if k in conversion})
     name = base_name(source, base)
     _refuse_quantised(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from multiflora.errors import EnvironmentProblem, ExportError
 from multiflora.export.convert import to_lora
 from multiflora.export.plain import Pair, read_lora
-from multiflora.export.report import Report
+from multiflora.export.report import AdapterReport, Report
 from multiflora.export.same import base_or_warning, check_logits, logits_of, with_pairs
 from multiflora.export.source import base_name
 from multiflora.export.stage import staged
 from multiflora.files import user_path, write_json
 
-__all__ = ["ARCHITECTURES", "interleave", "to_gguf"]
+__all__ = ["ARCHITECTURES", "interleave", "requests", "server_options", "to_gguf"]
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,17 @@ ARCHITECTURES: dict[str, _Architecture] = {
 
 
 def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None = None, **conversion: Any) -> Report:
-    """Write an adapter for llama.cpp: one ``.gguf`` file, or one for each task.
+    """Write an adapter for llama.cpp: one ``.gguf`` file, or one for each task, or for each expert.
+
+    Where there are several, ``llama-server.json`` beside them has the words that load them all into one llama-server,
+    and for each task what a request says to be of that task.
 
     Args:
         adapter: The folder an adapter was saved to.
         folder: Where the files go; it must not hold anything yet.
         base: The base model's folder or hub id, where the adapter names none. Its config says how llama.cpp stores it;
             its weights are read to compare logits, where they are at hand.
-        conversion: ``task``, ``calibration``, ``fit``, ``rank``, ... as for `multiflora.to_lora`.
+        conversion: ``task``, ``per_expert``, ``calibration``, ``fit``, ``rank``, ... as for `multiflora.to_lora`.
 
     Raises:
         ExportError: llama.cpp stores this model family in a form that a LoRA here cannot be put into, or the check of
@@ -88,14 +91,38 @@ def to_gguf(adapter: str | Path, folder: str | Path, *, base: str | Path | None 
                     f"{source} holds {others[0]} besides its layers, which a llama.cpp adapter has no place for. Use "
                     "--to dense and llama.cpp's own convert_hf_to_gguf.py."
                 )
-            file, pairs = place / f"{made.folder or 'adapter'}.gguf", list(lora.pairs())
+            file, pairs = place / _file(made), list(lora.pairs())
             write_gguf(file, pairs, model_config)
             if model is not None:
                 found = _logits(model, read_gguf(file, model_config, [name for name, _ in model.named_modules()]))
                 check_logits(found, _logits(model, pairs), f"{file.name}, made from {source},")
+        report = replace(report, output=output)
         write_json(place / "report.json", report.to_dict())
+        if len(report.adapters) > 1:
+            write_json(place / "llama-server.json", {"options": server_options(report), "lora": requests(report)})
     log.info("%d GGUF adapter(s) written to %s and read back", len(report.adapters), output)
-    return Report(report.method, report.how, output, report.adapters)
+    return report
+
+
+def server_options(report: Report) -> list[str]:
+    """What llama-server is started with, in the folder and beside its model, to have every adapter at hand."""
+    # at scale 0 until a request says more: by --lora, one that names no adapter would get the sum of them all
+    return [word for made in report.adapters for word in ("--lora-scaled", f"{_file(made)}:0")]
+
+
+def requests(report: Report) -> dict[str, list[dict[str, float]]]:
+    """The field ``lora`` of a request to that server, for each task: the adapters by number, and their scales."""
+    if report.scales:
+        return {
+            task: [{"id": number, "scale": scale} for number, scale in enumerate(row)]
+            for task, row in report.scales.items()
+        }
+    # an adapter that a request leaves out has scale 0 in it
+    return {str(made.task): [{"id": number, "scale": 1.0}] for number, made in enumerate(report.adapters)}
+
+
+def _file(made: AdapterReport) -> str:
+    return f"{made.folder or 'adapter'}.gguf"
 
 
 def _logits(model: Any, pairs: list[Pair]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,8 @@ class Report:
     """``exact``, ``mean gate`` or ``fit``."""
     output: Path
     adapters: tuple[AdapterReport, ...]
+    scales: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Where a task is a sum of the adapters: its scale of each, by the task's name."""
     scores: tuple[TaskScores, ...] = ()
     """Tasks before and after, where they were scored."""
 
@@ -95,7 +98,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; the place is left out, so that the folder can be moved."""
-        told = {"method": self.method, "how": self.how, "adapters": [asdict(adapter) for adapter in self.adapters]}
+        told: dict[str, Any] = {"method": self.method, "how": self.how}
+        told |= {"adapters": [asdict(adapter) for adapter in self.adapters]}
+        told |= {"scales": {task: list(row) for task, row in self.scales.items()}} if self.scales else {}
         return told | ({"scores": [asdict(score) for score in self.scores]} if self.scores else {})
 
     def table(self) -> TextTable:
@@ -117,6 +122,15 @@ class Report:
                 _percent(adapter.mean("energy_lost")),
                 "" if worst.update_error == 0 else f"{worst.name} ({_percent(worst.update_error)})",
             )
+        return table
+
+    def scale_table(self) -> TextTable:
+        """One line for each task that is a sum of the adapters."""
+        from multiflora.text_table import TextTable
+
+        table = TextTable("scale for", *(adapter.folder for adapter in self.adapters))
+        for task, row in self.scales.items():
+            table.add_row(task, *(f"{scale:.4f}" for scale in row))
         return table
 
     def score_table(self) -> TextTable:

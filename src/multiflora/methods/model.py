@@ -326,6 +326,10 @@ class BranchModel(BaseTuner):
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model with its hooks, which add to its loss; peft 0.20 would call its forward past them."""
+        return self.model(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """peft calls this around every forward pass: hand ``adapter_names`` to the layers (mixed batches)."""
