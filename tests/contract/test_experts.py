@@ -239,6 +239,8 @@ def test_half_precision(case: Case, takes_experts: None) -> None:
     }
     found = logits(model)
     assert found.dtype == torch.bfloat16
-    assert relative(found.float(), expected) < 0.15
+    # of most tokens: one between two experts may choose the other, and changes by as much as they differ
+    error = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.03
     train(model, steps=1)
     assert fingerprint(dict(model.named_parameters()))
