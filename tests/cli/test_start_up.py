@@ -98,7 +98,7 @@ OPTIONAL = {
 }  # fmt: skip
 NEEDS_ITS_PACKAGE = {
     "multiflora.integrations.axolotl", "multiflora.integrations.vllm.branches", "multiflora.integrations.vllm.model",
-    "multiflora.serve.app",
+    "multiflora.integrations.vllm.many", "multiflora.serve.app",
 }  # fmt: skip
 
 WALK = """
