@@ -141,15 +141,20 @@ def test_a_prompt_that_is_read_once_is_the_same_to_the_model(
     settings = {"lora_dropout": 0.0} | ({"name": method} if isinstance(method, str) else method)
     settings |= {"head_dropout": 0.0} if method == "rlora" else {}
     train = {"max_steps": 3, "batch_size": 32, "gradient_accumulation": 2, "warmup_ratio": 0}
-    found, lengths = [], []
-    read = shared_prompts.read
+    found, lengths, scored = [], [], []
+    read, by_length = shared_prompts.read, shared_prompts.by_length
 
     def noted(*args: Any) -> Any:
         prompts = read(*args)
         lengths[-1] += 0 if prompts is None else len(prompts.lengths)
         return prompts
 
+    def counted(lengths: Tensor) -> Any:
+        scored.append(len(lengths))
+        return by_length(lengths)
+
     monkeypatch.setattr(shared_prompts, "read", noted)
+    monkeypatch.setattr(shared_prompts, "by_length", counted)
     monkeypatch.setattr(shared_prompts, "SAVED", 4)  # toy answers have two tokens at most: groups of them, too
     for may in (shared_prompts.may_share, lambda model: False):
         monkeypatch.setattr(shared_prompts, "may_share", may)
@@ -159,6 +164,7 @@ def test_a_prompt_that_is_read_once_is_the_same_to_the_model(
         found.append((get_peft_model_state_dict(model), of_seed(log)))
     # 3 steps of 64 answers: written, scored by the reference, learned from; a balance loss needs prompts in their rows
     assert lengths == [3 * 64 * 3 if isinstance(method, str) else 0, 0]
+    assert sum(scored) < 3 * 64 * 2  # answers that say the same to one prompt are scored once
     (ours, our_log), (whole, whole_log) = found
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-4, rtol=1e-3)

@@ -271,11 +271,16 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Score answers behind prompts that are read: (B, C) log-probabilities, and entropies where they are wanted."""
+        """Score answers behind prompts that are read: (B, C) log-probabilities, and entropies where they are wanted.
+
+        Of answers that say the same to one prompt, as many short ones do, one is scored for all.
+        """
         start = ids.shape[1] - logits_to_keep
         log_probs, entropies = [], []
-        groups = shared_prompts.by_length(mask[:, start:].sum(-1))
-        for rows, width in groups:
+        first, which = shared_prompts.once(tasks.to(ids.device)[:, None], mask, ids)
+        groups = shared_prompts.by_length(mask[first, start:].sum(-1))
+        for group, width in groups:
+            rows = first[group]
             end = start + width
             own, real = ids[rows, start:end], mask[rows, start:end]
             # what fills a row up needs a position too, and the model may have none behind the row's last
@@ -294,7 +299,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             log_probs.append(F.pad(out.log_probs, rest))
             if compute_entropy:
                 entropies.append(F.pad(out.entropy, rest))
-        back = torch.cat([rows for rows, _ in groups]).argsort()
+        back = torch.cat([group for group, _ in groups]).argsort()[which]
         entropy = torch.cat(entropies)[back] if compute_entropy else None
         return torch.cat(log_probs)[back], entropy, None
 

@@ -17,7 +17,7 @@ from multiflora.context import task
 from multiflora.kept_rows import has_rows, is_recurrent, rows_of
 from multiflora.methods.layer_pass import BranchLayer
 
-__all__ = ["Prompts", "by_length", "may_share", "read"]
+__all__ = ["Prompts", "by_length", "may_share", "once", "read"]
 
 SAVED = 256
 """Tokens of fill that a forward pass of its own must save: fewer cost less than the pass."""
@@ -68,12 +68,9 @@ def read(model: Any, adapted: nn.Module, ids: Tensor, mask: Tensor, tasks: Tenso
         What each row's answer stands behind; None where nothing is saved, or where the model keeps something else.
     """
     ids, mask = ids[:, :-1], mask[:, :-1]
-    rows = torch.cat([tasks.to(ids.device)[:, None], mask, ids], 1)
-    which = torch.unique(rows, dim=0, return_inverse=True)[1]
-    number = int(which.max()) + 1
-    if number == len(ids) or not ids.shape[1]:
+    first, which = once(tasks.to(ids.device)[:, None], mask, ids)
+    if len(first) == len(ids) or not ids.shape[1]:
         return None
-    first = which.new_empty(number).scatter_(0, which, torch.arange(len(ids), device=ids.device))
     mask_once = mask[first]
     with task(adapted, tasks[first.to(tasks.device)].tolist()):
         found = model(
@@ -85,6 +82,24 @@ def read(model: Any, adapted: nn.Module, ids: Tensor, mask: Tensor, tasks: Tenso
         )
     kept = getattr(found, "past_key_values", None)
     return Prompts(rows_of(kept, which), mask.sum(-1)) if has_rows(kept) else None
+
+
+def once(*columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the rows that differ.
+
+    Args:
+        columns: (B, ...) whole numbers; rows are equal where all of them are.
+    Returns:
+        (D,) one place of each different row, and (B,) which of those every row is.
+    Example:
+        >>> first, which = once(torch.tensor([[7], [5], [7]]))
+        >>> which.tolist(), len(first)
+        ([1, 0, 1], 2)
+    """
+    rows = torch.cat(columns, 1)
+    which = torch.unique(rows, dim=0, return_inverse=True)[1]
+    first = which.new_empty(int(which.max()) + 1)
+    return first.scatter_(0, which, torch.arange(len(rows), device=rows.device)), which
 
 
 def by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
