@@ -24,7 +24,7 @@ from trl.trainer.utils import pad
 
 from multiflora.context import task
 from multiflora.generation import RowStops, generate_leaving, may_leave
-from multiflora.kept_rows import base_of, rows_of
+from multiflora.kept_rows import base_of
 from multiflora.training import shared_prompts
 from multiflora.training.reference import Reference, evaluating, leave_loss_out
 from multiflora.training.rewards import Reward, rewards_of
@@ -187,7 +187,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
             torch.no_grad(),
         ):
             prompts = self._read_prompts(model, ids, mask, tasks)
-            cache = None if prompts is None else prompts.kept
+            cache = None if prompts is None else prompts.behind()
             if may_leave(model):
                 settings = copy.copy(self.generation_config)
                 settings.max_new_tokens = None  # it would count from where a call begins
@@ -291,7 +291,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
                     input_ids=ids[rows, start - 1 : end - 1],
                     attention_mask=mask[rows, : end - 1],
                     position_ids=prompts.lengths[rows, None] + steps.clamp(min=0),
-                    past_key_values=rows_of(prompts.kept, rows),
+                    past_key_values=prompts.behind(rows),
                     shift_labels=own.masked_fill(real == 0, -100),
                     fused_lm_head=True,
                 )

@@ -24,12 +24,18 @@ SAVED = 256
 
 
 class Prompts(NamedTuple):
-    """What was read, for each row of the batch."""
+    """What was read of the prompts of a batch, once for all rows that have the same."""
 
     kept: DynamicCache
-    """Keys and values of all tokens but the prompt's last, which the answer's first is read from."""
+    """Keys and values of all tokens but each prompt's last, which the answer's first is read from."""
+    which: Tensor
+    """(B,) the prompt of every row."""
     lengths: Tensor
-    """How many those are, (B,), padding left out."""
+    """(B,) how many tokens those are, padding left out."""
+
+    def behind(self, rows: Tensor | slice = slice(None)) -> DynamicCache:
+        """What these rows stand behind; all of them, if none are named."""
+        return rows_of(self.kept, self.which[rows])
 
 
 def may_share(model: nn.Module) -> bool:
@@ -81,7 +87,7 @@ def read(model: Any, adapted: nn.Module, ids: Tensor, mask: Tensor, tasks: Tenso
             logits_to_keep=1,
         )
     kept = getattr(found, "past_key_values", None)
-    return Prompts(rows_of(kept, which), mask.sum(-1)) if has_rows(kept) else None
+    return Prompts(kept, which, mask.sum(-1)) if has_rows(kept) else None
 
 
 def once(*columns: Tensor) -> tuple[Tensor, Tensor]:
