@@ -147,6 +147,8 @@ def test_a_prompt_that_is_read_once_is_the_same_to_the_model(
     def noted(*args: Any) -> Any:
         prompts = read(*args)
         lengths[-1] += 0 if prompts is None else len(prompts.lengths)
+        # in a micro-batch as in a step's whole batch: a group's answers are not dealt out singly
+        assert prompts is None or 4 * len(prompts.which.unique()) <= len(prompts.which)
         return prompts
 
     def counted(lengths: Tensor) -> Any:

@@ -75,6 +75,7 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         self._task_id: Tensor | None = None
         self._log_probs: Tensor | None = None
         self._own: Tensor | float = 0.0
+        self._buffered_inputs: list[dict[str, Any]] | None = None  # trl's; it has no type there
         # with beta in its arguments trl would copy the adapter for a reference; peft would save the copy beside it
         super().__init__(
             model=model,
@@ -167,6 +168,19 @@ class GrpoTrainer(RunTrainer, GRPOTrainer):
         made["task_id"] = self._task_id
         made["example"] = torch.tensor([row["example"] for row in inputs], device=self.args.device)
         return made
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Give a step's micro-batches whole groups of answers.
+
+        trl deals them out singly; every micro-batch would read every prompt.
+        """
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        parts = self._buffered_inputs
+        if parts is None or parts is before:
+            return inputs
+        self._buffered_inputs = shared_prompts.together(parts, "example")
+        return self._buffered_inputs[self._step % len(parts)]
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Take the prompts' ids as they were encoded: one way from text to ids, in training and scoring."""

@@ -7,6 +7,8 @@ through what is kept.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from multiflora.context import task
 from multiflora.kept_rows import has_rows, is_recurrent, rows_of
 from multiflora.methods.layer_pass import BranchLayer
 
-__all__ = ["Prompts", "by_length", "may_share", "once", "read"]
+__all__ = ["Prompts", "by_length", "may_share", "once", "read", "together"]
 
 SAVED = 256
 """Tokens of fill that a forward pass of its own must save: fewer cost less than the pass."""
@@ -106,6 +108,31 @@ def once(*columns: Tensor) -> tuple[Tensor, Tensor]:
     which = torch.unique(rows, dim=0, return_inverse=True)[1]
     first = which.new_empty(int(which.max()) + 1)
     return first.scatter_(0, which, torch.arange(len(rows), device=rows.device)), which
+
+
+def together(parts: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Deal the rows of several batches out anew, so that those of one key lie together.
+
+    Args:
+        parts: Batches of the same fields: tensors with the rows in front, or what all rows share.
+        key: Field of whole numbers that rows of one group have in common.
+    Returns:
+        Batches of the same sizes; the groups in the order of their first rows, the rows of each in theirs.
+    Example:
+        >>> [part["x"].tolist() for part in together([{"x": torch.tensor([4, 7])}, {"x": torch.tensor([7, 4])}], "x")]
+        [[4, 4], [7, 7]]
+    """
+    keys = torch.cat([part[key] for part in parts]).tolist()
+    first = {found: row for row, found in reversed(list(enumerate(keys)))}
+    order = sorted(range(len(keys)), key=lambda row: first[keys[row]])
+    ends = list(itertools.accumulate((len(part[key]) for part in parts), initial=0))
+    dealt: list[dict[str, Any]] = [dict(part) for part in parts]
+    for name, value in parts[0].items():
+        if isinstance(value, Tensor) and value.ndim:
+            joined = torch.cat([part[name] for part in parts])[order]
+            for part, (start, end) in zip(dealt, itertools.pairwise(ends), strict=True):
+                part[name] = joined[start:end]
+    return dealt
 
 
 def by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
